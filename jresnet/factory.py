@@ -1,0 +1,124 @@
+"""Models by name: :func:`create`, :func:`list_models` and one function an architecture."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jresnet import pretrained, zoo
+from jresnet import weights as native
+from jresnet.errors import InputError, WeightsError
+from jresnet.resnet import ResNet, Stem
+
+
+def list_models() -> list[str]:
+    """The names that :func:`create` takes."""
+    return list(zoo.ZOO)
+
+
+def create(
+    arch: str,
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    num_classes: int | None = None,
+    in_channels: int | None = None,
+    stem: Stem | None = None,
+    zero_init_residual: bool = False,
+    dtype: DTypeLike | None = None,
+    seed: int = 0,
+) -> ResNet:
+    """Builds a ResNet.
+
+    >>> import jax.numpy as jnp, jresnet
+    >>> model = jresnet.create("resnet18", num_classes=10, stem="cifar")
+    >>> model(jnp.zeros((2, 32, 32, 3))).shape
+    (2, 10)
+
+    Args:
+        arch: a name of :func:`list_models`.
+        weights: a native file's path, or the name of published weights such as ``"IMAGENET1K_V2"`` or ``"DEFAULT"``,
+            which are downloaded and converted. ``None``: random parameters, initialised as PyTorch's.
+        num_classes: logits. ``None``: the file's, else the architecture's own (1,000, or 10 for the CIFAR family).
+        in_channels: channels of the images. ``None``: the file's, else the architecture's own (3; 1 for resnet18_d2l).
+        stem: ``"imagenet"`` (7x7 at stride 2, max-pool) or ``"cifar"`` (3x3 at stride 1, no max-pool).
+            ``None``: the file's, else the architecture's own.
+        zero_init_residual: start each block's last BN scale at 0; without effect where ``weights`` are given.
+        dtype: a floating-point dtype to compute in; parameters, statistics and logits stay float32.
+        seed: of the random parameters.
+
+    Raises:
+        InputError: for an unknown architecture or weights' name, or a value out of range.
+        WeightsError: for a file that is damaged, or holds another network than asked for.
+        DownloadError: where published weights are neither in the cache nor to be had.
+    """
+    chosen = {"num_classes": num_classes, "in_channels": in_channels, "stem": stem}
+    config = native.configure(arch, **chosen)
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise InputError(f"dtype must be a floating-point dtype such as bfloat16, got {dtype!r}")
+    if weights is None:
+        return ResNet(config, zero_init_residual=zero_init_residual, dtype=dtype, rngs=nnx.Rngs(seed))
+    if is_path(weights):
+        found, config, values, _ = native.read(weights)
+        model = native.fill(config, values, dtype)
+    else:
+        found, model = arch, pretrained.load(pretrained.find(arch, str(weights)), dtype)
+    problems = [f"its architecture is {found}, not {arch}"] if found != arch else []
+    problems += [
+        f"{name} is {getattr(model.config, name)!r}, not {value!r}"
+        for name, value in chosen.items()
+        if value is not None and getattr(model.config, name) != value
+    ]
+    if problems:
+        raise WeightsError(f"the weights {weights} are of another network: {'; '.join(problems)}")
+    return model
+
+
+def is_path(source: str | os.PathLike[str]) -> bool:
+    """Whether ``weights`` names a file and not published weights: it exists, or looks like a path."""
+    text = os.fspath(source)
+    return not isinstance(source, str) or os.path.exists(text) or Path(text).suffix != "" or os.sep in text
+
+
+def _named(arch: str) -> Callable[..., ResNet]:
+    row = zoo.find(arch)
+
+    def build(**options: Any) -> ResNet:
+        return create(arch, **options)
+
+    build.__name__ = build.__qualname__ = arch
+    build.__doc__ = (
+        f"{arch}: {row.parameters:,} parameters, {row.gmacs} GMACs at {row.image_size} pixels ({row.source}).\n\n"
+        "Arguments and errors as :func:`jresnet.create`."
+    )
+    signature = inspect.signature(create)
+    build.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[p for p in signature.parameters.values() if p.name != "arch"]
+    )
+    return build
+
+
+resnet18 = _named("resnet18")
+resnet34 = _named("resnet34")
+resnet50 = _named("resnet50")
+resnet101 = _named("resnet101")
+resnet152 = _named("resnet152")
+resnext50_32x4d = _named("resnext50_32x4d")
+resnext101_32x8d = _named("resnext101_32x8d")
+resnext101_64x4d = _named("resnext101_64x4d")
+wide_resnet50_2 = _named("wide_resnet50_2")
+wide_resnet101_2 = _named("wide_resnet101_2")
+resnet20_cifar = _named("resnet20_cifar")
+resnet32_cifar = _named("resnet32_cifar")
+resnet44_cifar = _named("resnet44_cifar")
+resnet56_cifar = _named("resnet56_cifar")
+resnet110_cifar = _named("resnet110_cifar")
+resnet1202_cifar = _named("resnet1202_cifar")
+resnet34_projection = _named("resnet34_projection")
+resnet18_d2l = _named("resnet18_d2l")

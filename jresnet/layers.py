@@ -1,0 +1,161 @@
+"""The four layers a ResNet is made of, with PyTorch's arithmetic: convolution, batch normalisation, max-pool, linear.
+
+Images are NHWC and kernels HWIO. Padding is an integer on both sides, as in PyTorch; ``SAME`` would shift strided
+windows by a pixel. Parameters are float32. ``dtype`` is the dtype a layer computes in; ``None`` promotes the input with
+the parameters, so that a model whose leaves were cast to float64 computes in float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+from jax.typing import DTypeLike
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+Init = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+
+
+@jax.jit
+def _normal_block(key: jax.Array, index: jax.Array) -> jax.Array:
+    return jax.random.normal(jax.random.fold_in(key, index), (2**16,), jnp.float32)
+
+
+@partial(jax.jit, static_argnums=1)
+def _scaled(blocks: list[jax.Array], shape: tuple[int, ...], std: float) -> jax.Array:
+    return jnp.concatenate(blocks)[: math.prod(shape)].reshape(shape) * std
+
+
+def kaiming_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """He et al. 2015, fan-out mode, not truncated: ``torch.nn.init.kaiming_normal_(mode="fan_out")`` for an HWIO kernel.
+
+    Drawn in blocks of one size, since XLA compiles the generator anew for each shape, for up to a second.
+    """
+    blocks = [_normal_block(key, np.uint32(i)) for i in range(-(-math.prod(shape) // 2**16))]
+    fan_out = math.prod(shape[:-2]) * shape[-1]  # PyTorch does not divide by the groups either
+    return _scaled(blocks, shape, math.sqrt(2.0 / fan_out))
+
+
+def uniform_fan_in(fan_in: int) -> Init:
+    """PyTorch's default for the weights of ``nn.Linear`` and for every bias: uniform in ±1/sqrt(fan_in)."""
+    bound = 1.0 / math.sqrt(fan_in)
+    return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def param(init: Init, shape: tuple[int, ...], rngs: nnx.Rngs | None) -> nnx.Param:
+    """A parameter drawn from ``init``, or, with ``rngs=None``, its float32 shape alone, to be filled from a file."""
+    return nnx.Param(init(rngs.params(), shape) if rngs else jax.ShapeDtypeStruct(shape, jnp.float32))
+
+
+class Conv(nnx.Module):
+    """2-D convolution (cross-correlation), as ``torch.nn.Conv2d`` with zero padding.
+
+    ``[N, H, W, in_channels] -> [N, H', W', out_channels]`` with ``H' = (H + 2 * padding - kernel_size) // stride + 1``.
+    The kernel is ``[kernel_size, kernel_size, in_channels // groups, out_channels]``.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        groups: int = 1,
+        bias: bool = False,
+        *,
+        dtype: DTypeLike | None = None,
+        rngs: nnx.Rngs | None,
+    ):
+        shape = (kernel_size, kernel_size, in_channels // groups, out_channels)
+        self.kernel = param(kaiming_normal, shape, rngs)
+        self.bias = param(uniform_fan_in(math.prod(shape[:3])), shape[3:], rngs) if bias else None
+        self.stride, self.padding, self.groups, self.dtype = stride, padding, groups, dtype
+
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
+        kernel = self.kernel[...]
+        dtype = self.dtype or jnp.promote_types(x.dtype, kernel.dtype)
+        y = lax.conv_general_dilated(
+            x.astype(dtype),
+            kernel.astype(dtype),
+            window_strides=(self.stride, self.stride),
+            padding=((self.padding, self.padding), (self.padding, self.padding)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=self.groups,
+        )
+        return y if self.bias is None else y + self.bias[...].astype(dtype)
+
+
+class BatchNorm(nnx.Module):
+    """Batch normalisation over N, H and W, as ``torch.nn.BatchNorm2d`` (Ioffe & Szegedy 2015).
+
+    ``momentum`` has PyTorch's meaning, the weight of the newest batch; Flax's means the opposite. Training normalises
+    with the batch's biased variance and puts the unbiased one, times n / (n - 1), into the running average.
+    Statistics are taken, kept and applied in float32 (float64 for float64 input), whatever the input's dtype, and the
+    output has the input's dtype.
+
+    Raises:
+        ValueError: in training, for a batch with one value per channel, whose unbiased variance does not exist.
+    """
+
+    def __init__(self, channels: int, *, momentum: float = 0.1, eps: float = 1e-5):
+        zeros, ones = np.zeros(channels, np.float32), np.ones(channels, np.float32)
+        self.scale = nnx.Param(jnp.array(ones))
+        self.bias = nnx.Param(jnp.array(zeros))
+        self.mean = nnx.BatchStat(jnp.array(zeros))
+        self.var = nnx.BatchStat(jnp.array(ones))
+        self.momentum, self.eps = momentum, eps
+
+    def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n h w c"]:
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        if train:
+            n = math.prod(x.shape[:-1])
+            if n < 2:
+                raise ValueError(
+                    f"training needs more than one value per channel, got activations of shape {x.shape}: "
+                    "use a larger batch or larger images"
+                )
+            mean = wide.mean((0, 1, 2))
+            # Two passes: E[x²] - E[x]² cancels where the mean is large against the deviation.
+            var = jnp.square(wide - mean).mean((0, 1, 2))
+            self._update(self.mean, mean)
+            self._update(self.var, var * (n / (n - 1)))
+        else:
+            mean, var = self.mean[...], self.var[...]
+        y = (wide - mean) * (lax.rsqrt(var + self.eps) * self.scale[...]) + self.bias[...]
+        return y.astype(x.dtype)
+
+    def _update(self, running: nnx.BatchStat, new: Float[Array, " c"]) -> None:
+        new = lax.stop_gradient(new).astype(running[...].dtype)
+        running[...] = (1 - self.momentum) * running[...] + self.momentum * new
+
+
+class Linear(nnx.Module):
+    """``[N, in_features] -> [N, out_features]``, as ``torch.nn.Linear``; the kernel is its weight transposed."""
+
+    def __init__(self, in_features: int, out_features: int, *, rngs: nnx.Rngs | None):
+        self.kernel = param(uniform_fan_in(in_features), (in_features, out_features), rngs)
+        self.bias = param(uniform_fan_in(in_features), (out_features,), rngs)
+
+    def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d2"]:
+        return x @ self.kernel[...] + self.bias[...]
+
+
+def max_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
+    """The stem's 3x3 maximum at stride 2; the padding of one pixel is -inf, as in ``torch.nn.MaxPool2d(3, 2, 1)``."""
+    padding = ((0, 0), (1, 1), (1, 1), (0, 0))
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding)
+
+
+def global_average_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n c"]:
+    """Mean over H and W, accumulated and returned in float32 at least."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))

@@ -1,0 +1,94 @@
+"""The architectures: one frozen row each, as data.
+
+Parameter counts are published ones where there are any: torchvision's documentation for its ten, akamaster's table and
+He et al.'s table 6 (both rounded) for the CIFAR family; the tests recount every row. GMACs are multiply-accumulates of
+convolutions and head, for one image of the size given, counted by ``tests/test_zoo.py`` from the shapes.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from jresnet.errors import InputError
+from jresnet.resnet import Block, ResNetConfig
+
+
+@dataclass(frozen=True)
+class Row:
+    """An architecture of the zoo."""
+
+    name: str
+    config: ResNetConfig
+    parameters: int  # trainable numbers, with the row's own number of classes
+    image_size: int  # pixels, height and width it was designed for
+    gmacs: float  # 1e9 multiply-accumulates for one image of that size
+    source: str  # where the architecture comes from
+
+
+HE = "He et al. 2016, arXiv:1512.03385, table 1; torchvision"
+HE_CIFAR = "He et al. 2016, arXiv:1512.03385, section 4.2; akamaster/pytorch_resnet_cifar10"
+RESNEXT = "Xie et al. 2017, arXiv:1611.05431; torchvision"
+WIDE = "Zagoruyko & Komodakis 2016, arXiv:1605.07146; torchvision"
+
+
+def _imagenet(name: str, block: Block, depths: tuple[int, ...], parameters: int, gmacs: float, source: str, **more):
+    return Row(name, ResNetConfig(block, depths, **more), parameters, 224, gmacs, source)
+
+
+def _cifar(depth: int, parameters: int, gmacs: float) -> Row:
+    n = (depth - 2) // 6  # 6n + 2 layers: three stages of n blocks of two, a stem and a head
+    config = ResNetConfig("basic", (n, n, n), (16, 32, 64), num_classes=10, stem="cifar", shortcut="pad")
+    return Row(f"resnet{depth}_cifar", config, parameters, 32, gmacs, HE_CIFAR)
+
+
+_ROWS = (
+    _imagenet("resnet18", "basic", (2, 2, 2, 2), 11_689_512, 1.81, HE),
+    _imagenet("resnet34", "basic", (3, 4, 6, 3), 21_797_672, 3.66, HE),
+    _imagenet("resnet50", "bottleneck", (3, 4, 6, 3), 25_557_032, 4.09, HE),
+    _imagenet("resnet101", "bottleneck", (3, 4, 23, 3), 44_549_160, 7.80, HE),
+    _imagenet("resnet152", "bottleneck", (3, 8, 36, 3), 60_192_808, 11.51, HE),
+    _imagenet(
+        "resnext50_32x4d", "bottleneck", (3, 4, 6, 3), 25_028_904, 4.23, RESNEXT, groups=32, width_per_group=4
+    ),
+    _imagenet(
+        "resnext101_32x8d", "bottleneck", (3, 4, 23, 3), 88_791_336, 16.41, RESNEXT, groups=32, width_per_group=8
+    ),
+    _imagenet(
+        "resnext101_64x4d", "bottleneck", (3, 4, 23, 3), 83_455_272, 15.46, RESNEXT, groups=64, width_per_group=4
+    ),
+    _imagenet("wide_resnet50_2", "bottleneck", (3, 4, 6, 3), 68_883_240, 11.40, WIDE, width_per_group=128),
+    _imagenet("wide_resnet101_2", "bottleneck", (3, 4, 23, 3), 126_886_696, 22.75, WIDE, width_per_group=128),
+    _cifar(20, 269_722, 0.0406),
+    _cifar(32, 464_154, 0.0689),
+    _cifar(44, 658_586, 0.0972),
+    _cifar(56, 853_018, 0.1255),
+    _cifar(110, 1_727_962, 0.2529),
+    _cifar(1202, 19_421_274, 2.8292),
+    _imagenet(
+        "resnet34_projection", "basic", (3, 4, 6, 3), 21_801_896, 3.68, "resnet34, taught with a projection in every stage", shortcut="projection_first"
+    ),
+    Row(
+        "resnet18_d2l",
+        ResNetConfig("basic", (2, 2, 2, 2), num_classes=10, in_channels=1, shortcut="conv", conv_bias=True),
+        11_178_378,
+        96,
+        0.3187,
+        "Dive into Deep Learning, section 8.6",
+    ),
+)
+
+ZOO: dict[str, Row] = {row.name: row for row in _ROWS}
+
+
+def find(arch: str) -> Row:
+    """The row of an architecture.
+
+    Raises:
+        InputError: for an unknown name; the message suggests the nearest ones.
+    """
+    if arch in ZOO:
+        return ZOO[arch]
+    near = difflib.get_close_matches(arch.lower(), ZOO, n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(ZOO)}"
+    raise InputError(f"unknown architecture {arch!r}: {hint}")

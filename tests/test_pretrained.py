@@ -1,0 +1,199 @@
+"""The table of published weights against torchvision's own metadata, and the cache."""
+
+import dataclasses
+import hashlib
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jresnet import download, pretrained
+from jresnet.errors import DownloadError, InputError, WeightsError
+
+ARCHS = [
+    "resnet18",
+    "resnet34",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext50_32x4d",
+    "resnext101_32x8d",
+    "resnext101_64x4d",
+    "wide_resnet50_2",
+    "wide_resnet101_2",
+]
+ROWS = [pretrained.find(arch, name) for arch in ARCHS for name in pretrained.names(arch)]
+_LIBRARIES = []  # torch forgets an operator when its Library goes
+
+
+@pytest.fixture(scope="module")
+def models():
+    """torchvision.models; its wheel is built against CUDA torch and lacks two operators under the CPU's."""
+    torch = pytest.importorskip("torch")
+    try:
+        import torchvision
+    except (ImportError, RuntimeError) as first:
+        for module in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[module]  # what the broken import left behind
+        try:
+            _LIBRARIES.append(torch.library.Library("torchvision", "DEF"))
+            for name in ("nms", "qnms"):
+                _LIBRARIES[-1].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            import torchvision
+        except (ImportError, RuntimeError) as error:
+            pytest.skip(f"torchvision cannot be imported: {first}; with its operators declared: {error}")
+    return torchvision.models
+
+
+@pytest.fixture
+def row(monkeypatch, tmp_path):
+    """Weights of which the cache, in ``tmp_path``, may hold the file; without network."""
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise socket.gaierror("no network here")
+
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("no_proxy", "*")
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    digest = hashlib.sha256(b"weights").hexdigest()
+    url = f"https://a.invalid/models/resnet18-{digest[:8]}.pth"
+    return dataclasses.replace(ROWS[0], url=url, sha256=digest)
+
+
+def put(row: pretrained.Weights, content: bytes) -> Path:
+    path = pretrained.cache_dir() / row.filename
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_table_is_torchvisions(models, arch):
+    theirs = models.get_model_weights(arch)
+    assert list(pretrained.names(arch)) == [weights.name for weights in theirs]
+    for weights in theirs:
+        row, transform = pretrained.find(arch, weights.name), weights.transforms()
+        scores = weights.meta["_metrics"]["ImageNet-1K"]
+        assert (row.arch, row.name, row.url) == (arch, weights.name, weights.url)
+        assert (row.top1, row.top5) == (scores["acc@1"], scores["acc@5"])
+        assert row.default == (weights is theirs.DEFAULT)
+        assert [row.preprocessing.resize] == transform.resize_size
+        assert [row.preprocessing.crop] == transform.crop_size
+        assert list(row.preprocessing.mean) == transform.mean
+        assert list(row.preprocessing.std) == transform.std
+        assert row.preprocessing.interpolation == transform.interpolation.value
+        assert transform.antialias is True
+        assert pretrained.categories() == tuple(weights.meta["categories"])
+
+
+def test_digests_begin_with_the_digits_in_the_file_name():
+    for row in ROWS:
+        assert set(row.sha256) <= set("0123456789abcdef")
+        assert len(row.sha256) in (8, 64)
+        assert row.filename == f"{row.arch}-{row.sha256[:8]}.pth"
+    assert len(ROWS) == 17
+    assert sum(len(row.sha256) == 64 for row in ROWS) == 10
+    assert len({row.sha256 for row in ROWS}) == 17
+
+
+def test_categories():
+    names = pretrained.categories()
+    assert len(names) == len(set(names)) == 1000
+    assert (names[0], names[207], names[-1]) == ("tench", "golden retriever", "toilet tissue")
+
+
+def test_names_in_any_case_and_the_default():
+    assert pretrained.find("resnet50").name == "IMAGENET1K_V2"
+    assert pretrained.find("resnet50", "default") is pretrained.find("resnet50")
+    assert pretrained.find("ResNet50", "imagenet1k_v1").filename == "resnet50-0676ba61.pth"
+    assert pretrained.find("resnet34").name == "IMAGENET1K_V1"
+    assert all(sum(row.default for row in ROWS if row.arch == arch) == 1 for arch in ARCHS)
+    assert pretrained.names("resnet20_cifar") == ()
+
+
+@pytest.mark.parametrize(
+    ("arch", "name", "words"),
+    [
+        ("resnet50", "IMAGENET1K_V3", "did you mean IMAGENET1K_V2 or IMAGENET1K_V1.*and DEFAULT; a path"),
+        ("resnet18", "v9", "resnet18 has no weights 'v9'. There are IMAGENET1K_V1 and DEFAULT"),
+        ("resent50", None, r"did you mean resnet50.*wide_resnet101_2\. .*the path of a weights file"),
+        ("resnet20_cifar", None, "no weights are published for 'resnet20_cifar'. There are .*path of a weights file"),
+    ],
+)
+def test_unknown_names_say_what_there_is(arch, name, words):
+    with pytest.raises(InputError, match=words):
+        pretrained.find(arch, name)
+
+
+def test_cache_is_torchs(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("TORCH_HOME", "~/torch")
+    expected = [tmp_path / "home" / "torch", tmp_path / "xdg" / "torch", tmp_path / "home" / ".cache" / "torch"]
+    for folder, next_to_go in zip(expected, ("TORCH_HOME", "XDG_CACHE_HOME", None), strict=True):
+        assert pretrained.cache_dir() == folder / "hub" / "checkpoints"
+        if "torch" in sys.modules and hasattr(sys.modules["torch"], "hub"):
+            assert sys.modules["torch"].hub.get_dir() == str(folder / "hub")
+        if next_to_go:
+            monkeypatch.delenv(next_to_go)
+
+
+def test_cached_file_is_checked_and_used(row):
+    assert pretrained.cached(row) is None
+    path = put(row, b"weights")
+    assert pretrained.cached(row) == path
+    assert pretrained.fetch(row) == path
+
+
+@pytest.mark.parametrize("digits", [8, 64])
+def test_altered_cached_file_is_refused_and_left_alone(row, digits):
+    row = dataclasses.replace(row, sha256=row.sha256[:digits])
+    path = put(row, b"weightz")
+    with pytest.raises(WeightsError, match=r"damaged or another file.*Delete it") as caught:
+        pretrained.fetch(row)
+    assert str(path) in str(caught.value)
+    assert path.read_bytes() == b"weightz"
+
+
+def test_folder_in_the_files_place(row):
+    (pretrained.cache_dir() / row.filename).mkdir(parents=True)
+    with pytest.raises(WeightsError, match=r"cannot read .*[Dd]irectory"):
+        pretrained.fetch(row)
+
+
+def test_missing_file_is_downloaded_into_the_cache(row, monkeypatch):
+    calls = []
+
+    def fetch(urls, path, *, sha256, progress):
+        calls.append((urls, path, sha256, progress))
+        return path
+
+    monkeypatch.setattr(download, "fetch", fetch)
+    path = pretrained.cache_dir() / row.filename
+    assert pretrained.fetch(row, progress=False) == path
+    assert calls == [([row.url], path, row.sha256, False)]
+
+
+def test_offline_says_where_to_put_the_file(row):
+    path = pretrained.cache_dir() / row.filename
+    with pytest.raises(DownloadError, match="no network here") as caught:
+        pretrained.fetch(row)
+    assert f"put it at {path}" in str(caught.value)
+    assert row.url in str(caught.value)
+    assert "TORCH_HOME" in str(caught.value)
+    assert list(path.parent.iterdir()) == []
+    assert put(row, b"weights") == pretrained.fetch(row)
+
+
+def test_import_is_light():
+    # A bare package in place of jresnet's own, which imports jax.
+    code = (
+        "import sys, types; sys.modules['jresnet'] = types.ModuleType('jresnet');"
+        "sys.modules['jresnet'].__path__ = [sys.argv[1]]; from jresnet import pretrained;"
+        "print(*{'jax', 'flax', 'numpy', 'torch', 'torchvision', 'tqdm'} & set(sys.modules))"
+    )
+    command = [sys.executable, "-c", code, str(Path(pretrained.__file__).parent)]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == ""

@@ -1,0 +1,660 @@
+"""``convert.torchfile`` without torch: files of both formats built by hand, and a corpus of hostile ones."""
+
+import contextlib
+import io
+import pickle as op
+import struct
+import subprocess
+import sys
+import tracemalloc
+import warnings
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from convert import torchfile
+from convert.torchfile import read
+from jresnet.errors import WeightsError
+
+# --- Builders: pickle opcodes, and the two formats around them.
+
+
+class Raw(bytes):
+    """Opcodes that go into a pickle as they are."""
+
+
+def emit(value) -> bytes:
+    """The protocol 2 opcodes that push ``value``."""
+    if isinstance(value, Raw):
+        return value
+    if value is None or value is True or value is False:
+        return {None: op.NONE, True: op.NEWTRUE, False: op.NEWFALSE}[value]
+    if isinstance(value, int):
+        long = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+        return op.BININT + struct.pack("<i", value) if abs(value) < 1 << 31 else op.LONG1 + bytes([len(long)]) + long
+    if isinstance(value, float):
+        return op.BINFLOAT + struct.pack(">d", value)
+    if isinstance(value, str):
+        return op.BINUNICODE + struct.pack("<I", len(value.encode())) + value.encode()
+    if isinstance(value, tuple):
+        return op.MARK + b"".join(map(emit, value)) + op.TUPLE
+    if isinstance(value, list):
+        return op.EMPTY_LIST + op.MARK + b"".join(map(emit, value)) + op.APPENDS
+    return op.EMPTY_DICT + op.MARK + b"".join(emit(k) + emit(v) for k, v in value.items()) + op.SETITEMS
+
+
+def glob(name: str) -> Raw:
+    module, _, attribute = name.rpartition(".")
+    return Raw(op.GLOBAL + f"{module}\n{attribute}\n".encode())
+
+
+def call(name: str, *args) -> Raw:
+    return Raw(glob(name) + emit(args) + op.REDUCE)
+
+
+def build(obj, state) -> Raw:
+    return Raw(emit(obj) + emit(state) + op.BUILD)
+
+
+def put(value, index: int) -> Raw:
+    return Raw(emit(value) + op.LONG_BINPUT + struct.pack("<I", index))
+
+
+def get(index: int) -> Raw:
+    return Raw(op.LONG_BINGET + struct.pack("<I", index))
+
+
+def storage(key="0", kind="Float", numel=6, *view) -> Raw:
+    return Raw(emit(("storage", glob(f"torch.{kind}Storage"), key, "cuda:0", numel, *view)) + op.BINPERSID)
+
+
+def tensor(store=None, offset=0, shape=(2, 3), strides=(3, 1)) -> Raw:
+    args = store or storage(), offset, shape, strides, False, call("collections.OrderedDict")
+    return call("torch._utils._rebuild_tensor_v2", *args)
+
+
+def program(value, protocol=2) -> bytes:
+    return op.PROTO + bytes([protocol]) + emit(value) + op.STOP
+
+
+SIX = np.arange(6, dtype=np.float32)
+
+
+def zip_bytes(pickle: bytes, storages=None, kind=zipfile.ZIP_STORED, **more: str) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", kind) as archive:
+        archive.writestr("archive/data.pkl", pickle)
+        archive.writestr("archive/byteorder", "little")
+        for key, array in ({"0": SIX} if storages is None else storages).items():
+            archive.writestr(f"archive/data/{key}", array.tobytes())
+        for name, text in more.items():
+            archive.writestr(name, text)
+    return out.getvalue()
+
+
+def legacy_bytes(pickle: bytes, storages=None, little=True, magic=torchfile.LEGACY_MAGIC) -> bytes:
+    if storages is None:
+        storages = {"0": SIX} if emit("storage") in pickle else {}
+    head = [program(magic), program(1001), program({"little_endian": little}), pickle, program(list(storages))]
+    return b"".join(head) + b"".join(struct.pack("<q", a.size) + a.tobytes() for a in storages.values())
+
+
+FORMATS = {"zip": zip_bytes, "legacy": legacy_bytes}
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Writes bytes to a file and reads it."""
+
+    def load(data: bytes):
+        (tmp_path / "model.pth").write_bytes(data)
+        return read(tmp_path / "model.pth")
+
+    return load
+
+
+@pytest.fixture
+def refused(load):
+    """The message with which a file of these bytes is refused."""
+
+    def refused(data: bytes, match: str) -> str:
+        with pytest.raises(WeightsError, match=match) as info:
+            load(data)
+        assert "model.pth" in str(info.value)
+        return str(info.value)
+
+    return refused
+
+
+@pytest.fixture(params=FORMATS)
+def in_format(request):
+    return FORMATS[request.param]
+
+
+# --- What is read.
+
+
+def test_state_dict(load, in_format):
+    weights = call("collections.OrderedDict")
+    weights = Raw(weights + op.MARK + emit("fc.weight") + tensor() + op.SETITEMS)
+    weights = build(weights, {"_metadata": call("collections.OrderedDict")})
+    saved = load(in_format(program({"state_dict": weights, "epoch": 3, "best": 0.5, "names": ["a", None, (True,)]})))
+    assert (saved["epoch"], saved["best"], saved["names"]) == (3, 0.5, ["a", None, (True,)])
+    assert type(saved["state_dict"]) is OrderedDict
+    array = saved["state_dict"]["fc.weight"]
+    np.testing.assert_array_equal(array, SIX.reshape(2, 3), strict=True)
+    assert array.flags.c_contiguous
+    assert array.flags.writeable
+
+
+@pytest.mark.parametrize(
+    ("view", "expected"),
+    [
+        ((0, (3, 2), (1, 3)), SIX.reshape(2, 3).T),
+        ((4, (2,), (1,)), SIX[4:]),
+        ((5, (), ()), SIX[5]),
+        ((1, (2, 2), (2, 1)), [[1, 2], [3, 4]]),
+        ((0, (1, 6), (2**61, 1)), SIX[None]),  # the stride of a dimension of one counts for nothing
+        ((0, (0, 5), (5, 1)), np.empty((0, 5))),
+    ],
+)
+def test_views(load, in_format, view, expected):
+    array = load(in_format(program(tensor(storage(), *view))))
+    np.testing.assert_array_equal(array, np.asarray(expected, np.float32), strict=True)
+    assert array.flags.c_contiguous
+
+
+def test_shared_storage(load, in_format):
+    """Tied names share an array, as they share memory in torch; different views never share memory."""
+    saved = load(in_format(program({"a": tensor(), "b": tensor(), "c": tensor(None, 0, (6,), (1,))})))
+    assert saved["a"] is saved["b"]
+    assert not np.shares_memory(saved["a"], saved["c"])
+
+
+def test_extras(load, in_format):
+    dtype = build(call("numpy.dtype", "f8", False, True), (3, "<", None, None, None, -1, -1, 0))
+    raw = call("_codecs.encode", struct.pack("<d", 91.5).decode("latin1"), "latin1")
+    scalar = call("numpy.core.multiarray.scalar", dtype, raw)
+    namespace = build(Raw(glob("argparse.Namespace") + op.EMPTY_TUPLE + op.NEWOBJ), {"lr": 0.1})
+    extras = {
+        "best_acc": scalar,
+        "args": namespace,
+        "milestones": call("collections.Counter", {30: 1}),
+        "size": call("torch.Size", (1, 2)),
+        "device": call("torch.device", "cuda", 0),
+        "dtype": glob("torch.bfloat16"),
+        "old": call("torch._utils._rebuild_tensor", storage(), 0, (6,), (1,)),
+        "parameter": call("torch._utils._rebuild_parameter", tensor(), True, call("collections.OrderedDict")),
+        "python2": Raw(op.SHORT_BINSTRING + b"\x03abc"),
+        "ordered": call("collections.OrderedDict", [["k", 1]]),
+    }
+    saved = load(in_format(program(extras)))
+    np.testing.assert_array_equal(saved.pop("old"), SIX)
+    np.testing.assert_array_equal(saved.pop("parameter"), SIX.reshape(2, 3))
+    assert type(saved["best_acc"]) is float
+    assert saved.pop("dtype").name == "bfloat16"
+    assert saved == {
+        "best_acc": 91.5, "args": {"lr": 0.1}, "milestones": {30: 1}, "size": (1, 2), "device": ("cuda", 0),
+        "python2": "abc", "ordered": {"k": 1},
+    }  # fmt: skip
+
+
+def test_protocol_4(load, in_format):
+    text = lambda s: op.SHORT_BINUNICODE + bytes([len(s)]) + s.encode()  # noqa: E731
+    body = Raw(text("collections") + op.MEMOIZE + text("OrderedDict") + op.STACK_GLOBAL + op.EMPTY_TUPLE + op.REDUCE)
+    body = Raw(op.FRAME + struct.pack("<Q", len(body)) + body)
+    assert load(in_format(program(body, protocol=4), {})) == {}
+
+
+def test_storage_view_of_the_legacy_format(load):
+    window = storage("0", "Float", 6, ("9", 2, 3))
+    np.testing.assert_array_equal(load(legacy_bytes(program(tensor(window, 1, (2,), (1,))))), SIX[3:5])
+
+
+def test_bool_bytes_become_bools(load, in_format):
+    data = {"0": np.array([0, 1, 2, 255], np.uint8)}
+    array = load(in_format(program(tensor(storage("0", "Bool", 4), 0, (4,), (1,))), data))
+    assert array.view(np.uint8).tolist() == [0, 1, 1, 1]
+
+
+def test_checkpoint_of_many_tensors(load):
+    """The steps of a pickle suffice for what has few bytes a tensor."""
+    count = 5000
+    tensors = {f"{i}": tensor(storage(f"{i}", "Long", 1), 0, (), ()) for i in range(count)}
+    saved = load(legacy_bytes(program(tensors), {f"{i}": np.array([i]) for i in range(count)}))
+    assert [int(array) for array in saved.values()] == list(range(count))
+
+
+# --- Files of other kinds.
+
+
+@pytest.mark.parametrize(
+    ("data", "match"),
+    [
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html>Sign in</html>", "web page"),
+        (bytes(257) + b"ustar\x0000" + bytes(248), "tar archive"),
+        (struct.pack("<Q", 40) + b'{"__metadata__":{}}', "safetensors"),
+        (b"Not Found", "not a file of torch.save"),
+        (program({"a": 1}), "a pickle, but not one that torch.save wrote"),
+        (zip_bytes(b"", {}, **{"archive/constants.pkl": "", "archive/code/x.py": ""}), "TorchScript"),
+        (zip_bytes(program(1), {}, **{"other/data.pkl": ""}), "not of torch.save"),
+        (zip_bytes(program(1), {})[:100], "cut short"),
+        (legacy_bytes(program(1), {}, little=False), "big-endian"),
+        (zip_bytes(program(1), {}).replace(b"little", b"tittle"), "CRC"),
+    ],
+)  # fmt: skip
+def test_other_files(refused, data, match):
+    refused(data, match)
+
+
+def test_big_endian_archive(refused):
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("a/data.pkl", program(1))
+        archive.writestr("a/byteorder", "big")
+    refused(out.getvalue(), "big-endian")
+
+
+def test_missing_and_folder(tmp_path):
+    with pytest.raises(WeightsError, match=r"nothing\.pth cannot be read \(No such file"):
+        read(tmp_path / "nothing.pth")
+    with pytest.raises(WeightsError, match="is a folder"):
+        read(str(tmp_path))
+    with pytest.raises(WeightsError):
+        read("nul\0byte")
+
+
+# --- Hostile pickles, each in both formats.
+
+
+@pytest.mark.parametrize(
+    "name", ["os.system", "posix.system", "builtins.eval", "builtins.getattr", "operator.attrgetter"]
+)
+def test_forbidden_globals(refused, in_format, tmp_path, name):
+    order = f"touch {tmp_path}/ran" if "system" in name else f"open('{tmp_path}/ran', 'w')"
+    message = refused(in_format(program(call(name, order))), f"forbidden global '{name}'")
+    assert "torch.save(model.state_dict()" in message
+    assert not (tmp_path / "ran").exists()
+
+
+def test_forbidden_global_of_protocol_4(refused, in_format):
+    refused(in_format(program(Raw(emit("os") + emit("system") + op.STACK_GLOBAL), 4)), r"'os\.system'")
+
+
+def test_whole_module(refused, in_format):
+    model = Raw(glob("torchvision.models.resnet.ResNet") + op.EMPTY_TUPLE + op.NEWOBJ)
+    refused(in_format(program(build(model, {"training": True}))), r"resnet\.ResNet.*model\.state_dict\(\)")
+
+
+def test_attribute_of_an_allowed_global(refused, in_format):
+    name = "collections.OrderedDict.__init__.__globals__"
+    refused(in_format(program(Raw(emit("collections") + emit(name[12:]) + op.STACK_GLOBAL), 4)), "forbidden global")
+
+
+@pytest.mark.parametrize(
+    ("body", "match"),
+    [
+        (call("torch._utils._rebuild_parameter", call("os.system", "true")), "forbidden"),  # nested
+        (Raw(emit("eval") + emit(("1",)) + op.REDUCE), "str where function"),
+        (Raw(call("collections.OrderedDict") + emit(()) + op.REDUCE), "OrderedDict where function"),
+        (call("collections.OrderedDict", 5), "int where tuple"),
+        (call("_codecs.encode", "x", "rot13"), "another encoding"),
+        (call("numpy.core.multiarray.scalar", call("numpy.dtype", "O"), "12345678"), "'O'"),
+        (call("numpy.core.multiarray.scalar", "f8", "12345678"), "no number"),
+        (build(call("numpy.dtype", "f8"), (3, ">")), "big-endian"),
+        (build([], {"__setstate__": 1}), "sets attributes of a list"),
+        (build(glob("torch.float32"), {"names": 1}), "dict where tuple"),
+        (build(glob("collections.OrderedDict"), {"__init__": 1}), "sets attributes of a function"),
+        (build(tensor(), {"shape": (9,)}), "sets attributes of a _Tensor"),
+        (Raw(op.MARK + emit("ls") + op.INST + b"os\nsystem\n"), "opcode 0x69"),
+        (Raw(op.MARK + glob("collections.OrderedDict") + op.OBJ), "opcode 0x6f"),
+        (Raw(glob("collections.OrderedDict") + emit(()) + emit({}) + op.NEWOBJ_EX), "opcode 0x92"),
+        (Raw(op.EXT1 + b"\x01"), "opcode 0x82"),
+        (Raw(op.EXT4 + b"\x01\0\0\0"), "opcode 0x84"),
+        (Raw(op.PERSID + b"1\n"), "opcode 0x50"),
+        (Raw(op.INT + b"1\n"), "opcode 0x49"),
+        (Raw(op.LONG4 + struct.pack("<i", 1 << 30)), "opcode 0x8b"),
+        (Raw(op.BINUNICODE8 + struct.pack("<Q", 1 << 62)), "more expected"),
+        (Raw(op.BINBYTES8 + struct.pack("<Q", (1 << 64) - 1)), "more expected"),
+        (Raw(op.BINSTRING + struct.pack("<i", -5)), "more expected"),
+        (Raw(op.FRAME + struct.pack("<Q", 1 << 60) + op.NONE), "frame of"),
+        (Raw(op.PROTO + b"\x09" + op.NONE), "protocol or frame of 9"),
+        (get(7), "KeyError"),
+        (Raw(b""), "IndexError"),
+        (Raw(op.TUPLE), "IndexError"),
+        (Raw(op.BINUNICODE + b"\x01\0\0\0\xff"), "UnicodeDecodeError"),
+        (Raw(op.EMPTY_DICT + op.MARK + op.NONE + op.SETITEMS), "zip"),
+        (Raw(op.EMPTY_DICT + emit(()) + op.NONE + op.SETITEM), "tuple where str"),
+        (Raw(op.EMPTY_DICT + emit((1 << 61) - 1 << 61) + op.NONE + op.SETITEM), "64 bits"),
+        (Raw(op.NONE + op.NONE + op.APPEND), "NoneType where list"),
+        (Raw(emit(5) + op.BINPERSID), "int where tuple"),
+        (Raw(emit(("module", None, "0", "cpu", 6)) + op.BINPERSID), "names no storage"),
+        (storage(), "by itself"),
+        ({"f": glob("_codecs.encode")}, "by itself"),
+    ],
+)  # fmt: skip
+def test_hostile_pickles(refused, in_format, body, match):
+    refused(in_format(program(body)), match)
+
+
+@pytest.mark.parametrize(
+    ("view", "match"),
+    [
+        ((0, (1 << 40,), (1,)), "larger than its storage"),
+        ((0, (1 << 40,), (0,)), "larger than its storage"),  # four bytes expanded to terabytes
+        ((0, (1 << 40, 1 << 40), (0, 0)), "larger than its storage"),
+        ((6, (1,), (1,)), "larger than its storage"),
+        ((5, (2,), (1,)), "larger than its storage"),
+        ((0, (2, 4), (2, 1)), "larger than its storage"),  # overlapping rows, eight elements of six
+        ((1 << 61, (1,), (1,)), "larger than its storage"),
+        ((-1, (1,), (1,)), "negative"),
+        ((5, (6,), (-1,)), "negative"),
+        ((0, (-1, -6), (1, 1)), "negative"),
+        ((0, (1 << 70, 0), (1, 1)), "huge"),
+        ((0, (2, 3), (1,)), "missing size"),
+        ((0, (True,), (1,)), "missing size"),
+        ((0, (1,) * 33, (1,) * 33), "missing size"),
+        ((0, (2.0,), (1,)), "missing size"),
+        ((0, (0, 1 << 61), (1, 1)), "damaged"),  # an empty array that numpy cannot describe
+    ],
+)  # fmt: skip
+def test_tensor_outside_its_storage(refused, in_format, view, match):
+    refused(in_format(program(tensor(storage(), *view))), match)
+
+
+@pytest.mark.parametrize(
+    ("body", "match"),
+    [
+        ([tensor(), tensor(storage("0", "Double", 3), 0, (3,), (1,))], "two types or sizes"),
+        ([tensor(), tensor(storage("0", "Float", 7))], "two types or sizes"),
+        (tensor(storage("0", "Float", -1), 0, (0,), (1,)), "names no storage"),
+        (tensor(storage("0", "Float", 6, ("1", 4, 3)), 0, (1,), (1,)), "names no storage"),
+        (tensor(storage("0", "Float", 1 << 50)), "cut short"),
+        (tensor(storage("0", "Float", 7)), "not the 28 bytes|two sizes"),
+        (tensor(storage("1")), "not the 24 bytes|other storages"),
+        (tensor(storage("../../etc/passwd")), "not the 24 bytes|other storages"),
+        (call("torch._utils._rebuild_tensor_v3", storage(), 0, (), (), False, None, glob("torch.float64")), "reinterp"),
+        (call("torch._utils._rebuild_tensor_v2", storage(), 0, (3,), (1,), False, None, {"conj": True}), "lazy"),
+        ([tensor(None, i, (6 - i - j,), (1,)) for i in range(6) for j in range(6 - i)], "asks for 224 bytes"),
+    ],
+)  # fmt: skip
+def test_storages_that_do_not_fit(refused, in_format, body, match):
+    refused(in_format(program(body)), match)
+
+
+def test_recursive_structure(refused, in_format):
+    own = Raw(put(Raw(op.EMPTY_DICT), 0) + emit("self") + get(0) + op.SETITEM)
+    refused(in_format(program(own)), "contains itself")
+
+
+def test_deep_nesting(load, refused, in_format):
+    deep = lambda levels: program(Raw(op.EMPTY_TUPLE + levels * op.TUPLE1))  # noqa: E731
+    load(in_format(deep(torchfile.MAX_DEPTH), {}))
+    refused(in_format(deep(torchfile.MAX_DEPTH + 1)), "nests deeper")
+    refused(in_format(deep(100_000)), "nests deeper")
+
+
+def test_billion_laughs(refused, in_format, monkeypatch):
+    """Lists in lists by memo references: a few bytes, and 2^60 values for who walks over them."""
+    monkeypatch.setattr(torchfile, "FREE_STEPS", 20_000)
+    body = put([], 0)
+    for i in range(60):
+        body = Raw(body + put([get(i), get(i)], i + 1))
+    refused(in_format(program(body)), "builds far more")
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        Raw(glob("collections.OrderedDict") + get(0) + op.TUPLE1 + op.REDUCE),
+        Raw(op.EMPTY_DICT + get(1) + op.BUILD),
+        Raw(glob("_codecs.encode") + get(2) + emit("latin1") + op.TUPLE2 + op.REDUCE),
+    ],
+)
+def test_copies_are_paid_for(refused, in_format, monkeypatch, copy):
+    """A large value in the memo, copied by ever so few bytes."""
+    monkeypatch.setattr(torchfile, "FREE_STEPS", 20_000)
+    pairs = put([(i, None) for i in range(500)], 0) + put(dict.fromkeys(range(500)), 1) + put("x" * 100_000, 2)
+    refused(in_format(program(Raw(pairs + copy * 200))), "builds far more")
+
+
+def test_pickle_longer_than_allowed(refused, in_format, monkeypatch):
+    monkeypatch.setattr(torchfile, "MAX_PICKLE", 1000)
+    refused(in_format(program("x" * 1000)), "more than 1,000 bytes|first 1,000 bytes")
+
+
+# --- Hostile archives.
+
+GOOD = program({"w": tensor(), "epoch": 7})
+
+
+def directory(data: bytes, name: str) -> int:
+    """Where the directory's record of an entry begins."""
+    return data.rindex(name.encode()) - 46
+
+
+def test_compressed_entry(refused):
+    refused(zip_bytes(GOOD, kind=zipfile.ZIP_DEFLATED), "compressed or encrypted")
+
+
+def test_encrypted_entry(refused):
+    data = bytearray(zip_bytes(GOOD))
+    data[directory(data, "archive/data/0") + 8] |= 1
+    refused(bytes(data), "compressed or encrypted")
+
+
+def test_duplicate_entry(refused):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zipfile warns the writer
+        data = zip_bytes(GOOD, **{"archive/data/0": "another"})
+    refused(data, "two entries of one name")
+
+
+@pytest.mark.parametrize("name", ["../evil", "archive/../../evil", "/etc/evil", "archive\\..\\evil"])
+def test_path_traversal(refused, name):
+    refused(zip_bytes(GOOD, **{name: "x"}), "leads out of the archive")
+
+
+def test_overlapping_entries(refused):
+    """Two names for the same bytes, as zip bombs have them."""
+    data = bytearray(zip_bytes(GOOD, {"0": SIX, "1": SIX}))
+    first, second = directory(data, "archive/data/0"), directory(data, "archive/data/1")
+    data[second + 42 : second + 46] = data[first + 42 : first + 46]
+    refused(bytes(data), "overlaps")
+
+
+def test_entry_larger_than_the_file(refused):
+    data = bytearray(zip_bytes(GOOD))
+    at = directory(data, "archive/data/0") + 20
+    data[at : at + 8] = struct.pack("<II", 1 << 30, 1 << 30)
+    refused(bytes(data), "overlaps another or the end")
+
+
+def test_directory_larger_than_its_file_explains(refused, monkeypatch):
+    monkeypatch.setattr(torchfile, "MAX_DIRECTORY", 1000)
+    refused(zip_bytes(GOOD, {}, **{f"archive/{i}": "" for i in range(100)}), "directory larger")
+
+
+def zip64(data: bytes, length: int, record=b"PK\6\6") -> bytes:
+    """The archive with zip64 records, as torch writes them, that give its directory this many bytes."""
+    entries, end = struct.unpack("<H", data[-12:-10])[0], data[-22:]
+    size, offset = struct.unpack("<II", end[12:20])
+    sizes = struct.pack("<QHHIIQQQQ", 44, 45, 45, 0, 0, entries, entries, length or size, offset)
+    locator = struct.pack("<4sIQI", b"PK\6\7", 0, len(data) - 22, 1)
+    return data[:-22] + record + sizes + locator + end
+
+
+def test_zip64(load, refused):
+    assert load(zip64(zip_bytes(GOOD), 0))["epoch"] == 7
+    refused(zip64(zip_bytes(GOOD), 10 << 20), "directory larger")
+    refused(zip64(zip_bytes(GOOD), 0, record=b"PK\6\0"), "cut short")
+
+
+def test_zip64_offset_beyond_any_file(refused):
+    data = zip_bytes(GOOD)
+    at = directory(data, "archive/data/0")
+    extra = struct.pack("<HHQ", 1, 8, 1 << 63)
+    header = bytearray(data[at : at + 46 + 14])
+    header[30:32], header[42:46] = struct.pack("<H", len(extra)), b"\xff" * 4
+    end = bytearray(data[at + 60 :])
+    end[12:16] = struct.pack("<I", struct.unpack("<I", end[12:16])[0] + len(extra))
+    refused(data[:at] + bytes(header) + extra + bytes(end), "offset-sized integer")
+
+
+def test_legacy_goes_on(refused):
+    refused(legacy_bytes(GOOD) + b"\0", "goes on")
+
+
+def test_legacy_storage_listed_twice(refused):
+    data = legacy_bytes(GOOD).replace(program(["0"]), program(["0", "0"])) + struct.pack("<q", 6) + SIX.tobytes()
+    refused(data, "other storages")
+
+
+# --- Damage: every truncation and every flipped byte of a small file.
+
+
+def equal(a, b) -> bool:
+    return a.keys() == b.keys() and a["epoch"] == b["epoch"] and np.array_equal(a["w"], b["w"])
+
+
+def test_every_truncation_is_found(refused, in_format):
+    data = in_format(GOOD)
+    for length in range(len(data)):
+        refused(data[:length], "model.pth")
+
+
+def test_flipped_bytes(load, in_format):
+    """In an archive each is found or harmless; in the legacy format a number may change, and nothing worse happens."""
+    data = in_format(GOOD)
+    whole = load(data)
+    outcomes = []
+    for position in range(len(data)):
+        for mask in (0x01, 0xFF):
+            damaged = bytearray(data)
+            damaged[position] ^= mask
+            try:
+                saved = load(bytes(damaged))
+            except WeightsError:
+                outcomes.append(False)
+            else:
+                outcomes.append(True)
+                assert in_format is legacy_bytes or equal(saved, whole)
+    assert 0 < sum(outcomes) < len(outcomes) // 2
+
+
+# --- Fuzzing: whatever the bytes, an object or a WeightsError.
+
+
+@pytest.fixture(scope="module")
+def survives(tmp_path_factory):
+    path: Path = tmp_path_factory.mktemp("fuzz") / "model.pth"
+
+    def survives(data: bytes) -> None:
+        path.write_bytes(data)
+        with contextlib.suppress(WeightsError):
+            read(path)
+
+    return survives
+
+
+OPCODES = [
+    getattr(op, name) for name in dir(op) if isinstance(getattr(op, name), bytes) and len(getattr(op, name)) == 1
+]
+FRAGMENTS = [
+    *OPCODES, tensor(), storage(), emit({"a": [1, (2.0,)]}), emit("latin1"), emit(()), put([], 0), get(0), b"\0\0\0\0",
+    *(glob(name) for name in torchfile._GLOBALS), call("numpy.dtype", "f8"), emit(1 << 100),
+]  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from([b"", b"PK\3\4", b"\x80\2", program(torchfile.LEGACY_MAGIC)]), st.binary(max_size=300))
+def test_random_bytes(survives, start, rest):
+    survives(start + rest)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(list(FORMATS)), st.lists(st.sampled_from(FRAGMENTS), max_size=40))
+def test_random_programs(survives, kind, fragments):
+    survives(FORMATS[kind](program(Raw(b"".join(fragments)))))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(list(FORMATS)), st.booleans(), st.data())
+def test_random_mutations(survives, kind, inside, data):
+    """Spans of a good file replaced; ``inside``: of its pickle, under a checksum that is right."""
+    content = GOOD if inside else FORMATS[kind](GOOD)
+    for _ in range(data.draw(st.integers(1, 4))):
+        start = data.draw(st.integers(0, len(content)))
+        stop = start + data.draw(st.integers(0, 8))
+        content = content[:start] + data.draw(st.binary(max_size=8)) + content[stop:]
+    survives(FORMATS[kind](content) if inside else content)
+
+
+# --- Memory: a small multiple of the file's size beyond a constant, which the first test makes small.
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        Raw(op.EMPTY_DICT * 2_000_000),
+        Raw(op.MARK * 2_000_000),
+        Raw(op.EMPTY_LIST + op.MEMOIZE * 2_000_000),
+        Raw(op.NONE + b"".join(op.LONG_BINPUT + struct.pack("<I", i * 7919) for i in range(400_000))),
+        Raw(call("collections.OrderedDict") * 50_000),
+        [tensor(None, 0, (1 << 45,), (0,))],
+        tensor(storage("0", "Double", 1 << 45), 0, (1 << 45,), (1,)),
+        [tensor(storage("0", "Byte", 1 << 16), i, (1 << 15,), (1,)) for i in range(1 << 10)],
+    ],
+    ids=["dicts", "marks", "memoize", "memo", "calls", "stride 0", "large storage", "views"],
+)
+def test_memory(refused, in_format, monkeypatch, body):
+    monkeypatch.setattr(torchfile, "FREE_STEPS", 10_000)
+    data = in_format(program(body), {"0": np.zeros(1 << 16, np.uint8)} if type(body) is list else None)
+    tracemalloc.start()
+    try:
+        refused(data, "builds far more|larger than its|cut short|asks for")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 6 * len(data) + (4 << 20)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc and address space limits are Linux's")
+def test_memory_limit_of_the_system(tmp_path):
+    """The same with nothing made small, in a process that may take 256 MiB more than Python itself."""
+    laughs = put([], 0)
+    for i in range(60):
+        laughs = Raw(laughs + put([get(i), get(i)], i + 1))
+    bodies = [
+        Raw(op.NONE + op.LONG_BINPUT + b"\xff\xff\xff\x7f"),  # the C unpickler reserves 32 GiB for this memo index
+        Raw(op.BINUNICODE8 + struct.pack("<Q", 1 << 40)),
+        Raw(op.EMPTY_DICT * 1_000_000),
+        laughs,
+        tensor(None, 0, (1 << 45,), (0,)),
+    ]
+    paths = []
+    for body, kind in zip(bodies, ["zip", "legacy", "zip", "legacy", "zip"], strict=True):
+        paths.append(tmp_path / f"{len(paths)}.pth")
+        paths[-1].write_bytes(FORMATS[kind](program(body)))
+    script = """
+import resource, sys
+from convert.torchfile import read
+from jresnet.errors import WeightsError
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (taken + (256 << 20),) * 2)
+for path in sys.argv[1:]:
+    try:
+        read(path)
+        print("read")
+    except WeightsError:
+        print("refused")
+"""
+    done = subprocess.run([sys.executable, "-c", script, *map(str, paths)], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["read"] + ["refused"] * 4
