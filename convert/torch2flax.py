@@ -73,7 +73,7 @@ def convert_verbosely(
     dialect = keymap.find_dialect(shapes.keys(), kept)
     paths = {keymap.torch_key(path, dialect): path for path in shapes}
 
-    expected = {key: _torch_shape(shapes[path]) for key, path in paths.items()}
+    expected = {key: torch_shape(shapes[path]) for key, path in paths.items()}
     problems = weights.differences(expected, {key: tuple(value.shape) for key, value in kept.items()})
     arrays: dict[str, np.ndarray] = {}
     for key in paths.keys() & kept.keys():
@@ -131,7 +131,7 @@ def _float32(value: Any) -> np.ndarray:
     return np.ascontiguousarray(value, dtype=np.float32)
 
 
-def _torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+def torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """HWIO -> OIHW, IO -> OI."""
     return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else shape[::-1]
 
@@ -233,10 +233,11 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     say("source", f"{path}, sha256 {provenance['source_sha256']}")
     conversion = convert_verbosely(state_dict, args.arch, source=str(path), **chosen)
     provenance["dialect"] = conversion.dialect
+    counters = f"; {conversion.dropped} num_batches_tracked dropped: only PyTorch's momentum=None reads them"
     say(
         "mapped",
-        f"{len(conversion.arrays)} tensors, each used once ({conversion.dialect} naming); {conversion.dropped} "
-        "num_batches_tracked dropped: only PyTorch's momentum=None reads them",
+        f"{len(conversion.arrays)} tensors, each used once ({conversion.dialect} naming)"
+        f"{counters if conversion.dropped else ''}",
     )
     check = verify.check(conversion.model, args.arch, conversion.arrays, args.verify)
     say("verified", str(check))

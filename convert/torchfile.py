@@ -37,9 +37,9 @@ from jresnet.errors import WeightsError
 MAX_PICKLE = 64 << 20  # bytes; a tensor takes about 150: room for 400,000 of them
 MAX_DEPTH = 100  # levels of dicts, lists and tuples
 MAX_VIEWS = 4  # all arrays together, as a multiple of the storages they share
-FREE_STEPS = 500_000  # pickle instructions that any file may run: 11,000 tensors. One costs up to 130 bytes of memory,
+FREE_STEPS = 500_000  # pickle instructions that any file may run: 11,000 tensors. One costs about 100 bytes of memory,
 BYTES_PER_STEP = 64  # so a larger file may run one more for so many bytes
-MAX_DIRECTORY = 1 << 20  # bytes of a zip archive's directory, and a quarter of the file; zipfile takes 15 times as much
+MAX_DIRECTORY = 1 << 20  # bytes of a zip archive's directory, and a quarter of the file; zipfile takes 12 times as much
 CHUNK = 1 << 20  # bytes read at a time, so that a large storage is not held twice
 LEGACY_MAGIC, LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001  # torch/serialization.py: MAGIC_NUMBER, PROTOCOL_VERSION
 ADVICE = "only tensors, numbers and strings in dicts and lists are read; save with torch.save(model.state_dict(), path)"

@@ -22,7 +22,6 @@ import re
 import struct
 import sys
 import tarfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -131,12 +130,19 @@ def load_cifar10(data_dir: str | Path | None = None, *, download: bool = True, p
     if download or archive.exists():  # one that is there already, from an interrupted run, needs no network
         if importlib.util.find_spec("tensorflow_datasets") is None:  # better told before the download than after it
             raise DataError(_MISSING.format("tensorflow-datasets"))
+        existed = home.exists()
         try:
             dataset = _read_layout(fetch(URLS, archive, sha256=ARCHIVE_SHA256, progress=progress))
             store = prepare_tfds(dataset, home, progress=progress)
             return replace(dataset, source=f"download {archive}, prepared as TFDS store {store}")
         except DownloadError as error:
             reason = str(error)
+            with contextlib.suppress(
+                OSError
+            ):  # a mistyped data_dir is not to stay behind; rmdir spares what has content
+                archive.parent.rmdir()
+                if not existed:
+                    home.rmdir()
     raise DataError(
         f"found no CIFAR-10: no TFDS store in {' or '.join(str(p) for p in dict.fromkeys([home, default]))}, "
         f"no official archive or extracted folder in {here}; {reason}\n{_HELP}"
@@ -302,7 +308,7 @@ def _read_layout(path: Path) -> Dataset:
                 batches[_BATCH[file]] = parse(stream.read())
             except DataError as error:
                 problems.append(f"{file} {error}")
-    except (DataError, OSError, EOFError, zlib.error, tarfile.TarError) as error:
+    except Exception as error:  # a damaged archive fails in gzip's, zlib's and tarfile's many ways
         problems.append(f"it cannot be read to its end: {error}")
     else:  # what a torn archive lacks is not worth a line
         missing = [name[:-4] for name in OFFICIAL if name not in seen]

@@ -23,9 +23,7 @@ def step_decay(lr: float, milestones: Sequence[float], gamma: float, steps_per_e
     for milestone in milestones:  # two milestones may fall on one step
         step = round(milestone * steps_per_epoch)
         scales[step] = scales.get(step, 1.0) * gamma
-    schedule = optax.piecewise_constant_schedule(lr, scales)
-    # optax lowers the rate after the boundary's step (count > boundary); PyTorch's scheduler at it.
-    return lambda count: schedule(count + 1)
+    return optax.piecewise_constant_schedule(lr, scales)
 
 
 def sgd(

@@ -28,19 +28,22 @@ def duration(seconds: float) -> str:
 
 
 class Metrics:
-    """``metrics.jsonl``, one line an epoch, and the same numbers for TensorBoard."""
+    """``metrics.jsonl``, one line an epoch, and the same numbers for TensorBoard.
 
-    def __init__(self, folder: Path, resumed_at: int | None):
+    ``epochs`` is how many a resumed run has behind it. Its file may hold one more, written before the run was killed and
+    in no checkpoint: it is trained again.
+    """
+
+    def __init__(self, folder: Path, epochs: int):
         from tensorboardX import SummaryWriter
 
         self.path = folder / "metrics.jsonl"
         self.rows: list[dict[str, Any]] = []
-        if resumed_at is not None and self.path.exists():
-            # A run that was killed may have written an epoch that no checkpoint holds: it is trained again.
-            rows = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
-            self.rows = [row for row in rows if row["step"] <= resumed_at]
+        if epochs:
+            self.rows = [json.loads(line) for line in self.path.read_text().splitlines()[:epochs]]
         write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=None if resumed_at is None else resumed_at + 1)
+        last = self.rows[-1]["step"] if self.rows else 0
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=last + 1 if epochs else None)
 
     def add(self, row: dict[str, Any]) -> None:
         """Appends an epoch."""

@@ -238,10 +238,10 @@ class Trainer:
                 self.progress.say(f"resumed  at step {int(self.state.step):,} of {self.total_steps:,}")
             elif resume:
                 self.progress.say("resumed  nothing: no checkpoint yet, so the run begins")
-            metrics = report.Metrics(self.out, int(self.state.step) if found is not None else None)
-            self.session = Session(int(self.state.step))
+            metrics = report.Metrics(self.out, self.done.epochs)
+            self.session = Session(self.done.step_seconds)
             try:
-                while int(self.state.step) < self.total_steps:
+                while self.done.epochs < self.config.epochs:
                     self._train_epoch(checkpoints)
                     self._end_epoch(metrics)
                     checkpoints.save(self.state, dataclasses.asdict(self.done))
@@ -269,7 +269,8 @@ class Trainer:
     def _train_epoch(self, checkpoints: Checkpoints) -> None:
         """Takes the rest of the epoch that the state is in."""
         config, done, session = self.config, self.done, self.session
-        epoch, first = divmod(int(self.state.step), self.steps_per_epoch)
+        epoch = done.epochs
+        first = int(self.state.step) - epoch * self.steps_per_epoch
         order = train.epoch_order(self.order_key, epoch, len(self.splits["train"].labels), config.batch_size)
         self.progress.begin(epoch + 1, config.epochs, self.steps_per_epoch, first)
         start = first
@@ -289,6 +290,7 @@ class Trainer:
             if self.device.platform != "cpu":
                 self.progress.step(taken)
             session.count(taken, seconds)
+            done.step_seconds = session.step_seconds
             done.seconds += seconds
             done.loss_sum += float(rows.loss.astype(np.float64).sum())
             done.correct += int(rows.correct.sum())
@@ -356,7 +358,7 @@ class Trainer:
         if accuracy > done.best_accuracy:
             done.best_accuracy, done.best_epoch = accuracy, epoch
             self._save_weights("best.safetensors", row)
-        done.loss_sum, done.correct = 0.0, 0
+        done.epochs, done.loss_sum, done.correct = epoch, 0.0, 0
 
     @property
     def _judge(self) -> str:
@@ -439,20 +441,22 @@ class Trainer:
 class Done:
     """What a checkpoint keeps of a run beside its state; JSON values."""
 
+    epochs: int = 0  # trained, evaluated and in metrics.jsonl; a signal may fall between the last step and the evaluation
     loss_sum: float = 0.0  # of the steps taken in the current epoch
     correct: int = 0  # images of those steps that were classified rightly
     best_accuracy: float = -1.0  # share, on the split that judges
     best_epoch: int = 0
+    step_seconds: float = 0.0  # what a step took lately
     seconds: float = 0.0  # training and evaluation, over all sessions, compilation included
 
 
 class Session:
     """The pace of this process: what compilation, a step and an evaluation take."""
 
-    def __init__(self, first_step: int):
+    def __init__(self, step_seconds: float) -> None:
         self.steps = 0  # taken in this session
         self.compile_seconds = 0.0
-        self.step_seconds = float("nan")
+        self.step_seconds = step_seconds  # as the session before measured it, until this one has
         self.eval_seconds = 0.0
         self._timed_steps, self._timed_seconds = 0, 0.0
 

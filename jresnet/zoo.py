@@ -89,6 +89,7 @@ def find(arch: str) -> Row:
     """
     if arch in ZOO:
         return ZOO[arch]
-    near = difflib.get_close_matches(arch.lower(), ZOO, n=3, cutoff=0.5)
+    beginnings = [name for name in ZOO if arch and name.startswith(arch.lower())]
+    near = beginnings[:3] or difflib.get_close_matches(arch.lower(), ZOO, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(ZOO)}"
     raise InputError(f"unknown architecture {arch!r}: {hint}")

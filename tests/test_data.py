@@ -99,6 +99,7 @@ def nothing_else_around(tmp_path, monkeypatch):
 
 
 def no_network(urls, path, *, sha256, progress=True):
+    path.parent.mkdir(parents=True, exist_ok=True)  # as the real one does
     raise DownloadError("no route to host")
 
 
@@ -285,8 +286,8 @@ def test_order_of_the_sources(store, layouts, batches, tmp_path, monkeypatch):
     assert data.load_cifar10(mine).source == f"TFDS store {mine}/cifar10/3.0.2 (array_record)"
 
 
-def rewrite_as_tfrecord(store, root, new_id=lambda old: old):
-    """The store's records in TFRecord files, framed by tensorboardX; the metadata says so."""
+def rewrite_as_tfrecord(store, root, change=lambda feature: None):
+    """The store's records, changed, in TFRecord files, framed by tensorboardX; the metadata says so."""
     from array_record.python import array_record_module
     from tensorboardX.record_writer import RecordWriter
     from tensorflow_datasets.proto import tf_example_pb2
@@ -299,10 +300,7 @@ def rewrite_as_tfrecord(store, root, new_id=lambda old: old):
         writer = RecordWriter(str(new / file.name.replace("array_record", "tfrecord")))
         for record in array_record_module.ArrayRecordReader(str(file)).read_all():
             example = tf_example_pb2.Example.FromString(record)
-            ids = example.features.feature["id"].bytes_list.value
-            ids[0] = new_id(ids[0])
-            if not ids[0]:
-                del example.features.feature["id"]
+            change(example.features.feature)
             writer.write(example.SerializeToString())
         writer.close()
     return new
@@ -316,7 +314,7 @@ def test_tfrecord_store(store, batches, tmp_path):
 
 
 def test_a_store_without_ids_keeps_its_order(store, batches, tmp_path):
-    rewrite_as_tfrecord(store, tmp_path, lambda old: b"")
+    rewrite_as_tfrecord(store, tmp_path, lambda feature: feature.pop("id"))
     dataset = data.load_cifar10(tmp_path)
     expected = np.concatenate([batches[name][0] for name in TRAIN])
     assert not np.array_equal(dataset.train.images, expected)
@@ -326,18 +324,60 @@ def test_a_store_without_ids_keeps_its_order(store, batches, tmp_path):
 
 def test_ids_tell_the_batch(store, batches, tmp_path, monkeypatch):
     """Images 0, 2,500, ... 47,500: four in each batch, as the official ones of this test have."""
+
+    def spread(feature):
+        name, number = feature["id"].bytes_list.value[0].split(b"_")
+        feature["id"].bytes_list.value[0] = b"%s_%05d" % (name, 2500 * int(number))
+
     official(monkeypatch, batches)
-    rewrite_as_tfrecord(store, tmp_path, lambda old: b"%s_%05d" % (old[:-6], 2500 * int(old[-5:])))
+    rewrite_as_tfrecord(store, tmp_path, spread)
     dataset = data.load_cifar10(tmp_path)
     check(dataset, batches)
     assert dataset.verified == dict.fromkeys(data.OFFICIAL, True)
     assert dataset.notes == ()
 
 
-@pytest.mark.parametrize("new_id", [b"train_00001", b"train_x", b"\xff"])
-def test_ids_that_tell_nothing(new_id, store, tmp_path):
-    rewrite_as_tfrecord(store, tmp_path, lambda old: new_id if old.startswith(b"train") else old)
-    refused(tmp_path, "cannot be used", "remove it")
+def png(*args):
+    buffer = io.BytesIO()
+    Image.new(*args).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("id", b"train_00001"),  # all the same
+        ("id", b"train_x"),
+        ("id", b"other_00001"),
+        ("id", b"\xff"),
+        ("label", 10),
+        ("label", -1),
+        ("image", b"no image"),
+        ("image", png("L", (32, 32))),
+        ("image", png("RGB", (64, 16))),
+        ("image", png("RGB", (32, 32))[:-30]),
+    ],
+)
+def test_records_that_are_not_of_cifar10(key, value, store, tmp_path):
+    def change(feature):
+        values = feature[key].int64_list.value if key == "label" else feature[key].bytes_list.value
+        values[0] = value
+
+    rewrite_as_tfrecord(store, tmp_path, change)
+    refused(
+        tmp_path,
+        "cannot be used",
+        "remove it",
+        f"label {value}" if key == "label" else "",
+    )
+
+
+def test_a_store_with_too_few_records(store, tmp_path):
+    (file,) = rewrite_as_tfrecord(store, tmp_path).glob("*train*")
+    content = file.read_bytes()
+    (length,) = struct.unpack_from("<Q", content)
+    file.write_bytes(content[: 12 + length + 4])
+    refused(tmp_path, "train has 1 of 20 records", "remove it")
 
 
 @pytest.mark.parametrize("cut", [1, 5000, 20_000])
@@ -382,7 +422,7 @@ def test_a_damaged_store(damage, store, tmp_path):
         info.write_text(json.dumps(described))
     else:
         info.write_text("{")
-    refused(tmp_path, "cannot be used", "remove it")
+    refused(tmp_path, "cannot be used", "remove it", "array_record or tfrecord" if damage == "format" else "")
 
 
 def test_prepare_refuses(store, layouts, tmp_path):
@@ -525,13 +565,22 @@ def test_no_data_and_no_network(given, download, tmp_path):
     for text in [*helps, str(data_dir or "data"), str(tmp_path / "tfds")]:
         assert text in message
     assert ("no route to host" if download else "not allowed") in message
-    assert not (tmp_path / "missing").exists()
+    assert not list(tmp_path.rglob("downloads"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cwd", "empty"][: 1 + (given == "empty")]
 
 
 def test_the_official_digests_are_whole():
     digests = [*data.OFFICIAL.values(), data.ARCHIVE_SHA256]
     assert len(set(digests)) == 7
     assert all(len(bytes.fromhex(digest)) == 32 for digest in digests)
+
+
+def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(data, "_find_layout", refuse)
+    refused(tmp_path, "Permission denied")
 
 
 def test_a_missing_archive_is_not_taken_for_a_new_folder(tmp_path):
@@ -586,11 +635,26 @@ def test_labels_of_pickles(label, batches, tmp_path):
     refused(with_batch(tmp_path, batches, python2_batch(images, [*labels[:3], label])), f"label {label} at image 3")
 
 
-@pytest.mark.parametrize("labels", ["1234", [0, 1, 2.0, 3], [0, 1, None, 3], [0, 1, True, 3], [], {0: 1}])
+@pytest.mark.parametrize("labels", ["1234", [0, 1, 2.0, 3], [0, 1, None, 3], [0, 1, True, 3], [], {0: 1}, 5])
 def test_labels_that_are_none(labels, batches, tmp_path):
     images, _ = batches["data_batch_3"]
     content = pickle.dumps({b"data": planes(images), b"labels": labels}, protocol=2)
-    refused(with_batch(tmp_path, batches, content), "data_batch_3 has")
+    refused(with_batch(tmp_path, batches, content), "data_batch_3 has ", "label")
+
+
+def test_a_pickle_without_images(batches, tmp_path):
+    refused(with_batch(tmp_path, batches, python2_batch(np.zeros((0, 32, 32, 3), np.uint8), [])), "n not 0")
+
+
+def test_a_pickle_with_other_bytes(batches, tmp_path):
+    """The array's content as numpy would take it too, but of another codec, or none at all."""
+    images, labels = batches["data_batch_3"]
+    content = python3_batch(images, labels, 2)
+    assert content.count(b"latin1") == 1
+    refused(with_batch(tmp_path / "1", batches, content.replace(b"latin1", b"utf_16")), "data_batch_3 ")
+    raw = b"T" + struct.pack("<i", 4 * 3072) + planes(images).tobytes() + b"t"
+    content = python2_batch(images, labels).replace(raw, b"Nt")
+    refused(with_batch(tmp_path / "2", batches, content), "data_batch_3 has data of dtype")
 
 
 def test_labels_of_binary_files(batches, tmp_path):
@@ -681,6 +745,16 @@ def test_altered_archive(layouts, tmp_path):
         refused(path, "cannot be used")
 
 
+def test_archive_with_a_bad_header(tmp_path):
+    """tarfile has more errors than TarError: here a ValueError."""
+    path = tmp_path / "sparse.tar.gz"
+    with tarfile.open(path, "w:gz", format=tarfile.PAX_FORMAT) as tar:
+        entry = tarfile.TarInfo("data_batch_1")
+        entry.pax_headers = {"GNU.sparse.map": "a,b", "GNU.sparse.size": "c"}
+        tar.addfile(entry)
+    refused(path, "cannot be read to its end")
+
+
 def test_files_that_are_no_archives(tmp_path):
     for name, content in {"a": b"text", "b": gzip.compress(b""), "c": gzip.compress(b"x" * 2000)}.items():
         (tmp_path / name).write_bytes(content)
@@ -757,7 +831,7 @@ class Exploit:
         return os.system, ("touch ran",)
 
 
-HUGE = struct.pack("<Q", 2**36)
+HUGE = struct.pack("<Q", 2**28)  # small enough to be allocated, were it tried
 HOSTILE = {
     "os.system, protocol 0": pickle.dumps(Exploit(), 0),
     "os.system, protocol 2": pickle.dumps({b"data": Exploit(), b"labels": [1]}, 2),
@@ -773,13 +847,13 @@ HOSTILE = {
     "state of a codec": b"\x80\x02" + call("_codecs", "encode", "a", "zlib") + b"}b.",
     "newobj": b"\x80\x02cnumpy\nndarray\nK\x01\x85\x81.",
     "persistent id": b"Px\n.",
-    "extension": b"\x80\x02\x82\xf0.",
+    "extension": b"\x80\x02\x82\xf0U\x09touch ran\x85R.",
     "a billion labels": b"\x80\x02" + call("numpy.core.multiarray", "_reconstruct", (2**40,), "O8") + b".",
     "huge string": b"\x80\x02T" + struct.pack("<i", 2**31 - 1) + b"abc.",
     "huge bytes": b"\x80\x04\x8e" + HUGE + b"abc.",
     "huge bytearray": b"\x80\x05\x96" + HUGE + b"abc.",
     "huge frame": b"\x80\x04\x95" + HUGE + b"abc.",
-    "huge memo": b"\x80\x02Nr\xff\xff\xff\x7f.",
+    "huge memo": b"\x80\x02Nr" + struct.pack("<I", 2**25) + b".",
     "many copies": b"\x80\x02c_codecs\nencode\nq\x00X"
     + struct.pack("<i", 10**6)
     + b"x" * 10**6

@@ -1,0 +1,73 @@
+"""What the tests share: where to find real data, and small networks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import jresnet
+from jresnet import weights
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Many tests, and the commands they run, compile the same step: compile it once a session."""
+    folder = str(tmp_path_factory.mktemp("jax-cache"))
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = folder  # for commands
+    jax.config.update("jax_compilation_cache_dir", folder)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder named by JRESNET_SHARED, with ``cifar10/`` (real images) and ``weights/`` (a network from elsewhere)."""
+    folder = os.environ.get("JRESNET_SHARED")
+    if not folder:
+        pytest.skip("JRESNET_SHARED names no folder with real images and weights")
+    assert Path(folder).is_dir(), f"JRESNET_SHARED={folder} is no folder"
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def cifar10(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CIFAR-10 in its official layouts, with 5,000 training and the 1,000 clean test images."""
+    out = tmp_path_factory.mktemp("cifar10")
+    command = [sys.executable, str(shared / "cifar10" / "make_cifar10.py"), str(out), "--test", "clean", "--train", "5000"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return out
+
+
+@pytest.fixture(scope="session")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A native file of a random resnet20_cifar."""
+    path = tmp_path_factory.mktemp("native") / "resnet20.safetensors"
+    model = jresnet.create("resnet20_cifar", seed=3)
+    randomise(model)
+    weights.save(path, model, "resnet20_cifar")
+    return path
+
+
+def randomise(model: jresnet.ResNet, seed: int = 0) -> None:
+    """Draws every BN's parameters and statistics at random: default ones hide swapped leaves."""
+    draw = np.random.default_rng(seed)
+    state = nnx.state(model)
+    for path, leaf in nnx.to_flat_state(state):
+        if path[-1] in ("scale", "var"):
+            leaf[...] = jax.numpy.asarray(draw.uniform(0.5, 1.5, leaf.shape), "float32")
+        elif path[-1] in ("mean", "bias"):
+            leaf[...] = jax.numpy.asarray(draw.uniform(-0.3, 0.3, leaf.shape), "float32")
+    nnx.update(model, state)
+
+
+def command(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+    """Runs Python with ``arguments`` in the repository, as a person would; never raises."""
+    options = {"cwd": REPOSITORY, "capture_output": True, "text": True, "timeout": 300} | options
+    return subprocess.run([sys.executable, *map(str, arguments)], **options)  # type: ignore[call-overload]

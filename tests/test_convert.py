@@ -1,0 +1,206 @@
+"""Import of PyTorch weights, without torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from conftest import REPOSITORY, command
+
+import jresnet
+from convert import keymap, torch2flax, verify
+from jresnet import weights
+from jresnet.errors import InputError, WeightsError
+
+
+def state_dict_of(arch: str, dialect: str = "torchvision", **chosen) -> dict[str, np.ndarray]:
+    """Random tensors by PyTorch's keys, in PyTorch's layout."""
+    draw = np.random.default_rng(0)
+    shapes = weights.shapes(weights.configure(arch, **chosen))
+    tensors = {
+        keymap.torch_key(path, dialect): draw.uniform(0.5, 1.5, torch2flax.torch_shape(shape)).astype(np.float32)
+        for path, shape in shapes.items()
+    }
+    norms = [key.removesuffix("running_var") for key in tensors if key.endswith("running_var")]
+    return tensors | {f"{norm}num_batches_tracked": np.array(7) for norm in norms}
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, np.ndarray]:
+    return state_dict_of("resnet20_cifar")
+
+
+def write(path: Path, tensors: dict[str, np.ndarray]) -> Path:
+    path.write_bytes(safetensors.numpy.save({key: np.ascontiguousarray(value) for key, value in tensors.items()}))
+    return path
+
+
+@pytest.mark.parametrize("arch", jresnet.list_models())
+@pytest.mark.parametrize("dialect", keymap.DIALECTS)
+def test_names_are_a_bijection(arch: str, dialect: str) -> None:
+    if arch == "resnet1202_cifar":
+        arch = "resnet110_cifar"  # the same names, a tenth of the time
+    paths = weights.shapes(weights.configure(arch))
+    keys = {keymap.torch_key(path, dialect) for path in paths}
+    assert len(keys) == len(paths)
+    assert keymap.find_dialect(paths, keys) == dialect
+
+
+def test_every_leaf_is_the_tensor_of_its_name(tensors: dict[str, np.ndarray]) -> None:
+    model = torch2flax.convert(tensors, "resnet20_cifar")
+    np.testing.assert_array_equal(model.conv1.kernel[...], tensors["conv1.weight"].transpose(2, 3, 1, 0))
+    np.testing.assert_array_equal(model.fc.kernel[...], tensors["fc.weight"].T)
+    block = model.layer2[1]
+    for leaf, key in (("scale", "weight"), ("bias", "bias"), ("mean", "running_mean"), ("var", "running_var")):
+        np.testing.assert_array_equal(getattr(block.bn2, leaf)[...], tensors[f"layer2.1.bn2.{key}"])
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.", "_orig_mod.module.model."])
+@pytest.mark.parametrize("outer", [None, "state_dict", "model", "net"])
+def test_wrappers_are_peeled(tensors: dict[str, np.ndarray], prefix: str, outer: str | None) -> None:
+    wrapped = {prefix + key: value for key, value in tensors.items()}
+    model = torch2flax.convert({outer: wrapped, "epoch": 3} if outer else wrapped, "resnet20_cifar")
+    np.testing.assert_array_equal(model.fc.bias[...], tensors["fc.bias"])
+
+
+def test_akamasters_names() -> None:
+    tensors = state_dict_of("resnet20_cifar", "akamaster")
+    assert "linear.weight" in tensors
+    found = torch2flax.convert_verbosely(tensors, "resnet20_cifar")
+    assert (found.dialect, found.dropped, len(found.arrays)) == ("akamaster", 19, 97)
+    np.testing.assert_array_equal(found.model.fc.bias[...], tensors["linear.bias"])
+
+
+def test_half_precision_becomes_float32(tensors: dict[str, np.ndarray]) -> None:
+    import ml_dtypes
+
+    for dtype in (np.float16, np.float64, ml_dtypes.bfloat16):
+        narrow = {key: value if value.ndim == 0 else value.astype(dtype) for key, value in tensors.items()}
+        bias = torch2flax.convert(narrow, "resnet20_cifar").fc.bias[...]
+        assert bias.dtype == np.float32
+        np.testing.assert_array_equal(bias, tensors["fc.bias"].astype(dtype).astype(np.float32))
+
+
+def test_everything_that_is_wrong_is_listed(tensors: dict[str, np.ndarray]) -> None:
+    odd = dict(tensors)
+    del odd["layer1.0.bn1.running_mean"], odd["conv1.weight"]
+    odd["layer9.weight"] = np.zeros(3, np.float32)
+    odd["fc.weight"] = np.zeros((100, 64), np.float32)
+    odd["bn1.weight"] = np.zeros(16, np.int64)
+    with pytest.raises(WeightsError) as caught:
+        torch2flax.convert(odd, "resnet20_cifar")
+    for part in (
+        "2 missing: conv1.weight, layer1.0.bn1.running_mean", "1 unexpected: layer9.weight",
+        "1 misshapen: fc.weight is [100, 64], not [10, 64]", "bn1.weight is int64, not a floating-point tensor",
+        "--num-classes 100",
+    ):  # fmt: skip
+        assert part in str(caught.value)
+
+
+def test_advice_on_stem_and_channels() -> None:
+    tensors = state_dict_of("resnet18", stem="cifar", in_channels=1, num_classes=10)
+    with pytest.raises(WeightsError, match="--stem cifar --in-channels 1 --num-classes 10"):
+        torch2flax.convert(tensors, "resnet18")
+    assert torch2flax.convert(tensors, "resnet18", stem="cifar", in_channels=1, num_classes=10)
+
+
+@pytest.mark.parametrize("found", [{}, [], None, 3, {"epoch": 3}, {"state_dict": {"a": "b"}}, {3: np.zeros(2)}])
+def test_what_is_no_state_dict(found: object) -> None:
+    with pytest.raises(WeightsError, match="should hold a state_dict, names to tensors, but holds"):
+        torch2flax.convert(found, "resnet18")
+
+
+def test_an_unknown_architecture(tensors: dict[str, np.ndarray]) -> None:
+    with pytest.raises(InputError, match="did you mean"):
+        torch2flax.convert(tensors, "resnet21")
+
+
+# The command line, as a command.
+
+
+def test_the_command_converts(tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
+    source, output = write(tmp_path / "mine.safetensors", tensors), tmp_path / "out.safetensors"
+    done = command("-m", "convert.torch2flax", "resnet20_cifar", "--weights", source, "--output", output, "--verify", "never")
+    assert done.returncode == 0, done.stderr
+    assert "97 tensors, each used once (torchvision naming); 19 num_batches_tracked dropped" in done.stdout
+    arch, _, values, metadata = weights.read(output)
+    assert arch == "resnet20_cifar"
+    np.testing.assert_array_equal(values["fc.bias"], tensors["fc.bias"])
+    assert metadata["source"] == "mine.safetensors"
+    assert len(metadata["source_sha256"]) == 64
+    assert jresnet.create("resnet20_cifar", weights=output)
+
+
+def test_json(tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
+    source = write(tmp_path / "mine.safetensors", tensors)
+    done = command(
+        "-m", "convert.torch2flax", "resnet20_cifar", "--weights", source, "--json", "--verify", "never",
+        cwd=tmp_path, env={"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin"},
+    )  # fmt: skip
+    report = json.loads(done.stdout)
+    assert report["output"] == "resnet20_cifar-mine.safetensors"
+    assert report["tensors"] == 97
+    assert report["verify"] == {"done": False, "reason": "left out, as --verify never asks"}
+    assert (tmp_path / report["output"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["resnet51"], 1, "unknown architecture 'resnet51': did you mean resnet50"),
+        ([], 2, "arguments are required: ARCH"),
+        (["resnet50", "--verify", "sometimes"], 2, "invalid choice"),
+        (["resnet50", "--weights", "IMAGENET1K_V3"], 1, "did you mean IMAGENET1K_V"),
+        (["resnet20_cifar"], 1, "no weights are published for 'resnet20_cifar'"),
+        (["resnet20_cifar", "--weights", "none.pth"], 1, "none.pth"),
+        (["resnet20_cifar", "--weights", "{cut}"], 1, "is no whole safetensors file"),
+        (["resnet32_cifar", "--weights", "{good}"], 1, "does not hold a resnet32_cifar"),
+        (["resnet20_cifar", "--weights", "{good}", "--num-classes", "0"], 1, "num_classes must be"),
+        (["resnet20_cifar", "--weights", "{good}", "--output", "{good}"], 1, "is the file to convert"),
+        (["resnet20_cifar", "--weights", "{good}", "--output", "none/out.safetensors"], 1, "cannot write none/out"),
+        (["resnet20_cifar", "--weights", "{good}", "--verify", "always"], 1, "--verify always, but"),
+    ],
+)
+def test_bad_input(tensors: dict, tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
+    good = write(tmp_path / "good.safetensors", tensors)
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(good.read_bytes()[:-100])
+    before = sorted(tmp_path.rglob("*"))
+    arguments = [argument.format(good=good, cut=cut) for argument in arguments]
+    done = command(
+        "-m", "convert.torch2flax", *arguments, cwd=tmp_path, env={"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin"}
+    )
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before  # nothing half-written
+
+
+def test_without_torch_the_check_is_left_out_and_said_so(tensors: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> None:
+        raise LookupError("torch is not installed")
+
+    monkeypatch.setattr(verify, "import_torchvision", missing)
+    model = torch2flax.convert(tensors, "resnet20_cifar")
+    assert str(verify.check(model, "resnet20_cifar", {})) == "not against PyTorch: left out, since torch is not installed"
+    with pytest.raises(InputError, match="--verify always, but torch is not installed"):
+        verify.check(model, "resnet20_cifar", {}, "always")
+
+
+def test_the_network_trained_elsewhere(shared: Path, cifar10: Path, tmp_path: Path) -> None:
+    """akamaster's ResNet-20: a legacy file, prefixed, CUDA storages; PyTorch gets 915 of the 1,000 clean images."""
+    from flax import nnx
+
+    from jresnet import data
+
+    output = tmp_path / "resnet20.safetensors"
+    source = shared / "weights" / "resnet20-12fca82f.th"
+    assert torch2flax.main(["resnet20_cifar", "--weights", str(source), "--output", str(output)]) == 0
+    model = jresnet.create("resnet20_cifar", weights=output)
+    test = data.load_cifar10(cifar10, download=False).test
+    mean, std = np.float32((0.485, 0.456, 0.406)), np.float32((0.229, 0.224, 0.225))
+    logits = nnx.jit(lambda model, x: model(x))(model, (test.images / np.float32(255) - mean) / std)
+    assert int((np.asarray(logits).argmax(1) == test.labels).sum()) == 915

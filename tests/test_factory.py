@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jresnet
+from jresnet.errors import InputError, WeightsError
+
+
+def test_there_is_a_function_for_every_name() -> None:
+    for arch in jresnet.list_models():
+        function = getattr(jresnet, arch)
+        assert function.__name__ == arch
+        assert arch in jresnet.__all__
+        assert "weights" in inspect.signature(function).parameters
+        assert "arch" not in inspect.signature(function).parameters
+    assert isinstance(jresnet.resnet20_cifar(num_classes=7), jresnet.ResNet)
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "shape", "logits"),
+    [
+        ("resnet18", {}, (1, 64, 64, 3), (1, 1000)),
+        ("resnet18", {"stem": "cifar", "num_classes": 10}, (2, 32, 32, 3), (2, 10)),
+        ("resnet20_cifar", {}, (2, 32, 32, 3), (2, 10)),
+        ("resnet18_d2l", {}, (1, 64, 64, 1), (1, 10)),
+        ("resnet34_projection", {"in_channels": 4}, (1, 32, 32, 4), (1, 1000)),
+        ("resnext50_32x4d", {"num_classes": 5}, (1, 32, 32, 3), (1, 5)),
+    ],
+)
+def test_create(arch: str, options: dict, shape: tuple[int, ...], logits: tuple[int, ...]) -> None:
+    assert jresnet.create(arch, **options)(jnp.ones(shape)).shape == logits
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_classes": 0, "in_channels": -1}, "num_classes must be .* got 0; in_channels must be .* got -1"),
+        ({"num_classes": 2.5}, "whole number"),
+        ({"stem": "vgg"}, '"imagenet" or "cifar", got \'vgg\''),
+        ({"dtype": "int8"}, "floating-point dtype"),
+        ({"weights": "IMAGENET1K_V1"}, "no weights are published for 'resnet20_cifar'"),
+    ],
+)
+def test_arguments_out_of_range(options: dict, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        jresnet.create("resnet20_cifar", **options)
+
+
+def test_unknown_architecture() -> None:
+    with pytest.raises(InputError, match="did you mean resnet50"):
+        jresnet.create("resnet5O")
+
+
+def test_weights_from_a_file(native: Path) -> None:
+    model = jresnet.create("resnet20_cifar", weights=native)
+    again = jresnet.resnet20_cifar(weights=str(native), dtype=jnp.bfloat16)
+    np.testing.assert_array_equal(model.bn1.mean[...], again.bn1.mean[...])
+    assert float(jnp.abs(model.bn1.mean[...]).max()) > 0  # the file's, not fresh ones
+    assert again.conv1(jnp.ones((1, 8, 8, 3))).dtype == jnp.bfloat16
+
+
+def test_weights_of_another_network(native: Path) -> None:
+    with pytest.raises(WeightsError, match="its architecture is resnet20_cifar, not resnet32_cifar; num_classes is 10, not 7"):
+        jresnet.create("resnet32_cifar", weights=native, num_classes=7)
+
+
+def test_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"cannot read .*none\.safetensors: No such file"):
+        jresnet.create("resnet20_cifar", weights=tmp_path / "none.safetensors")
+
+
+def test_a_pytorch_file_is_pointed_to_the_converter(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"python -m convert\.torch2flax ARCH --weights .*x\.pth"):
+        jresnet.create("resnet20_cifar", weights=str(tmp_path / "x.pth"))

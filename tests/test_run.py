@@ -1,0 +1,318 @@
+"""Whole runs, as commands and from Python: results, resumption, signals, NaN, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY, command
+
+import jresnet
+from jresnet import recipes, report, run, weights
+from jresnet.errors import InputError, WeightsError
+
+SCRIPT = "scripts/train_cifar10.py"
+# Small enough for a test: 4 steps an epoch on 64 digits.
+SHORT = ("--depth", "20", "--dataset", "digits", "--limit-train", "64", "--limit-test", "40", "--batch-size", "16")
+
+
+def config(**changes) -> run.RunConfig:
+    short = {"arch": "resnet20_cifar", "dataset": "digits", "limit_train": 64, "limit_test": 40, "batch_size": 16, "epochs": 2}
+    return run.default_config(**{**short, **changes})
+
+
+def trainer(out: Path, stop: run.StopRequest | None = None, **changes) -> run.Trainer:
+    chosen = config(**changes)
+    return run.Trainer(chosen, run.load_data(chosen, None), out, stop)
+
+
+def values_of(path: Path) -> dict[str, np.ndarray]:
+    return weights.read(path)[2]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of two epochs."""
+    out = tmp_path_factory.mktemp("run") / "out"
+    trainer(out, val_split=100).fit()
+    return out
+
+
+@pytest.mark.slow
+def test_digits_reach_95_per_cent(tmp_path: Path) -> None:
+    """The README's first command, in a fresh process."""
+    out = tmp_path / "out"
+    began = time.monotonic()
+    done = command(SCRIPT, "--depth", 20, "--dataset", "digits", "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((out / "summary.json").read_text())["final"]["test_accuracy"] >= 0.95
+    print(f"{time.monotonic() - began:.0f} s")
+    for start in ("device ", "network ", "data ", "recipe ", "time ", "epoch 4/4: ", "done ", "results "):
+        assert any(line.startswith(start) for line in done.stdout.splitlines()), start
+    assert "\r" not in done.stdout  # no terminal: plain lines
+
+
+def test_a_runs_folder_holds_everything(finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} == {
+        "config.json", "metrics.jsonl", "summary.json", "last.safetensors", "best.safetensors", "checkpoints",
+        "curves.png", "confusion.png", "tensorboard",
+    }  # fmt: skip
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert [row["step"] for row in rows] == [4, 8]
+    assert {
+        "epoch", "step", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "images_per_second", "seconds",
+    } <= rows[0].keys()  # fmt: skip
+    summary = json.loads((finished / "summary.json").read_text())
+    assert {
+        "arch", "parameters", "dataset", "final", "best", "best_chosen_on", "seconds", "compile_seconds",
+        "images_per_second", "device", "precision", "seed", "versions", "command",
+    } <= summary.keys()  # fmt: skip
+    assert summary["parameters"] == 269_722
+    assert len(summary["dataset"]["digest"]) == 64
+    assert "held out for validation" in summary["best_chosen_on"]
+    assert summary["best"]["val_accuracy"] == max(row["val_accuracy"] for row in rows)
+    assert summary["final"]["test_accuracy"] == rows[-1]["test_accuracy"]
+    for name in ("curves.png", "confusion.png"):
+        assert (finished / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_weights_load_and_classify_as_the_run_says(finished: Path) -> None:
+    model = jresnet.create("resnet20_cifar", weights=finished / "last.safetensors")
+    chosen = config(val_split=100)
+    test = run.load_data(chosen, None).test
+    logits = model(chosen.pipeline().evaluate(test.images[:40]))
+    accuracy = float((np.asarray(logits).argmax(1) == test.labels[:40]).mean())
+    assert accuracy == json.loads((finished / "summary.json").read_text())["final"]["test_accuracy"]
+    assert jresnet.create("resnet20_cifar", weights=finished / "best.safetensors")
+
+
+def test_a_run_is_a_function_of_its_seed(finished: Path, tmp_path: Path) -> None:
+    trainer(tmp_path / "same", val_split=100).fit()
+    trainer(tmp_path / "other", val_split=100, seed=1).fit()
+    expected = values_of(finished / "last.safetensors")
+    same, other = (values_of(tmp_path / name / "last.safetensors") for name in ("same", "other"))
+    assert all(np.array_equal(same[name], expected[name]) for name in expected)
+    assert not np.array_equal(other["fc.kernel"], expected["fc.kernel"])
+
+
+@pytest.mark.parametrize("stop_after", [2, 4, 7])
+def test_a_resumed_run_ends_where_an_undisturbed_one_does(finished: Path, tmp_path: Path, stop_after: int) -> None:
+    """Bit for bit, also from the middle of an epoch."""
+    out, stop = tmp_path / "out", run.StopRequest()
+    first = trainer(out, stop, val_split=100)
+    steps = []
+
+    def after_step(count: int = 1) -> None:
+        steps.append(count)
+        if len(steps) == stop_after:
+            stop.signal = signal.SIGTERM
+
+    first.progress.step = after_step  # type: ignore[method-assign]
+    first.loop = run.train.steps_loop(
+        run.train.train_step(first.graph, first.optimizer, first.pipeline), False, stop=stop, after_step=after_step
+    )
+    with pytest.raises(run.Interrupted):
+        first.fit()
+    assert weights.load(out / "last.safetensors")
+    assert not (out / "summary.json").exists()
+    summary = trainer(out, val_split=100).fit(resume=True)
+    expected, found = values_of(finished / "last.safetensors"), values_of(out / "last.safetensors")
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    rows, again = (
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (finished, out)
+    )
+    same = ("epoch", "step", "lr", "train_loss", "train_accuracy", "val_loss", "test_loss", "test_accuracy")
+    assert [[row[key] for key in same] for row in rows] == [[row[key] for key in same] for row in again]
+    assert summary["best"]["epoch"] == json.loads((finished / "summary.json").read_text())["best"]["epoch"]
+
+
+def test_resuming_a_finished_run_changes_nothing(finished: Path) -> None:
+    before = (finished / "metrics.jsonl").read_text()
+    expected = values_of(finished / "last.safetensors")
+    done = command(SCRIPT, "--out", finished, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "resumed  at step 8 of 8" in done.stdout
+    assert (finished / "metrics.jsonl").read_text() == before
+    found = values_of(finished / "last.safetensors")
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_exit(tmp_path: Path, number: int, code: int) -> None:
+    out = tmp_path / "out"
+    arguments = [sys.executable, "-u", SCRIPT, *SHORT, "--epochs", "50", "--out", str(out)]
+    with subprocess.Popen(arguments, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("epoch 1/50"):
+                break
+        process.send_signal(number)
+        rest = process.stdout.read()
+        assert process.wait(timeout=60) == code
+    assert "saved; the same command with --out" in rest
+    assert weights.load(out / "last.safetensors")
+    assert list((out / "checkpoints").iterdir())
+    resumed = trainer(out, epochs=50)
+    resumed.stop.signal = number  # go no further than the checkpoint
+    with pytest.raises(run.Interrupted):
+        resumed.fit(resume=True)
+    assert int(resumed.state.step) >= 4
+
+
+def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = command(SCRIPT, *SHORT, "--epochs", 3, "--lr", "1e30", "--out", out)
+    assert done.returncode == 1
+    assert "error: the loss is nan at step 1 (epoch 1)" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (out / "last.safetensors").exists()
+
+
+def test_a_nan_leaves_the_last_good_checkpoint_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    first = trainer(out, epochs=3)
+    loop = first.loop
+
+    def breaking(state, split, order, start, end, key):
+        state, metrics = loop(state, split, order, start, end, key)
+        if int(state.step) > 4:
+            metrics.loss[-1] = np.nan
+        return state, metrics
+
+    first.loop = breaking
+    with pytest.raises(run.NonFiniteLoss, match=r"the loss is nan at step [4-7] \(epoch 2\)"):
+        first.fit()
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["4"]
+    summary = trainer(out, epochs=3).fit(resume=True)
+    assert np.isfinite(summary["final"]["test_loss"])
+
+
+def test_an_altered_checkpoint_is_refused(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    trainer(out, epochs=1).fit()
+    blobs = sorted((out / "checkpoints" / "4" / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+    content = bytearray(blobs[-1].read_bytes())
+    content[len(content) // 2] ^= 1
+    blobs[-1].write_bytes(content)
+    with pytest.raises(WeightsError, match=r"checkpoints/4 (was altered|cannot be restored)"):
+        trainer(out, epochs=1).fit(resume=True)
+
+
+def test_a_checkpoint_that_is_cut(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    trainer(out, epochs=1).fit()
+    blobs = sorted((out / "checkpoints" / "4" / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
+    os.truncate(blobs[-1], blobs[-1].stat().st_size // 2)
+    with pytest.raises(WeightsError, match="checkpoints/4 cannot be restored"):
+        trainer(out, epochs=1).fit(resume=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--depth", "35"], 2, "unknown --depth 35: there are 18, 20, 32, 34"),
+        (["--depth", "20", "--arch", "resnet18"], 2, "not allowed with"),
+        (["--arch", "resnet2O_cifar"], 1, "unknown architecture 'resnet2O_cifar': did you mean resnet"),
+        (["--recipe", "fasst"], 1, "unknown recipe 'fasst': there are step, blog"),
+        (["--epochs", "0", "--lr", "-1", "--momentum", "1"], 1, "epochs must be at least 1, got 0; lr must be above 0"),
+        (["--epochs", "many"], 2, "invalid int value"),
+        (["--resume"], 2, "--resume needs --out"),
+        (["--dataset", "digits", "--batch-size", "2000"], 1, "a batch of 2000 is larger than the 1437 training images"),
+        (["--dataset", "digits", "--val-split", "1437"], 1, "leaves none of the 1437 training images"),
+        (["--data-dir", "{empty}"], 1, "{empty}"),
+        (["--dataset", "digits", "--depth", "20", "--out", "{file}/x"], 1, "cannot use --out"),
+        (["--dataset", "digits", "--out", "{run}"], 1, "already holds a run (config.json"),
+        (["--out", "{run}", "--resume", "--depth", "32"], 1, "arch was 'resnet20_cifar', now 'resnet32_cifar'"),
+        (["--out", "{run}", "--resume", "--lr", "0.2", "--seed", "5"], 1, "lr was 0.1, now 0.2; seed was 0, now 5"),
+        (["--out", "{broken}", "--resume"], 1, "is no run's configuration"),
+    ],
+)
+def test_bad_input(finished: Path, tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
+    places = {name: tmp_path / name for name in ("empty", "file", "broken")}
+    places["empty"].mkdir()
+    places["broken"].mkdir()
+    (places["broken"] / "config.json").write_text("{")
+    places["file"].write_text("")
+    names = {**places, "run": finished}
+    content = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    before = sorted(tmp_path.rglob("*"))
+    environment = {**os.environ, "HOME": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9", "PYTHONPATH": str(REPOSITORY)}
+    began = time.monotonic()
+    done = command(
+        REPOSITORY / SCRIPT, *[argument.format(**names) for argument in arguments], cwd=tmp_path, env=environment
+    )
+    assert done.returncode == code, done.stderr
+    assert message.format(**names) in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(path for path in tmp_path.rglob("*") if ".cache" not in path.parts) == before
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == content
+    print(f"{time.monotonic() - began:.1f} s")
+
+
+def test_help_names_units_and_defaults() -> None:
+    done = command(SCRIPT, "--help", env={**os.environ, "COLUMNS": "200"})
+    assert done.returncode == 0
+    for option in (
+        "--depth", "--arch", "--recipe", "--epochs", "--batch-size", "--lr", "--momentum", "--weight-decay", "--milestones",
+        "--gamma", "--nesterov", "--no-nesterov", "--precision", "--data-dir", "--dataset", "--limit-train", "--limit-test",
+        "--val-split", "--seed", "--out", "--resume",
+    ):  # fmt: skip
+        assert option in done.stdout
+    assert "50, 101 or 152 (Bottleneck blocks)" in done.stdout
+
+
+def test_every_architecture_trains_on_cifar10s_shape(tmp_path: Path) -> None:
+    """Rows with one input channel or the ImageNet stem by default, and the blog's recipe at a small size."""
+    for changes in ({"arch": "resnet18_d2l"}, {"arch": "resnet34_projection", "recipe": "blog", "image_size": 32}):
+        chosen = config(limit_train=4, limit_test=4, batch_size=2, epochs=1, **changes)
+        out = tmp_path / chosen.arch
+        summary = run.Trainer(chosen, run.load_data(chosen, None), out).fit()
+        assert np.isfinite(summary["final"]["test_loss"])
+
+
+def test_the_blogs_recipe() -> None:
+    blog = run.default_config(recipe="blog")
+    assert (blog.arch, blog.stem, blog.image_size, blog.batch_size, blog.lr, blog.epochs) == (
+        "resnet34_projection", "imagenet", 224, 64, 1e-3, 100,
+    )  # fmt: skip
+    assert blog.milestones == (10, 20, 30, 40, 50, 60, 70, 80, 90)
+    assert not blog.nesterov
+    assert blog.pipeline().mean == recipes.STATISTICS["imagenet"][0]
+
+
+def test_the_step_recipe() -> None:
+    step = run.default_config()
+    assert (step.arch, step.stem, step.epochs, step.batch_size, step.lr, step.weight_decay, step.gamma) == (
+        "resnet34", "cifar", 200, 128, 0.1, 5e-4, 0.1,
+    )  # fmt: skip
+    assert step.nesterov
+    assert step.milestones == (100, 150)
+    assert run.default_config(epochs=10).milestones == (5, 7.5)
+    assert run.default_config(epochs=10, milestones=[3]).milestones == (3,)
+
+
+def test_statistics_are_the_datas() -> None:
+    pixels = run.load_data(config(), None).train.images / 255
+    mean, std = recipes.STATISTICS["digits"]
+    np.testing.assert_allclose(pixels.mean((0, 1, 2)), mean, atol=5e-4)
+    np.testing.assert_allclose(pixels.std((0, 1, 2)), std, atol=5e-4)
+
+
+def test_durations_read_well() -> None:
+    expected = {0.2: "0 s", 59.6: "1 min", 95: "1 min 35 s", 3600: "1 h", 3661: "1 h 1 min", 900_000: "10 d 10 h"}
+    assert {seconds: report.duration(seconds) for seconds in expected} == expected
+
+
+def test_config_is_checked_from_python_too() -> None:
+    with pytest.raises(InputError, match="unknown dataset 'mnist'"):
+        run.default_config(dataset="mnist")
+    with pytest.raises(InputError, match="unknown precision 'float16'"):
+        run.default_config(precision="float16")

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jresnet
+from jresnet import augment, optim, train
+from jresnet.resnet import ResNet, ResNetConfig
+
+TINY = ResNetConfig("basic", (1, 1), (4, 8), num_classes=10, stem="cifar", shortcut="pad")
+PIPELINE = augment.Pipeline("pad", 8, True, (0.5,) * 3, (0.25,) * 3)
+
+
+@pytest.fixture
+def split() -> train.Images:
+    """Ten colours with noise, so that there is something to learn."""
+    draw = np.random.default_rng(0)
+    labels = np.arange(50) % 10
+    images = draw.uniform(0, 200, (10, 1, 1, 3))[labels] + draw.uniform(0, 50, (50, 8, 8, 3))
+    return train.Images(jnp.asarray(images, jnp.uint8), jnp.asarray(labels, jnp.int32))
+
+
+def setup(lr: float = 0.1):
+    model = ResNet(TINY, rngs=nnx.Rngs(0))
+    optimizer = optim.sgd(lr, 0.9, nesterov=True, weight_decay=5e-4)
+    graph, _, _ = nnx.split(model, nnx.Param, nnx.BatchStat)
+    return graph, train.train_step(graph, optimizer, PIPELINE), train.init(model, optimizer)
+
+
+def test_an_epoch_is_a_permutation() -> None:
+    one, other = (np.asarray(train.epoch_order(jax.random.key(0), epoch, 50, 8)) for epoch in (0, 1))
+    assert one.shape == (6, 8)
+    assert len(np.unique(one)) == 48
+    assert not np.array_equal(one, other)
+
+
+def test_training_learns(split: train.Images) -> None:
+    _, step, state = setup()
+    loop = train.steps_loop(step, on_device=False)
+    losses = []
+    for epoch in range(30):
+        order = train.epoch_order(jax.random.key(0), epoch, 50, 10)
+        state, metrics = loop(state, split, order, 0, len(order), jax.random.key(1))
+        losses.append(metrics.loss.mean())
+    assert int(state.step) == 150
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_loop_on_the_device_takes_the_same_steps(split: train.Images) -> None:
+    """Accelerators run an epoch as one compiled loop, the CPU as a Python loop: the same function, in any stretches."""
+    order = train.epoch_order(jax.random.key(0), 0, 50, 8)
+    results = []
+    for on_device, stretches in ((False, [(0, 6)]), (True, [(0, 6)]), (True, [(0, 1), (1, 4), (4, 6)])):
+        _, step, state = setup()
+        loop = train.steps_loop(step, on_device)
+        rows = []
+        for start, end in stretches:
+            state, metrics = loop(state, split, order, start, end, jax.random.key(1))
+            assert len(metrics.loss) == end - start
+            rows.append(metrics.loss)
+        results.append((np.concatenate(rows), state))
+    for losses, state in results[1:]:
+        np.testing.assert_allclose(losses, results[0][0], rtol=1e-3)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3), state, results[0][1])
+
+
+def test_the_state_is_donated(split: train.Images) -> None:
+    _, step, state = setup()
+    order = train.epoch_order(jax.random.key(0), 0, 50, 8)
+    old = jax.tree.leaves(state.params)[0]
+    train.steps_loop(step, on_device=False)(state, split, order, 0, 1, jax.random.key(0))
+    assert old.is_deleted()
+
+
+def test_a_stop_ends_the_loop_between_steps(split: train.Images) -> None:
+    _, step, state = setup()
+    asked = []
+    loop = train.steps_loop(step, on_device=False, stop=lambda: len(asked) >= 2, after_step=lambda: asked.append(1))
+    state, metrics = loop(state, split, train.epoch_order(jax.random.key(0), 0, 50, 8), 0, 6, jax.random.key(0))
+    assert int(state.step) == len(metrics.loss) == 2
+    state, metrics = loop(state, split, train.epoch_order(jax.random.key(0), 0, 50, 8), 2, 6, jax.random.key(0))
+    assert int(state.step) == 2
+    assert len(metrics.loss) == 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 50, 64, 128])
+def test_evaluation_counts_every_image_once(split: train.Images, batch_size: int) -> None:
+    graph, _, state = setup()
+    step = jax.jit(train.eval_step(graph, PIPELINE))
+    found = train.evaluate(step, state, split, batch_size)
+    whole = train.evaluate(step, state, split, 50)
+    np.testing.assert_array_equal(found.predictions, whole.predictions)
+    assert found.predictions.shape == (50,)
+    assert found.accuracy == (found.predictions == np.asarray(split.labels)).mean()
+    assert found.loss == pytest.approx(whole.loss, rel=1e-5)
+
+
+def test_model_of_gives_the_trained_model(split: train.Images) -> None:
+    graph, step, state = setup()
+    before = np.asarray(train.model_of(graph, state).fc.bias[...])
+    state, _ = jax.jit(step)(state, split, jnp.arange(8), jax.random.key(0))
+    after = train.model_of(graph, state)
+    assert isinstance(after, jresnet.ResNet)
+    assert not np.array_equal(before, after.fc.bias[...])

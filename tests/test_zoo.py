@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+from jresnet import zoo
+from jresnet.errors import InputError
+from jresnet.resnet import ResNet
+
+PUBLISHED = {  # torchvision's documentation
+    "resnet18": 11_689_512, "resnet34": 21_797_672, "resnet50": 25_557_032, "resnet101": 44_549_160,
+    "resnet152": 60_192_808, "resnext50_32x4d": 25_028_904, "resnext101_32x8d": 88_791_336,
+    "resnext101_64x4d": 83_455_272, "wide_resnet50_2": 68_883_240, "wide_resnet101_2": 126_886_696,
+}  # fmt: skip
+ROUNDED = {  # He et al. 2016, table 6, in millions
+    "resnet20_cifar": 0.27, "resnet32_cifar": 0.46, "resnet44_cifar": 0.66, "resnet56_cifar": 0.85,
+    "resnet110_cifar": 1.7, "resnet1202_cifar": 19.4,
+}  # fmt: skip
+
+
+def parameters(model: ResNet) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+@pytest.mark.parametrize("row", zoo.ZOO.values(), ids=lambda row: row.name)
+def test_every_row_has_its_parameters(row: zoo.Row) -> None:
+    counted = parameters(ResNet(row.config, rngs=None))
+    assert counted == row.parameters
+    assert counted == PUBLISHED.get(row.name, counted)
+    if row.name in ROUNDED:
+        digits = 1 if ROUNDED[row.name] > 1 else 2
+        assert round(counted / 1e6, digits) == ROUNDED[row.name]
+
+
+def test_all_published_rows_are_there() -> None:
+    assert PUBLISHED.keys() | ROUNDED.keys() | {"resnet34_projection", "resnet18_d2l"} == zoo.ZOO.keys()
+
+
+def macs(jaxpr: jax.extend.core.Jaxpr) -> int:
+    """Multiply-accumulates of the convolutions and matrix products, from the shapes."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "conv_general_dilated":
+            kernel = equation.invars[1].aval.shape  # HWIO, I divided by the groups
+            total += math.prod(equation.outvars[0].aval.shape) * math.prod(kernel[:3])
+        elif equation.primitive.name == "dot_general":
+            total += math.prod(equation.invars[0].aval.shape) * equation.invars[1].aval.shape[-1]
+        total += sum(macs(inner.jaxpr) for inner in equation.params.values() if hasattr(inner, "jaxpr"))
+    return total
+
+
+@pytest.mark.parametrize("row", zoo.ZOO.values(), ids=lambda row: row.name)
+def test_every_row_has_its_gmacs(row: zoo.Row) -> None:
+    graph, state = nnx.split(ResNet(row.config, rngs=None))
+    image = jax.ShapeDtypeStruct((1, row.image_size, row.image_size, row.config.in_channels), jnp.float32)
+    traced = jax.make_jaxpr(lambda state, x: nnx.merge(graph, state)(x))(state, image)
+    assert macs(traced.jaxpr) / 1e9 == pytest.approx(row.gmacs, rel=5e-3)
+
+
+def test_the_cifar_stem_keeps_the_image() -> None:
+    row = zoo.find("resnet50")
+    model = ResNet(dataclasses.replace(row.config, stem="cifar"), rngs=None)
+    # 7x7 to 3x3: 3 * 64 * 40 fewer
+    assert parameters(model) == row.parameters - 3 * 64 * (49 - 9)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "near"), [("resnet51", "resnet50"), ("ResNet-50", "resnet50"), ("resnet20", "resnet20_cifar")]
+)
+def test_unknown_names_suggest_the_nearest(wrong: str, near: str) -> None:
+    with pytest.raises(InputError, match=rf"unknown architecture '{wrong}': did you mean .*\b{near}\b"):
+        zoo.find(wrong)
+
+
+def test_an_absurd_name_lists_them_all() -> None:
+    with pytest.raises(InputError, match="there are resnet18, .*resnet18_d2l"):
+        zoo.find("vgg")
