@@ -84,7 +84,7 @@ def convert_verbosely(
     if problems:
         advice = _advice(expected, kept)
         raise WeightsError(f"{source} does not hold a {arch} ({dialect} naming): {'; '.join(problems)}{advice}")
-    model = weights.fill(config, {path: _to_flax(arrays[key]) for key, path in paths.items()}, dtype)
+    model = weights.fill(config, {path: to_flax(arrays[key]) for key, path in paths.items()}, dtype)
     torchvision = {keymap.torch_key(path): arrays[key] for key, path in paths.items()}
     return Conversion(model, torchvision, dialect, len(tensors) - len(kept))
 
@@ -136,7 +136,7 @@ def torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else shape[::-1]
 
 
-def _to_flax(value: np.ndarray) -> np.ndarray:
+def to_flax(value: np.ndarray) -> np.ndarray:
     """OIHW -> HWIO, OI -> IO, contiguous: safetensors scrambles arrays that are not."""
     return np.ascontiguousarray(value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T)
 

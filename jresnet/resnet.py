@@ -61,8 +61,8 @@ class BasicBlock(nnx.Module):
         self.downsample = nnx.List(downsample)
 
     def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n h2 w2 c2"]:
-        y = jax.nn.relu(self.bn1(self.conv1(x), train))
-        y = self.bn2(self.conv2(y), train)
+        y = jax.nn.relu(self.bn1(self.conv1(x, train), train))
+        y = self.bn2(self.conv2(y, train), train)
         return jax.nn.relu(y + shortcut(self.downsample, x, y.shape[-1], train))
 
 
@@ -82,17 +82,18 @@ class Bottleneck(nnx.Module):
         self.downsample = nnx.List(downsample)
 
     def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n h2 w2 c2"]:
-        y = jax.nn.relu(self.bn1(self.conv1(x), train))
-        y = jax.nn.relu(self.bn2(self.conv2(y), train))
-        y = self.bn3(self.conv3(y), train)
+        y = jax.nn.relu(self.bn1(self.conv1(x, train), train))
+        y = jax.nn.relu(self.bn2(self.conv2(y, train), train))
+        y = self.bn3(self.conv3(y, train), train)
         return jax.nn.relu(y + shortcut(self.downsample, x, y.shape[-1], train))
 
 
 def shortcut(downsample: nnx.List, x: Float[Array, "n h w c"], channels: int, train: bool) -> Float[Array, "n h2 w2 c2"]:
     """The input as the block's output can take it: projected by ``downsample``, padded (option A), or unchanged."""
     if downsample:
-        conv, *norm = downsample
-        return norm[0](conv(x), train) if norm else conv(x)
+        for layer in downsample:  # a 1x1 convolution, then its BN unless the kind is "conv"
+            x = layer(x, train)
+        return x
     if x.shape[-1] == channels:
         return x
     new = channels - x.shape[-1]
@@ -154,7 +155,7 @@ class ResNet(nnx.Module):
             raise ValueError(f"expected images [N, H, W, {channels}] (channels last), got shape {tuple(x.shape)}")
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"expected normalised floating-point images, got {x.dtype}: (x / 255 - mean) / std, say")
-        x = jax.nn.relu(self.bn1(self.conv1(x), train))
+        x = jax.nn.relu(self.bn1(self.conv1(x, train), train))
         if self.config.stem == "imagenet":
             x = max_pool(x)
         outputs = {"stem": x}

@@ -1,0 +1,173 @@
+"""The same function as PyTorch: forward in evaluation and training, gradients, BatchNorm, SGD.
+
+The yardstick is PyTorch's own: how far its float32 lies from its float64. ``verify.ALLOWED`` of that is the tolerance
+for float32; in float64 both must agree to rounding.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import networks
+import numpy as np
+import optax
+import pytest
+import torch
+import torch.nn.functional as F
+from flax import nnx
+
+from convert import keymap, torch2flax, verify
+from jresnet import optim, weights
+from jresnet.layers import BatchNorm
+
+ARCHS = (*networks.TORCHVISION, "resnet20_cifar", "resnet56_cifar", "resnet34_projection", "resnet18_d2l")
+EXACT = 1e-10  # relative, in float64: a few thousand roundings of 1e-16, enlarged by BN's divisions
+
+
+def converted(arch: str, model: torch.nn.Module) -> nnx.Module:
+    return torch2flax.convert(model.state_dict(), arch)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_logits_are_pytorchs(arch: str) -> None:
+    reference = networks.build(arch)
+    model = converted(arch, reference)
+    size = 32 if model.config.stem == "cifar" else 64
+    found = verify.compare(model, reference, size)
+    print(f"{arch}: {found}")
+    assert found.jresnet <= verify.ALLOWED * found.torch
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_logits_with_the_cifar_stem(arch: str) -> None:
+    reference = networks.build(arch)
+    reference.conv1 = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    reference.maxpool = torch.nn.Identity()
+    model = torch2flax.convert(reference.state_dict(), arch, stem="cifar")
+    found = verify.compare(model, reference.eval())
+    assert found.jresnet <= verify.ALLOWED * found.torch
+
+
+def test_a_swapped_leaf_is_seen() -> None:
+    """The tests above can fail: exchange mean and bias of one BN in the middle of resnet50."""
+    reference = networks.build("resnet50")
+    model = converted("resnet50", reference)
+    norm = model.layer3[2].bn2
+    mean, bias = norm.mean[...], norm.bias[...]
+    norm.mean[...], norm.bias[...] = bias, mean
+    found = verify.compare(model, reference, 64)
+    assert found.jresnet > 1000 * found.torch
+
+
+def test_checked_conversions_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``--verify always`` compares, and refuses a model that computes something else."""
+    reference = networks.build("resnet18")
+    found = torch2flax.convert_verbosely(reference.state_dict(), "resnet18")
+    result = verify.check(found.model, "resnet18", found.arrays, "always")
+    assert result.done
+    assert "PyTorch's own in float32" in str(result)
+    found.model.fc.bias[...] += 1.0
+    with pytest.raises(ValueError, match="is not the network PyTorch computes"):
+        verify.check(found.model, "resnet18", found.arrays)
+
+
+def test_batchnorm_over_training_steps() -> None:
+    """Batch statistics, running statistics and gradients over five batches, then evaluation."""
+    draw = np.random.default_rng(0)
+    theirs = torch.nn.BatchNorm2d(6).double()
+    networks.randomise(theirs)
+    with jax.enable_x64(True):
+        ours = BatchNorm(6)
+        for name, value in (
+            ("scale", theirs.weight), ("bias", theirs.bias), ("mean", theirs.running_mean), ("var", theirs.running_var),
+        ):  # fmt: skip
+            variable = getattr(ours, name)
+            setattr(ours, name, type(variable)(jnp.asarray(value.detach().numpy())))
+        for _ in range(5):
+            x = draw.normal(3, 2, (4, 5, 3, 6))
+            upstream = draw.normal(size=x.shape)
+            tensor = torch.from_numpy(x.transpose(0, 3, 1, 2).copy()).requires_grad_()
+            expected = theirs.train()(tensor)
+            expected.backward(torch.from_numpy(upstream.transpose(0, 3, 1, 2).copy()))
+            graph, state = nnx.split(ours)
+            result, pull = jax.vjp(lambda x, g=graph, s=state: nnx.merge(g, s, copy=True)(x, True), jnp.asarray(x))
+            ours(jnp.asarray(x), train=True)
+            for found, wanted in (
+                (result, expected.detach().numpy().transpose(0, 2, 3, 1)),
+                (pull(jnp.asarray(upstream))[0], tensor.grad.numpy().transpose(0, 2, 3, 1)),
+                (ours.mean[...], theirs.running_mean.numpy()),
+                (ours.var[...], theirs.running_var.numpy()),
+            ):
+                assert verify.relative(found, wanted) < EXACT
+        x = draw.normal(size=(2, 3, 3, 6))
+        expected = theirs.eval()(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).detach().numpy().transpose(0, 2, 3, 1)
+        assert verify.relative(ours(jnp.asarray(x)), expected) < EXACT
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_three_training_steps_in_float64(nesterov: bool) -> None:
+    """Loss, gradients through BatchNorm, SGD with momentum, weight decay and step decay, running statistics."""
+    reference = networks.build("resnet20_cifar").double().train()
+    optimizer = torch.optim.SGD(reference.parameters(), 0.1, 0.9, weight_decay=5e-4, nesterov=nesterov)
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2], 0.1)
+    draw = np.random.default_rng(1)
+    batches = [(draw.standard_normal((8, 32, 32, 3)), draw.integers(0, 10, 8)) for _ in range(3)]
+    with jax.enable_x64(True):
+        model = converted("resnet20_cifar", reference)
+        graph, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+        as_double = lambda state: jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), state)  # noqa: E731
+        params, stats = as_double(params), as_double(stats)
+        sgd = optim.sgd(optim.step_decay(0.1, (2,), 0.1, steps_per_epoch=1), 0.9, nesterov, 5e-4)
+        opt_state = sgd.init(params)
+
+        @jax.jit
+        def step(params, stats, opt_state, x, y):
+            def loss_of(params):
+                model = nnx.merge(graph, params, stats, copy=True)
+                loss = optax.softmax_cross_entropy_with_integer_labels(model(x, train=True), y).mean()
+                return loss, nnx.state(model, nnx.BatchStat)
+
+            (loss, stats_), gradients = jax.value_and_grad(loss_of, has_aux=True)(params)
+            updates, opt_state_ = sgd.update(gradients, opt_state, params)
+            return optax.apply_updates(params, updates), stats_, opt_state_, loss
+
+        for x, y in batches:
+            images = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2)))
+            loss = F.cross_entropy(reference(images), torch.from_numpy(y))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            params, stats, opt_state, found = step(params, stats, opt_state, jnp.asarray(x), jnp.asarray(y))
+            assert found.dtype == jnp.float64
+            assert float(found) == pytest.approx(loss.item(), rel=EXACT)
+        trained = weights.arrays(nnx.merge(graph, params, stats))
+    state_dict = reference.state_dict()
+    for path, value in trained.items():
+        wanted = torch2flax.to_flax(state_dict[keymap.torch_key(path)].numpy())
+        # The running averages began in float32 on our side and were widened exactly; all else is float64.
+        assert verify.relative(value, wanted) < EXACT, path
+
+
+def test_torch_tensors_and_half_precision() -> None:
+    reference = networks.build("resnet20_cifar")
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        narrow = {key: value.to(dtype) if value.is_floating_point() else value for key, value in reference.state_dict().items()}
+        model = torch2flax.convert(narrow, "resnet20_cifar")
+        wanted = narrow["conv1.weight"].float().permute(2, 3, 1, 0).numpy()
+        np.testing.assert_array_equal(model.conv1.kernel[...], wanted)
+
+
+def test_initial_parameters_are_distributed_as_torchvisions() -> None:
+    torch.manual_seed(0)
+    theirs = networks.models.resnet50().state_dict()
+    from jresnet import create
+
+    ours = weights.arrays(create("resnet50"))
+    for path, value in ours.items():
+        wanted = theirs[keymap.torch_key(path)].numpy()
+        if path.endswith(("kernel", "fc.bias")):
+            assert float(value.std()) == pytest.approx(wanted.std(), rel=0.08), path
+            assert abs(float(value.mean())) < 5 * wanted.std() / np.sqrt(value.size), path
+        else:
+            np.testing.assert_array_equal(value, wanted, path)
