@@ -1,5 +1,6 @@
 """jresnet: ResNets in JAX and Flax NNX, the same function as PyTorch's, training included."""
 
+from jresnet import optim
 from jresnet.errors import DataError, DownloadError, InputError, WeightsError
 from jresnet.factory import (
     create,
@@ -41,6 +42,7 @@ __all__ = [
     "create",
     "list_models",
     "load",
+    "optim",
     "resnet18",
     "resnet18_d2l",
     "resnet20_cifar",

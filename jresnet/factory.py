@@ -65,7 +65,7 @@ def create(
     if weights is None:
         return ResNet(config, zero_init_residual=zero_init_residual, dtype=dtype, rngs=nnx.Rngs(seed))
     if is_path(weights):
-        found, config, values, _ = native.read(weights)
+        found, config, values, _ = native.read(os.fspath(weights))
         model = native.fill(config, values, dtype)
     else:
         found, model = arch, pretrained.load(pretrained.find(arch, str(weights)), dtype)

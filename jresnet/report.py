@@ -17,7 +17,7 @@ def duration(seconds: float) -> str:
     """``95`` -> ``1 min 35 s``; two units at most, up to days."""
     units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
     whole = max(0, round(seconds))
-    parts = []
+    parts: list[str] = []
     for name, size in units:
         count, whole = divmod(whole, size)
         if count or (parts and len(parts) < 2) or (name == "s" and not parts):
@@ -76,7 +76,13 @@ class Progress:
             from tqdm import tqdm
 
             self.bar = tqdm(
-                total=steps, initial=done, desc=self.title, unit="step", file=self.stream, leave=False, dynamic_ncols=True
+                total=steps,
+                initial=done,
+                desc=self.title,
+                unit="step",
+                file=self.stream,
+                leave=False,
+                dynamic_ncols=True,
             )
 
     def step(self, count: int = 1) -> None:
@@ -129,7 +135,9 @@ def plot_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def plot_confusion(labels: np.ndarray, predictions: np.ndarray, classes: tuple[str, ...], path: Path, title: str) -> None:
+def plot_confusion(
+    labels: np.ndarray, predictions: np.ndarray, classes: tuple[str, ...], path: Path, title: str
+) -> None:
     """How often each class (row) was taken for each other one (column), as counts."""
     import matplotlib.figure
 

@@ -88,7 +88,9 @@ class Bottleneck(nnx.Module):
         return jax.nn.relu(y + shortcut(self.downsample, x, y.shape[-1], train))
 
 
-def shortcut(downsample: nnx.List, x: Float[Array, "n h w c"], channels: int, train: bool) -> Float[Array, "n h2 w2 c2"]:
+def shortcut(
+    downsample: nnx.List, x: Float[Array, "n h w c"], channels: int, train: bool
+) -> Float[Array, "n h2 w2 c2"]:
     """The input as the block's output can take it: projected by ``downsample``, padded (option A), or unchanged."""
     if downsample:
         for layer in downsample:  # a 1x1 convolution, then its BN unless the kind is "conv"
@@ -124,7 +126,7 @@ class ResNet(nnx.Module):
         rngs: nnx.Rngs | None,
     ):
         conv = partial(Conv, bias=config.conv_bias, dtype=dtype, rngs=rngs)
-        block = {"basic": BasicBlock, "bottleneck": Bottleneck}[config.block]
+        block: type[BasicBlock | Bottleneck] = Bottleneck if config.block == "bottleneck" else BasicBlock
         self.config = config
         inplanes = config.widths[0]
         self.conv1 = conv(config.in_channels, inplanes, *((3, 1, 1) if config.stem == "cifar" else (7, 2, 3)))

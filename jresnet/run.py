@@ -26,6 +26,7 @@ from jresnet.augment import Pipeline
 from jresnet.checkpoint import Checkpoints
 from jresnet.data import Dataset, Split
 from jresnet.errors import InputError
+from jresnet.resnet import Stem
 
 FILES = ("config.json", "metrics.jsonl", "summary.json", "last.safetensors", "best.safetensors", "checkpoints")
 FETCHES = 10  # how often an epoch's metrics are brought to the host
@@ -58,7 +59,7 @@ class RunConfig:
     image_size: int  # pixels
     flip: bool
     imagenet_statistics: bool
-    stem: str
+    stem: Stem  # of an ImageNet-type architecture
     precision: str  # "float32" | "bfloat16"
     limit_train: int | None  # first images only
     limit_test: int | None
@@ -73,15 +74,16 @@ class RunConfig:
     def check(self) -> None:
         """Raises :class:`InputError` with everything that is out of range."""
         zoo.find(self.arch)
+        least = {"epochs": 1, "batch_size": 1, "val_split": 0, "seed": 0, "limit_train": 1, "limit_test": 1}
+        least |= {"momentum": 0, "weight_decay": 0}
         problems = [
-            f"{name} must be at least {least}, got {value}"
-            for name, least in (
-                ("epochs", 1), ("batch_size", 1), ("val_split", 0), ("seed", 0), ("limit_train", 1), ("limit_test", 1),
-                ("momentum", 0), ("weight_decay", 0),
-            )  # fmt: skip
-            if (value := getattr(self, name)) is not None and value < least
+            f"{name} must be at least {bound}, got {value}"
+            for name, bound in least.items()
+            if (value := getattr(self, name)) is not None and value < bound
         ]
-        problems += [f"{name} must be above 0, got {getattr(self, name)}" for name in ("lr", "gamma") if getattr(self, name) <= 0]
+        problems += [
+            f"{name} must be above 0, got {getattr(self, name)}" for name in ("lr", "gamma") if getattr(self, name) <= 0
+        ]
         problems += [f"momentum must be below 1, got {self.momentum}"] if self.momentum >= 1 else []
         problems += ["nesterov needs a momentum above 0"] if self.nesterov and self.momentum == 0 else []
         problems += [f"milestone {m:g} is not above 0" for m in self.milestones if m <= 0]
@@ -195,7 +197,7 @@ class Trainer:
         self.schedule = optim.step_decay(config.lr, config.milestones, config.gamma, self.steps_per_epoch)
         self.optimizer = optim.sgd(self.schedule, config.momentum, config.nesterov, config.weight_decay)
         self.pipeline = config.pipeline()
-        self.graph, params, _ = nnx.split(model, nnx.Param, nnx.BatchStat)
+        self.graph, params, *_ = nnx.split(model, nnx.Param, nnx.BatchStat)
         self.parameters = sum(value.size for value in jax.tree.leaves(params))
         self.state = train.init(model, self.optimizer)
         self.loop = train.steps_loop(
@@ -227,7 +229,9 @@ class Trainer:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise InputError(f"cannot use --out {self.out}: {error.strerror or error}; choose another folder") from error
+            raise InputError(
+                f"cannot use --out {self.out}: {error.strerror or error}; choose another folder"
+            ) from error
         self._introduce()
         with Checkpoints(self.out / "checkpoints") as checkpoints:
             weights.write_atomically(self.out / "config.json", self._config_file())
@@ -253,7 +257,9 @@ class Trainer:
     def _introduce(self) -> None:
         config, say = self.config, self.progress.say
         say(f"device   {self.device.device_kind} ({self.device.platform}), {config.precision}")
-        say(f"network  {config.arch}, {config.stem} stem, {len(self.data.classes)} classes, {self.parameters:,} parameters")
+        say(
+            f"network  {config.arch}, {config.stem} stem, {len(self.data.classes)} classes, {self.parameters:,} parameters"
+        )
         counts = ", ".join(f"{len(split.labels):,} {name}" for name, split in self.splits.items())
         say(f"data     {self.data.name}: {counts} images, from {self.data.source}")
         for note in self.data.notes:
@@ -348,7 +354,10 @@ class Trainer:
             row |= {f"{name}_loss": result.loss, f"{name}_accuracy": result.accuracy}
         row |= {"images_per_second": config.batch_size / self.session.step_seconds, "seconds": done.seconds}
         metrics.add(row)
-        found = {name: f"{name} loss {result.loss:.4f}, accuracy {100 * result.accuracy:.2f} %" for name, result in results.items()}
+        found = {
+            name: f"{name} loss {result.loss:.4f}, accuracy {100 * result.accuracy:.2f} %"
+            for name, result in results.items()
+        }
         self.progress.say(
             f"epoch {epoch}/{config.epochs}: train loss {row['train_loss']:.4f}, accuracy "
             f"{100 * row['train_accuracy']:.2f} %; {'; '.join(found.values())}; {row['images_per_second']:.0f} images/s, "
@@ -441,7 +450,9 @@ class Trainer:
 class Done:
     """What a checkpoint keeps of a run beside its state; JSON values."""
 
-    epochs: int = 0  # trained, evaluated and in metrics.jsonl; a signal may fall between the last step and the evaluation
+    epochs: int = (
+        0  # trained, evaluated and in metrics.jsonl; a signal may fall between the last step and the evaluation
+    )
     loss_sum: float = 0.0  # of the steps taken in the current epoch
     correct: int = 0  # images of those steps that were classified rightly
     best_accuracy: float = -1.0  # share, on the split that judges
@@ -516,7 +527,9 @@ def check_out(config: RunConfig, out: Path, resume: bool) -> None:
     before = read_config(out)
     taken = [name for name in FILES if (out / name).exists()]
     if taken and not resume:
-        raise InputError(f"--out {out} already holds a run ({', '.join(taken)}): add --resume, or choose another folder")
+        raise InputError(
+            f"--out {out} already holds a run ({', '.join(taken)}): add --resume, or choose another folder"
+        )
     changed = [
         f"{field.name} was {getattr(before, field.name)!r}, now {getattr(config, field.name)!r}"
         for field in dataclasses.fields(config)

@@ -59,7 +59,7 @@ TrainStep = Callable[[TrainState, Images, "Int[Array, ' b']", jax.Array], tuple[
 
 def init(model: ResNet, optimizer: optax.GradientTransformation) -> TrainState:
     """The state before the first step."""
-    _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)  # type: ignore[misc]
     return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
 
 
@@ -68,18 +68,14 @@ def model_of(graph: nnx.GraphDef, state: TrainState) -> ResNet:
     return nnx.merge(graph, state.params, state.batch_stats)
 
 
-def train_step(
-    graph: nnx.GraphDef, optimizer: optax.GradientTransformation, pipeline: Pipeline
-) -> TrainStep:
+def train_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation, pipeline: Pipeline) -> TrainStep:
     """A pure function: one step of ``optimizer`` on the batch ``split[indices]``.
 
     The returned function takes (state, split, indices ``[B]``, key) and returns (state, metrics). Each step draws its
     augmentation from ``fold_in(key, step)``, so that a resumed run draws what an undisturbed one would.
     """
 
-    def step(
-        state: TrainState, split: Images, indices: Int[Array, " b"], key: jax.Array
-    ) -> tuple[TrainState, Metrics]:
+    def step(state: TrainState, split: Images, indices: Int[Array, " b"], key: jax.Array) -> tuple[TrainState, Metrics]:
         images = pipeline.train(jax.random.fold_in(key, state.step), split.images[indices])
         labels = split.labels[indices]
 
@@ -117,9 +113,14 @@ def epoch_order(key: jax.Array, epoch: int, images: int, batch_size: int) -> Int
 
 
 def steps_loop(
-    step: TrainStep, on_device: bool, stop: Callable[[], bool] = lambda: False, after_step: Callable[[], None] = lambda: None
+    step: TrainStep,
+    on_device: bool,
+    stop: Callable[[], bool] = lambda: False,
+    after_step: Callable[[], None] = lambda: None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """Runs steps ``start`` to ``end`` of an epoch: (state, split, order ``[steps, B]``, start, end, key) -> (state, metrics).
+    """Runs steps ``start`` to ``end`` of an epoch.
+
+    What is returned takes (state, split, order ``[steps, B]``, start, end, key) and gives (state, metrics).
 
     Args:
         step: of :func:`train_step`.
@@ -166,7 +167,7 @@ def steps_loop(
             taken.append(metrics)
             after_step()
         rows = [np.array(row) for row in zip(*jax.device_get(taken), strict=True)] or [np.zeros(0), np.zeros(0, int)]
-        return state, Metrics(*rows)
+        return state, Metrics(*rows)  # type: ignore[arg-type]  # numpy now, fetched
 
     return run_on_host
 
@@ -178,7 +179,9 @@ def batches(images: int, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
         yield np.pad(indices, (0, batch_size - len(indices))), len(indices)
 
 
-def evaluate(step: Callable[..., tuple[jax.Array, jax.Array]], state: TrainState, split: Images, batch_size: int) -> Evaluation:
+def evaluate(
+    step: Callable[..., tuple[jax.Array, jax.Array]], state: TrainState, split: Images, batch_size: int
+) -> Evaluation:
     """Loss and accuracy over every image of ``split`` exactly once; ``step`` is a jitted :func:`eval_step`."""
     n = len(split.labels)
     found = [

@@ -48,9 +48,7 @@ _ROWS = (
     _imagenet("resnet50", "bottleneck", (3, 4, 6, 3), 25_557_032, 4.09, HE),
     _imagenet("resnet101", "bottleneck", (3, 4, 23, 3), 44_549_160, 7.80, HE),
     _imagenet("resnet152", "bottleneck", (3, 8, 36, 3), 60_192_808, 11.51, HE),
-    _imagenet(
-        "resnext50_32x4d", "bottleneck", (3, 4, 6, 3), 25_028_904, 4.23, RESNEXT, groups=32, width_per_group=4
-    ),
+    _imagenet("resnext50_32x4d", "bottleneck", (3, 4, 6, 3), 25_028_904, 4.23, RESNEXT, groups=32, width_per_group=4),
     _imagenet(
         "resnext101_32x8d", "bottleneck", (3, 4, 23, 3), 88_791_336, 16.41, RESNEXT, groups=32, width_per_group=8
     ),
@@ -66,7 +64,13 @@ _ROWS = (
     _cifar(110, 1_727_962, 0.2529),
     _cifar(1202, 19_421_274, 2.8292),
     _imagenet(
-        "resnet34_projection", "basic", (3, 4, 6, 3), 21_801_896, 3.68, "resnet34, taught with a projection in every stage", shortcut="projection_first"
+        "resnet34_projection",
+        "basic",
+        (3, 4, 6, 3),
+        21_801_896,
+        3.68,
+        "resnet34, taught with a projection in every stage",
+        shortcut="projection_first",
     ),
     Row(
         "resnet18_d2l",

@@ -43,11 +43,15 @@ def parser() -> argparse.ArgumentParser:
         help="step: 200 epochs at 32 pixels, batch 128, lr 0.1; blog: 100 epochs of resnet34_projection at 224 pixels, "
         "batch 64, lr 0.001, x0.1 every 10 epochs (default: step)",
     )
-    recipe.add_argument("--epochs", type=int, metavar="N", help="passes over the training images (step: 200; digits: 12)")
+    recipe.add_argument(
+        "--epochs", type=int, metavar="N", help="passes over the training images (step: 200; digits: 12)"
+    )
     recipe.add_argument("--batch-size", type=int, metavar="N", help="images a step (step: 128, blog: 64)")
     recipe.add_argument("--lr", type=float, help="learning rate of the first epochs (step: 0.1, blog: 0.001)")
     recipe.add_argument("--momentum", type=float, help="SGD's momentum, 0 to below 1 (default: 0.9)")
-    recipe.add_argument("--weight-decay", type=float, metavar="F", help="L2 factor, on all parameters (step: 5e-4, blog: 0)")
+    recipe.add_argument(
+        "--weight-decay", type=float, metavar="F", help="L2 factor, on all parameters (step: 5e-4, blog: 0)"
+    )
     recipe.add_argument(
         "--milestones", type=float, nargs="*", metavar="EPOCH",
         help="epochs at which the learning rate falls (step: at 50 %% and 75 %% of the run; blog: every 10)",

@@ -40,7 +40,15 @@ def shared() -> Path:
 def cifar10(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CIFAR-10 in its official layouts, with 5,000 training and the 1,000 clean test images."""
     out = tmp_path_factory.mktemp("cifar10")
-    command = [sys.executable, str(shared / "cifar10" / "make_cifar10.py"), str(out), "--test", "clean", "--train", "5000"]
+    command = [
+        sys.executable,
+        str(shared / "cifar10" / "make_cifar10.py"),
+        str(out),
+        "--test",
+        "clean",
+        "--train",
+        "5000",
+    ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return out
 

@@ -42,7 +42,9 @@ def test_normalise() -> None:
     np.testing.assert_allclose(result[0, 0, 0], [0.2, 0.0], atol=1e-6)
 
 
-@pytest.mark.parametrize(("top", "left", "height", "width"), [(0, 0, 32, 32), (3, 5, 20, 17), (30, 0, 2, 31), (7, 7, 1, 1)])
+@pytest.mark.parametrize(
+    ("top", "left", "height", "width"), [(0, 0, 32, 32), (3, 5, 20, 17), (30, 0, 2, 31), (7, 7, 1, 1)]
+)
 def test_interpolation_is_pils(pixels: np.ndarray, top: int, left: int, height: int, width: int) -> None:
     rows = augment.interpolation(jnp.float32(top), jnp.float32(height), 32, 224)
     columns = augment.interpolation(jnp.float32(left), jnp.float32(width), 32, 224)

@@ -123,7 +123,9 @@ def test_an_unknown_architecture(tensors: dict[str, np.ndarray]) -> None:
 
 def test_the_command_converts(tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
     source, output = write(tmp_path / "mine.safetensors", tensors), tmp_path / "out.safetensors"
-    done = command("-m", "convert.torch2flax", "resnet20_cifar", "--weights", source, "--output", output, "--verify", "never")
+    done = command(
+        "-m", "convert.torch2flax", "resnet20_cifar", "--weights", source, "--output", output, "--verify", "never"
+    )
     assert done.returncode == 0, done.stderr
     assert "97 tensors, each used once (torchvision naming); 19 num_batches_tracked dropped" in done.stdout
     arch, _, values, metadata = weights.read(output)
@@ -171,7 +173,11 @@ def test_bad_input(tensors: dict, tmp_path: Path, arguments: list[str], code: in
     before = sorted(tmp_path.rglob("*"))
     arguments = [argument.format(good=good, cut=cut) for argument in arguments]
     done = command(
-        "-m", "convert.torch2flax", *arguments, cwd=tmp_path, env={"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin"}
+        "-m",
+        "convert.torch2flax",
+        *arguments,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin"},
     )
     assert done.returncode == code, done.stderr
     assert message in done.stderr
@@ -185,7 +191,9 @@ def test_without_torch_the_check_is_left_out_and_said_so(tensors: dict, monkeypa
 
     monkeypatch.setattr(verify, "import_torchvision", missing)
     model = torch2flax.convert(tensors, "resnet20_cifar")
-    assert str(verify.check(model, "resnet20_cifar", {})) == "not against PyTorch: left out, since torch is not installed"
+    assert (
+        str(verify.check(model, "resnet20_cifar", {})) == "not against PyTorch: left out, since torch is not installed"
+    )
     with pytest.raises(InputError, match="--verify always, but torch is not installed"):
         verify.check(model, "resnet20_cifar", {}, "always")
 

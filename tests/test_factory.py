@@ -65,7 +65,9 @@ def test_weights_from_a_file(native: Path) -> None:
 
 
 def test_weights_of_another_network(native: Path) -> None:
-    with pytest.raises(WeightsError, match="its architecture is resnet20_cifar, not resnet32_cifar; num_classes is 10, not 7"):
+    with pytest.raises(
+        WeightsError, match="its architecture is resnet20_cifar, not resnet32_cifar; num_classes is 10, not 7"
+    ):
         jresnet.create("resnet32_cifar", weights=native, num_classes=7)
 
 

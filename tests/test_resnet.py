@@ -165,7 +165,9 @@ def test_both_of_nnxs_modes(model: jresnet.ResNet, graph_mode: bool) -> None:
     np.testing.assert_allclose(logits, model(images(2, 32, 32, 3)), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("n", "stride", "kernel", "groups"), [(1, 1, 3, 1), (7, 2, 3, 1), (40, 1, 3, 2), (40, 2, 1, 1)])
+@pytest.mark.parametrize(
+    ("n", "stride", "kernel", "groups"), [(1, 1, 3, 1), (7, 2, 3, 1), (40, 1, 3, 2), (40, 2, 1, 1)]
+)
 def test_gradients_in_pieces_are_the_gradients(n: int, stride: int, kernel: int, groups: int) -> None:
     """What training on the CPU does, against JAX's own rule; large enough for several pieces, the last one short."""
     with jax.enable_x64(True):

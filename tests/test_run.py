@@ -24,7 +24,14 @@ SHORT = ("--depth", "20", "--dataset", "digits", "--limit-train", "64", "--limit
 
 
 def config(**changes) -> run.RunConfig:
-    short = {"arch": "resnet20_cifar", "dataset": "digits", "limit_train": 64, "limit_test": 40, "batch_size": 16, "epochs": 2}
+    short = {
+        "arch": "resnet20_cifar",
+        "dataset": "digits",
+        "limit_train": 64,
+        "limit_test": 40,
+        "batch_size": 16,
+        "epochs": 2,
+    }
     return run.default_config(**{**short, **changes})
 
 
@@ -244,7 +251,12 @@ def test_bad_input(finished: Path, tmp_path: Path, arguments: list[str], code: i
     names = {**places, "run": finished}
     content = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     before = sorted(tmp_path.rglob("*"))
-    environment = {**os.environ, "HOME": str(tmp_path), "HTTPS_PROXY": "http://127.0.0.1:9", "PYTHONPATH": str(REPOSITORY)}
+    environment = {
+        **os.environ,
+        "HOME": str(tmp_path),
+        "HTTPS_PROXY": "http://127.0.0.1:9",
+        "PYTHONPATH": str(REPOSITORY),
+    }
     began = time.monotonic()
     done = command(
         REPOSITORY / SCRIPT, *[argument.format(**names) for argument in arguments], cwd=tmp_path, env=environment

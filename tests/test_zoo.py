@@ -78,5 +78,5 @@ def test_unknown_names_suggest_the_nearest(wrong: str, near: str) -> None:
 
 
 def test_an_absurd_name_lists_them_all() -> None:
-    with pytest.raises(InputError, match="there are resnet18, .*resnet18_d2l"):
+    with pytest.raises(InputError, match=r"there are resnet18, .*resnet18_d2l"):
         zoo.find("vgg")

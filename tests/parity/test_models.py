@@ -100,7 +100,9 @@ def test_batchnorm_over_training_steps() -> None:
             ):
                 assert verify.relative(found, wanted) < EXACT
         x = draw.normal(size=(2, 3, 3, 6))
-        expected = theirs.eval()(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).detach().numpy().transpose(0, 2, 3, 1)
+        expected = (
+            theirs.eval()(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).detach().numpy().transpose(0, 2, 3, 1)
+        )
         assert verify.relative(ours(jnp.asarray(x)), expected) < EXACT
 
 
@@ -152,7 +154,10 @@ def test_three_training_steps_in_float64(nesterov: bool) -> None:
 def test_torch_tensors_and_half_precision() -> None:
     reference = networks.build("resnet20_cifar")
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
-        narrow = {key: value.to(dtype) if value.is_floating_point() else value for key, value in reference.state_dict().items()}
+        narrow = {
+            key: value.to(dtype) if value.is_floating_point() else value
+            for key, value in reference.state_dict().items()
+        }
         model = torch2flax.convert(narrow, "resnet20_cifar")
         wanted = narrow["conv1.weight"].float().permute(2, 3, 1, 0).numpy()
         np.testing.assert_array_equal(model.conv1.kernel[...], wanted)

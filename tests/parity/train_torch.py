@@ -58,7 +58,9 @@ def main() -> None:
         for batch in torch.randperm(kept)[: steps * recipe.batch_size].view(steps, -1):
             padded = F.pad(images[batch], (4, 4, 4, 4))
             offsets = torch.randint(0, 9, (len(batch), 2)).tolist()
-            views = torch.stack([image[:, y : y + 32, x : x + 32] for image, (y, x) in zip(padded, offsets, strict=True)])
+            views = torch.stack(
+                [image[:, y : y + 32, x : x + 32] for image, (y, x) in zip(padded, offsets, strict=True)]
+            )
             flips = torch.rand(len(batch)) < 0.5
             views[flips] = views[flips].flip(3)
             loss = F.cross_entropy(model(normalised(views.float())), labels[batch])
@@ -69,7 +71,11 @@ def main() -> None:
             total += loss.item()
         trained += time.perf_counter() - began
         model.eval()
-        row = {"epoch": epoch, "train_loss": total / steps, "images_per_second": epoch * steps * recipe.batch_size / trained}
+        row = {
+            "epoch": epoch,
+            "train_loss": total / steps,
+            "images_per_second": epoch * steps * recipe.batch_size / trained,
+        }
         with torch.no_grad():
             for name, (x, y) in held.items():
                 logits = torch.cat([model(normalised(part.float())) for part in x.split(500)])
