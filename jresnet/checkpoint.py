@@ -6,6 +6,7 @@ object beside it, so that no checkpoint depends on how Flax or optax lay out the
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,13 @@ class Checkpoints:
         step = int(state.step)
         if step in self.manager.all_steps():
             return
+        # Orbax reports a full disk, but behind hundreds of tracebacks of its threads: look first.
+        needed, free = sum(value.nbytes for value in values.values()) + 2**20, shutil.disk_usage(self.folder).free
+        if free < needed:
+            raise InputError(
+                f"cannot write a checkpoint into {self.folder}: it takes {needed:,} bytes and the disk has {free:,} free. "
+                "The checkpoint before it is whole: free some space and go on with --resume"
+            )
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(values), progress=ocp.args.JsonSave({**progress, "digest": digest(values)})
         )

@@ -28,7 +28,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-CONNECT_SECONDS = 4.0  # for the first answer from any of the mirrors: a command without network must end within 5 s
+CONNECT_SECONDS = 2.5  # for the first answer from any of the mirrors: a command without network must end within 5 s
 STALL_SECONDS = 30.0  # without a byte, after which the next mirror goes on from there
 TURNS = 3  # how often one address may be asked to go on after a transfer that broke off
 _CHUNK = 1 << 18  # bytes read at most at once

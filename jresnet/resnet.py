@@ -152,6 +152,7 @@ class ResNet(nnx.Module):
 
     def features(self, x: Float[Array, "n h w c"], train: bool = False) -> dict[str, Float[Array, "n h2 w2 c2"]]:
         """Every stage's output by its name: ``stem``, ``layer1``, ``layer2``, ...; arguments and errors as the call."""
+        x = jnp.asarray(x)  # numpy's float64 becomes JAX's default
         channels = self.config.in_channels
         if x.ndim != 4 or x.shape[-1] != channels:
             raise ValueError(f"expected images [N, H, W, {channels}] (channels last), got shape {tuple(x.shape)}")

@@ -118,7 +118,7 @@ def main(argv: list[str] | None = None) -> int:
             run.Trainer(config, run.load_data(config, args.data_dir), out, stop).fit(args.resume)
     except run.Interrupted as stopped:
         return 128 + stopped.args[0]
-    except (InputError, run.NonFiniteLoss) as error:
+    except (InputError, run.NonFiniteLoss, OSError) as error:  # OSError: a disk that fills up during the run
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -55,6 +55,11 @@ def test_any_size_of_image(model: jresnet.ResNet) -> None:
     assert model(images(1, 40, 24, 3)).shape == (1, 10)
 
 
+def test_numpys_float64_is_taken_as_float32(model: jresnet.ResNet) -> None:
+    x = images(2, 32, 32, 3)
+    np.testing.assert_array_equal(model(x.astype(np.float64)), model(x))
+
+
 @pytest.mark.parametrize("shape", [(32, 32, 3), (2, 3, 32, 32), (2, 32, 32, 1), (2, 32, 32, 3, 1)])
 def test_other_shapes_are_refused(model: jresnet.ResNet, shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"expected images \[N, H, W, 3\] \(channels last\), got shape \("):

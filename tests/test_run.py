@@ -328,3 +328,21 @@ def test_config_is_checked_from_python_too() -> None:
         run.default_config(dataset="mnist")
     with pytest.raises(InputError, match="unknown precision 'float16'"):
         run.default_config(precision="float16")
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from jresnet import checkpoint
+
+    out = tmp_path / "out"
+    first = trainer(out, epochs=3)
+    usage = checkpoint.shutil.disk_usage
+
+    def filling(folder: Path):
+        return usage(folder)._replace(free=0) if int(first.state.step) > 4 else usage(folder)
+
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", filling)
+    with pytest.raises(InputError, match=r"cannot write a checkpoint into .*the disk has 0 free"):
+        first.fit()
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["4"]
+    monkeypatch.undo()
+    assert trainer(out, epochs=3).fit(resume=True)["final"]["epoch"] == 3
