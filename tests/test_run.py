@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -178,7 +179,7 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = command(SCRIPT, *SHORT, "--epochs", 3, "--lr", "1e30", "--out", out)
     assert done.returncode == 1
-    assert "error: the loss is nan at step 1 (epoch 1)" in done.stderr
+    assert re.search(r"error: the loss is (nan|inf) at step [1-3] \(epoch 1\)", done.stderr), done.stderr
     assert "Traceback" not in done.stderr
     assert not (out / "last.safetensors").exists()
 
