@@ -1,11 +1,13 @@
 """Resumable training state: Orbax's checkpoints, plus a digest over the arrays, since Orbax restores flipped bits silently.
 
-The state is kept as a flat dict of arrays named by their path in :class:`jresnet.train.TrainState`, and a small JSON
-object beside it, so that no checkpoint depends on how Flax or optax lay out their containers.
+The state's leaves are joined into one array of bytes, beside a JSON object that names them by their path in
+:class:`jresnet.train.TrainState`: so no checkpoint depends on how Flax or optax lay out their containers, and Orbax has one
+write to make, whose failure (a full disk, a damaged file) is one error and not hundreds of its threads' tracebacks.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -44,18 +46,21 @@ class Checkpoints:
             InputError: where the disk is full or the folder cannot be written.
         """
         values = {name: np.asarray(value) for name, value in _flat(state).items()}
+        packed = np.concatenate([np.frombuffer(value.tobytes(), np.uint8) for value in values.values()])
         step = int(state.step)
         if step in self.manager.all_steps():
             return
-        # Orbax reports a full disk, but behind hundreds of tracebacks of its threads: look first.
-        needed, free = sum(value.nbytes for value in values.values()) + 2**20, shutil.disk_usage(self.folder).free
+        # Orbax reports a full disk, but behind tracebacks of its threads: look first.
+        needed, free = packed.nbytes + 2**20, shutil.disk_usage(self.folder).free
         if free < needed:
             raise InputError(
                 f"cannot write a checkpoint into {self.folder}: it takes {needed:,} bytes and the disk has {free:,} free. "
                 "The checkpoint before it is whole: free some space and go on with --resume"
             )
+        layout = {name: [value.dtype.name, list(value.shape)] for name, value in values.items()}
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(values), progress=ocp.args.JsonSave({**progress, "digest": digest(values)})
+            state=ocp.args.StandardSave({"bytes": packed}),
+            progress=ocp.args.JsonSave({"progress": progress, "layout": layout, "digest": digest({"bytes": packed})}),
         )
         try:
             self.manager.save(step, args=items)
@@ -74,21 +79,27 @@ class Checkpoints:
         if step is None:
             return None
         where = self.folder / str(step)
-        expected = _flat(like)
-        abstract = {name: jax.ShapeDtypeStruct(value.shape, value.dtype) for name, value in expected.items()}
-        items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), progress=ocp.args.JsonRestore())
+        expected = {name: [value.dtype.name, list(value.shape)] for name, value in _flat(like).items()}
+        advice = "delete that folder to go on from the one before"
         try:
-            restored = self.manager.restore(step, args=items)
-            values, progress = dict(restored.state), dict(restored.progress)
+            about = self.manager.restore(step, args=ocp.args.Composite(progress=ocp.args.JsonRestore())).progress
+            layout, progress, wanted = about["layout"], about["progress"], about["digest"]
+            sizes = [np.dtype(dtype).itemsize * math.prod(shape) for dtype, shape in expected.values()]
+            abstract = {"bytes": jax.ShapeDtypeStruct((sum(sizes),), np.uint8)}
+            if layout == expected:
+                items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+                packed = np.asarray(self.manager.restore(step, args=items).state["bytes"])
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise WeightsError(
-                f"the checkpoint {where} cannot be restored ({error}): delete that folder to go on from the one before"
-            ) from error
-        if digest({name: np.asarray(value) for name, value in values.items()}) != progress.pop("digest", None):
-            raise WeightsError(
-                f"the checkpoint {where} was altered after it was written: delete that folder to go on from the one before"
-            )
-        leaves = [jax.numpy.asarray(values[name]) for name in expected]
+            raise WeightsError(f"the checkpoint {where} cannot be restored ({error}): {advice}") from error
+        if layout != expected:
+            raise WeightsError(f"the checkpoint {where} is of another network or optimizer: choose another folder")
+        if digest({"bytes": packed}) != wanted:
+            raise WeightsError(f"the checkpoint {where} was altered after it was written: {advice}")
+        parts = np.split(packed, np.cumsum(sizes)[:-1])
+        leaves = [
+            jax.numpy.asarray(part.view(dtype).reshape(shape))
+            for part, (dtype, shape) in zip(parts, expected.values(), strict=True)
+        ]
         return jax.tree.unflatten(jax.tree.structure(like), leaves), progress
 
 
