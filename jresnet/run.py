@@ -307,7 +307,8 @@ class Trainer:
                 self._save_and_stop(checkpoints)
             left = session.left(self.total_steps - int(self.state.step), self.steps_per_epoch)
             accuracy = done.correct / (start * config.batch_size)
-            self.progress.show(done.loss_sum / start, accuracy, config.batch_size / session.step_seconds, left)
+            if session.steps > 1:  # the first one's time is mostly compilation
+                self.progress.show(done.loss_sum / start, accuracy, config.batch_size / session.step_seconds, left)
 
     def _estimate(self) -> None:
         """Says how long the whole will take, once a step has been measured."""
