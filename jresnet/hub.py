@@ -1,0 +1,467 @@
+"""Weights on the Hugging Face Hub: ``hf:ORG/REPO[@REVISION]``, through ``huggingface_hub`` (the extra ``hub``).
+
+Only ``model.safetensors`` and ``config.json`` are fetched, the latter in the form that timm writes
+(``timm.models._hub.save_config_for_hf``). They lie in the Hub's own cache (``HF_HUB_CACHE``, ``HF_HOME``), shared with
+every other library that uses it.
+
+**Preprocessing** is that of timm's ``validate.py``, and so of its tables of results,
+``create_transform(**resolve_model_data_config(model, use_test_size=True), is_training=False)``: shorter side resized to
+``floor(size / crop_pct)``, central square of ``size``, with ``test_input_size`` and ``test_crop_pct`` where a configuration
+has them, else ``input_size`` and ``crop_pct``.
+
+**Integrity.** The cache keeps a file of Git LFS or Xet under its SHA-256, which is computed and compared at every load.
+Where the file system has no symbolic links the cache does not keep that name: there the digest is compared only by a call
+that the Hub has answered, and not offline.
+"""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import reprlib
+import threading
+from collections.abc import Iterator
+from concurrent import futures
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from jresnet import download, zoo
+from jresnet.errors import DownloadError, InputError, WeightsError
+from jresnet.pretrained import Preprocessing
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfFileMetadata
+
+    from jresnet.resnet import ResNetConfig
+
+PREFIX = "hf:"
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+MAX_BYTES = {WEIGHTS: 4 << 30, CONFIG: 4 << 20}  # the zoo's largest network has 0.5 GB; a table of 21,841 names 1 MB
+ANSWER_SECONDS = 4.0  # for the Hub's first answer: a command without network must end within 5 s
+_COMMIT = re.compile("[0-9a-f]{40}")
+_SHA256 = re.compile("[0-9a-f]{64}")
+_REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_.+/-]*")  # a branch, a tag or a commit, and never a way out
+
+
+class Described(NamedTuple):
+    """What a ``config.json`` says; None throughout where there is none, or it is not timm's."""
+
+    arch: str | None = None  # a name of the zoo
+    num_classes: int | None = None
+    preprocessing: Preprocessing | None = None
+    categories: tuple[str, ...] | None = None  # in the order of the logits
+
+
+@dataclass(frozen=True)
+class Published:
+    """Weights on the Hub, fetched."""
+
+    spec: str  # with the commit in full, such as "hf:timm/resnet50.a1_in1k@<40 hex digits>"
+    path: Path  # model.safetensors in the Hub's cache
+    sha256: str  # of that file
+    commit: str
+    arch: str | None  # a name of the zoo; None, as those below, where no config.json says
+    num_classes: int | None
+    preprocessing: Preprocessing | None
+    categories: tuple[str, ...] | None  # in the order of the logits
+
+
+def is_spec(text: str | os.PathLike[str]) -> bool:
+    """Whether ``text`` means weights on the Hub, well formed or not."""
+    return isinstance(text, str) and text.startswith(PREFIX)
+
+
+def fetch(spec: str, *, progress: bool = True) -> Published:
+    """Weights from the Hub, or from its cache where they are there and the Hub does not answer.
+
+    The Hub is asked which commit a branch or a tag is at now. A commit in full that is in the cache needs no network;
+    nor does anything in the cache with ``HF_HUB_OFFLINE=1``. Without network the first question is given up after
+    ``ANSWER_SECONDS``, or ``HF_HUB_ETAG_TIMEOUT`` where that is set.
+
+    Args:
+        spec: ``hf:ORG/REPO`` or ``hf:ORG/REPO@REVISION``: a branch (by default ``main``), a tag or a commit in full.
+        progress: show the downloads on stderr.
+
+    Raises:
+        InputError: ``huggingface_hub`` is missing, ``spec`` is malformed, or the repository holds another network.
+        DownloadError: the files are neither in the cache nor to be had.
+        WeightsError: there are no weights in safetensors, the file in the cache is damaged, or the configuration is not
+            usable; one message lists all that is wrong with it.
+    """
+    repo, revision = _parse(spec)
+    path = _cached(repo, revision, WEIGHTS)
+    head = None
+    if path is None or path.parent.name != revision:
+        try:
+            head = _head(repo, revision, WEIGHTS)
+        except DownloadError:  # whatever the Hub answers, or fails to
+            if path is None:
+                raise
+    if head:
+        commit = str(head.commit_hash)
+    elif path:
+        commit = path.parent.name
+    else:
+        raise WeightsError(_no_weights(repo, revision))
+    # The small file first: it tells whether the large one is of any use.
+    config = _config(repo, commit, progress)
+    described = read_config(config) if config else Described()
+    if head:  # asked for by branch or tag, so that the cache remembers where that was
+        path = _download(repo, revision, WEIGHTS, progress)
+        if path is None or path.parent.name != commit:
+            raise DownloadError(f"{repo}@{revision} changed while it was fetched: run this again")
+    assert path is not None
+    sha256 = _checked(path, head.etag if head else None)
+    return Published(f"{PREFIX}{repo}@{commit}", path, sha256, commit, *described)
+
+
+def metadata(published: Published) -> dict[str, str]:
+    """What a native file says of weights from the Hub: source, commit, and as JSON preprocessing and categories."""
+    entries = {"source": published.spec, "commit": published.commit}
+    if published.preprocessing:
+        entries["preprocessing"] = published.preprocessing.to_json()
+    if published.categories:
+        entries["categories"] = json.dumps(published.categories)
+    return entries
+
+
+def check(published: Published, arch: str, config: "ResNetConfig | None" = None) -> None:
+    """Raises :class:`WeightsError` where ``arch``, or a network made of these weights, is not what config.json describes."""
+    problems = []
+    if published.arch not in (None, arch):
+        problems.append(f"a {published.arch}, not a {arch}")
+    if config and published.num_classes not in (None, config.num_classes):
+        problems.append(f"{published.num_classes} classes, not {config.num_classes}")
+    if config and published.preprocessing and len(published.preprocessing.mean) != config.in_channels:
+        problems.append(f"images of {len(published.preprocessing.mean)} channels, not {config.in_channels}")
+    if problems:
+        raise WeightsError(f"{published.spec} has a {CONFIG} that describes {'; '.join(problems)}")
+
+
+def read_config(path: Path) -> Described:
+    """What a ``config.json`` of timm's says. It may be anyone's: size, types and ranges are checked.
+
+    Raises:
+        InputError: it describes a network that the zoo has not.
+        WeightsError: it is no JSON object, or states what jresnet cannot do; one message lists everything.
+    """
+    try:
+        size, content = path.stat().st_size, b""
+        if size <= MAX_BYTES[CONFIG]:
+            content = path.read_bytes()
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
+    if not content:
+        raise WeightsError(f"{path} should hold at most {MAX_BYTES[CONFIG]:,} bytes of JSON, but has {size:,} bytes")
+    try:
+        config = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} is no JSON file: {error}") from error
+    if not isinstance(config, dict):
+        raise WeightsError(f"{path} should hold an object, not {reprlib.repr(config)}")
+    if "architecture" not in config:
+        if "model_type" in config:
+            raise WeightsError(
+                f"{path} is a configuration of the transformers library, which names its tensors in another way: "
+                f"only repositories in timm's form are read, such as {PREFIX}timm/resnet50.a1_in1k"
+            )
+        return Described()
+    arch = config["architecture"]
+    if not isinstance(arch, str) or arch not in zoo.ZOO:
+        raise InputError(
+            f"the repository holds a network {reprlib.repr(arch)}, which jresnet does not have ({path}). "
+            f"There are {', '.join(zoo.ZOO)}."
+        )
+    # timm's older form has everything in one object.
+    pretrained = config.get("pretrained_cfg", config)
+    if not isinstance(pretrained, dict):
+        raise WeightsError(f"pretrained_cfg in {path} should be an object, not {reprlib.repr(pretrained)}")
+    problems: list[str] = []
+    num_classes = _num_classes(config, pretrained, problems)
+    _check_network(config, num_classes, problems)
+    preprocessing = _preprocessing(pretrained, problems)
+    categories = _categories(pretrained | config, num_classes, problems)
+    if problems:
+        raise WeightsError(f"{path} cannot be used: {'; '.join(problems)}")
+    return Described(arch, num_classes, preprocessing, categories)
+
+
+def _num_classes(config: dict[str, Any], pretrained: dict[str, Any], problems: list[str]) -> int | None:
+    value = config.get("num_classes", pretrained.get("num_classes"))
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1_000_000:
+        problems.append(f"num_classes should be 1 to 1,000,000, not {reprlib.repr(value)}")
+        return None
+    return value
+
+
+def _check_network(config: dict[str, Any], num_classes: int | None, problems: list[str]) -> None:
+    """What timm's model takes as arguments beyond its name may make it another network."""
+    arguments = config.get("model_args", {})
+    if not isinstance(arguments, dict):
+        problems.append(f"model_args should be an object, not {reprlib.repr(arguments)}")
+        return
+    plain = {"in_chans": 3, "num_classes": num_classes or arguments.get("num_classes"), "global_pool": "avg"}
+    for name, value in ({"global_pool": config.get("global_pool")} | arguments).items():
+        if name in ("zero_init_last", "drop_rate", "drop_path_rate", "drop_block_rate"):  # matter in training only
+            continue
+        if value is not None and (name not in plain or value != plain[name]):
+            problems.append(f"{reprlib.repr(name)} of {reprlib.repr(value)} makes it another network")
+
+
+def _preprocessing(pretrained: dict[str, Any], problems: list[str]) -> Preprocessing:
+    """As ``timm.data.resolve_data_config`` and ``transforms_imagenet_eval`` of timm 1.0.31, with their defaults."""
+
+    def get(name: str, default: Any) -> Any:
+        return default if (value := pretrained.get(name)) is None else value
+
+    def triple(name: str, default: tuple[float, ...]) -> tuple[float, ...]:
+        values = get(name, list(default))
+        if isinstance(values, list) and len(values) == 3:
+            return tuple(values)
+        problems.append(f"{name} should be three numbers, not {reprlib.repr(values)}")
+        return default
+
+    size = get("test_input_size", get("input_size", [3, 224, 224]))
+    share, mode = get("test_crop_pct", get("crop_pct", 0.875)), get("crop_mode", "center")
+    mean, std = triple("mean", Preprocessing.mean), triple("std", Preprocessing.std)
+    if not isinstance(size, list) or len(size) != 3 or size[0] != 3 or size[1] != size[2]:
+        problems.append(f"input_size should be 3 channels and a square, not {reprlib.repr(size)}")
+        size = [3, 224, 224]
+    elif not isinstance(size[1], int) or not 1 <= size[1] <= 4096:
+        problems.append(f"input_size should be 1 to 4096 pixels, not {reprlib.repr(size)}")
+        size = [3, 224, 224]
+    if not isinstance(share, int | float) or isinstance(share, bool) or not 0.01 <= share <= 1:
+        problems.append(f"crop_pct should be a number from 0.01 to 1, not {reprlib.repr(share)}")
+        share = 1
+    if mode != "center":
+        problems.append(f"crop_mode should be 'center', not {reprlib.repr(mode)}")
+    found = Preprocessing(math.floor(size[1] / share), size[1], mean, std, get("interpolation", "bicubic"))
+    try:
+        found.check()
+    except InputError as error:
+        problems.append(str(error))
+    return found
+
+
+def _categories(config: dict[str, Any], num_classes: int | None, problems: list[str]) -> tuple[str, ...] | None:
+    """The names of the classes: descriptions where there are any, as a name may be no more than ``n01440764``."""
+
+    def is_text(value: object) -> bool:  # it will be printed on a terminal
+        return isinstance(value, str) and value.isprintable() and 0 < len(value) <= 1000
+
+    # "labels" is the older name.
+    names, described = config.get("label_names", config.get("labels")), config.get("label_descriptions") or {}
+    if names is None:
+        return None
+    if isinstance(names, dict) and num_classes and names.keys() <= {str(i) for i in range(num_classes)}:
+        names = [names.get(str(i), str(i)) for i in range(num_classes)]  # where an index has no name, its number
+    if not isinstance(names, list) or not all(map(is_text, names)) or len(names) != num_classes:
+        problems.append(f"label_names should be {num_classes} printable names, not {reprlib.repr(names)}")
+    elif not isinstance(described, dict) or not all(map(is_text, described.values())):
+        problems.append(f"label_descriptions should give printable texts by name, not {reprlib.repr(described)}")
+    else:
+        return tuple(described.get(name, name) for name in names)
+    return None
+
+
+def _parse(spec: str) -> tuple[str, str]:
+    """Repository and revision."""
+    if not is_spec(spec):
+        raise InputError(f"weights on the Hub are written {PREFIX}ORG/REPO[@REVISION], not {spec!r}")
+    try:
+        from huggingface_hub.errors import HFValidationError
+        from huggingface_hub.utils import validate_repo_id
+    except ImportError as error:
+        raise InputError(f"{spec} needs the huggingface_hub library: pip install 'jresnet[hub]'") from error
+    repo, at, revision = spec.removeprefix(PREFIX).partition("@")
+    problems = []
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        problems.append(str(error))
+    if not problems and repo.count("/") != 1:
+        problems.append("ORG and REPO are both needed")
+    if at and not _REVISION.fullmatch(revision):
+        problems.append(f"REVISION is a branch, a tag or a commit, not {revision!r}")
+    if problems:
+        raise InputError(
+            f"{spec!r} is not of the form {PREFIX}ORG/REPO[@REVISION], such as {PREFIX}timm/resnet50.a1_in1k: "
+            f"{'; '.join(problems)}"
+        )
+    return repo, revision or "main"
+
+
+def _cached(repo: str, revision: str, filename: str) -> Path | None:
+    """Where a file of a revision lies in the cache; None if it does not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo, filename, revision=revision)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _config(repo: str, commit: str, progress: bool) -> Path | None:
+    """``config.json`` of a commit, from the cache or the Hub; None where the commit has none."""
+    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+
+    found = try_to_load_from_cache(repo, CONFIG, revision=commit)
+    if isinstance(found, str):
+        return Path(found)
+    if found is _CACHED_NO_EXIST:
+        return None
+    _head(repo, commit, CONFIG)
+    return _download(repo, commit, CONFIG, progress)
+
+
+def _no_weights(repo: str, revision: str) -> str:
+    if _head(repo, revision, f"{WEIGHTS}.index.json"):
+        return f"{repo}@{revision} has its weights in several files, which no ResNet needs: one {WEIGHTS} is read"
+    return (
+        f"{repo}@{revision} has no {WEIGHTS}. Pickles (.bin, .pth) are not fetched from the Hub: look for a revision "
+        f"or a repository with safetensors"
+    )
+
+
+def _seconds() -> float:
+    from huggingface_hub import constants
+
+    chosen = constants.HF_HUB_ETAG_TIMEOUT
+    return ANSWER_SECONDS if chosen == constants.DEFAULT_ETAG_TIMEOUT else chosen
+
+
+def _head(repo: str, revision: str, filename: str) -> "HfFileMetadata | None":
+    """What the Hub says of a file; None where the revision has no such file.
+
+    Asked before ``hf_hub_download``, which without network retries for minutes. In a thread of its own: a name look-up
+    hangs beyond any socket timeout, and a daemon thread does not keep the program from ending.
+
+    Raises:
+        DownloadError: there is no answer, or it is a refusal.
+        WeightsError: the file is larger than any that could be used.
+    """
+    from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
+
+    future: futures.Future[HfFileMetadata] = futures.Future()
+    seconds = _seconds()
+
+    def ask() -> None:
+        try:
+            url = hf_hub_url(repo, filename, revision=revision)
+            future.set_result(get_hf_file_metadata(url, timeout=seconds + 1))  # ends the thread
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        with _explained(repo, revision, filename):
+            found = future.result(timeout=seconds)
+    except errors.EntryNotFoundError:
+        return None
+    if not _COMMIT.fullmatch(found.commit_hash or "") or not found.etag:
+        raise DownloadError(
+            f"{found.location} does not answer as the Hub does: check HF_ENDPOINT and the proxy settings"
+        )
+    if found.size is not None and found.size > MAX_BYTES[WEIGHTS if filename == WEIGHTS else CONFIG]:
+        raise WeightsError(f"{filename} of {repo}@{revision} has {found.size:,} bytes: it cannot be that of a ResNet")
+    return found
+
+
+def _download(repo: str, revision: str, filename: str, progress: bool) -> Path | None:
+    """A file of a revision, from the cache or else downloaded; None where the revision has no such file."""
+    from huggingface_hub import errors, hf_hub_download
+    from huggingface_hub.utils import tqdm
+
+    class Silent(tqdm):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **(options | {"disable": True}))
+
+    try:
+        with _explained(repo, revision, filename):
+            bar = None if progress else Silent
+            return Path(
+                hf_hub_download(repo, filename, revision=revision, etag_timeout=_seconds(), tqdm_class=bar)  # type: ignore[arg-type]
+            )
+    except errors.EntryNotFoundError:
+        return None
+
+
+@contextlib.contextmanager
+def _explained(repo: str, revision: str, filename: str) -> Iterator[None]:
+    """Turns what huggingface_hub raises into a :class:`DownloadError` that says what to do.
+
+    ``EntryNotFoundError``, where the revision has no such file, is let through. Neither messages nor causes of errors
+    below HTTP are kept, since one about a malformed header quotes the token.
+    """
+    from huggingface_hub import constants, errors
+
+    def failed(why: str) -> DownloadError:
+        return DownloadError(f"cannot fetch {filename} of {repo}@{revision}: {why}")
+
+    page = f"{constants.ENDPOINT}/{repo}"
+    try:
+        yield
+    except errors.LocalEntryNotFoundError:  # an entry "not found" because the Hub no longer answers
+        raise failed(f"{constants.ENDPOINT} does not answer: try again later") from None
+    except errors.EntryNotFoundError:
+        raise
+    except errors.OfflineModeIsEnabled:
+        raise failed(
+            f"it is not in the cache, {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: unset it, or fetch it elsewhere "
+            f"with hf download {repo} {WEIGHTS} {CONFIG} --revision {revision}, and copy the cache"
+        ) from None
+    except errors.GatedRepoError as error:
+        raise failed(f"access is granted at {page}; then log in with `hf auth login`") from error
+    except errors.RepositoryNotFoundError as error:
+        raise failed(f"there is no {page}, or it is private: check the name, or log in with `hf auth login`") from error
+    except errors.RevisionNotFoundError as error:
+        raise failed(f"{page} has no branch, tag or commit {revision!r}") from error
+    except errors.HfHubHTTPError as error:
+        code = error.response.status_code
+        advice = "log in again with `hf auth login`" if code in (401, 403) else "try again later"
+        raise failed(f"{constants.ENDPOINT} answers HTTP {code}: {advice}") from error
+    except TimeoutError:
+        raise failed(
+            f"no answer from {constants.ENDPOINT} within {_seconds():g} s (HF_HUB_ETAG_TIMEOUT sets another number)"
+        ) from None
+    except UnicodeEncodeError:
+        raise failed("the token in HF_TOKEN is none: log in with `hf auth login`") from None
+    except Exception as error:  # httpx's, hf_xet's and the file system's: no closed set
+        if isinstance(error, OSError) and error.errno:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            advice = "free some space there" if full else "choose another folder by HF_HOME"
+            raise failed(f"{error.filename or constants.HF_HUB_CACHE}: {error.strerror}; {advice}") from error
+        raise failed(f"{_reason(error)}; check the network, HF_ENDPOINT and the proxy settings, or try again") from None
+
+
+def _reason(error: BaseException | None) -> str:
+    """What the operating system said at the bottom of an error, else the error's kind."""
+    kind = type(error).__name__
+    while error is not None:
+        if isinstance(error, OSError) and error.strerror:
+            return error.strerror
+        error = error.__cause__ or error.__context__
+    return kind
+
+
+def _checked(path: Path, etag: str | None) -> str:
+    """The SHA-256 of a file in the cache, compared with what the Hub calls it.
+
+    Raises:
+        WeightsError: they differ.
+    """
+    # One link only: the blob may itself be a link, to a file named by another kind of digest.
+    name = Path(os.readlink(path)).name if path.is_symlink() else etag
+    try:
+        actual = download.sha256_of(path)
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
+    if _SHA256.fullmatch(name or "") and actual != name:
+        raise WeightsError(
+            f"{path} is damaged: its SHA-256 is {actual}, but the Hub's is {name}. "
+            f"Delete {path.resolve()} and run this again."
+        )
+    return actual

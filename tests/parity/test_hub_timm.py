@@ -1,0 +1,115 @@
+"""timm's own configurations, as it writes them for the Hub, and its networks' names of tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import networks
+import numpy as np
+import pytest
+import torch
+from networks import TORCHVISION
+
+from convert import torch2flax, verify
+from jresnet import hub
+from jresnet.errors import WeightsError
+from jresnet.pretrained import Preprocessing
+
+verify.import_torchvision()  # which timm imports, and which does not import by itself beside a CPU build of torch
+
+timm = pytest.importorskip("timm")
+from timm.data import create_transform, resolve_model_data_config  # noqa: E402
+from timm.models import get_pretrained_cfg, list_pretrained  # noqa: E402
+from timm.models._hub import save_config_for_hf  # noqa: E402
+
+TAGGED = [name for name in list_pretrained() if name.partition(".")[0] in TORCHVISION]
+
+
+def skeleton(arch: str) -> Any:
+    """timm's network without memory for its parameters."""
+    with torch.device("meta"):
+        return timm.create_model(arch, pretrained=False)
+
+
+def configured(name: str, path: Path, **changed: Any) -> Any:
+    """timm's network, and the config.json that it writes for the weights ``name``, with some entries changed."""
+    model = skeleton("resnet18")  # the head's width and the number of classes are all that counts of it
+    config = get_pretrained_cfg(name).to_dict() | {"architecture": name.partition(".")[0]} | changed
+    model.pretrained_cfg, model.num_classes = config, config["num_classes"]
+    save_config_for_hf(model, str(path))
+    return model
+
+
+def described(model: Any) -> Preprocessing:
+    """timm's transform for evaluation in our terms."""
+    resize, crop, to_tensor, normalize = create_transform(
+        **resolve_model_data_config(model, use_test_size=True), is_training=False
+    ).transforms
+    assert type(to_tensor).__name__ == "MaybeToTensor"
+    assert crop.size[0] == crop.size[1]
+    mean, std = (tuple(np.float32(value).item() for value in values) for values in (normalize.mean, normalize.std))
+    return Preprocessing(resize.size, crop.size[0], mean, std, resize.interpolation.value)
+
+
+def single(preprocessing: Preprocessing) -> Preprocessing:
+    """With mean and std as float32, which timm keeps them in."""
+    mean, std = (tuple(map(float, np.float32(values))) for values in (preprocessing.mean, preprocessing.std))
+    return Preprocessing(preprocessing.resize, preprocessing.crop, mean, std, preprocessing.interpolation)
+
+
+def test_there_are_weights_of_every_name() -> None:
+    assert {name.partition(".")[0] for name in TAGGED} == set(TORCHVISION)
+    assert len(TAGGED) == 70  # in timm 1.0.31
+
+
+@pytest.mark.parametrize("name", TAGGED)
+def test_preprocessing_is_timms(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    model = configured(name, path)
+    if model.num_classes == 0:  # resnet50.bamboo: features only
+        with pytest.raises(WeightsError, match="num_classes should be 1 to 1,000,000, not 0"):
+            hub.read_config(path)
+        return
+    found = hub.read_config(path)
+    assert (found.arch, found.num_classes) == (name.partition(".")[0], 1000)
+    assert found.preprocessing
+    assert single(found.preprocessing) == described(model)
+
+
+@pytest.mark.parametrize("size", [160, 224])
+def test_sizes_are_rounded_as_timm_does(size: int, tmp_path: Path) -> None:
+    for hundredths in range(80, 101):
+        model = configured(
+            "resnet18.a1_in1k", tmp_path / "c.json", input_size=(3, size, size), crop_pct=hundredths / 100
+        )
+        found = hub.read_config(tmp_path / "c.json").preprocessing
+        assert found
+        assert single(found) == described(model)
+
+
+@pytest.mark.parametrize("changed", [{"crop_mode": "squash"}, {"crop_mode": "border"}, {"interpolation": "lanczos"}])
+def test_what_jresnet_cannot_do_is_refused(changed: dict[str, str], tmp_path: Path) -> None:
+    described(configured("resnet18.a1_in1k", tmp_path / "c.json"))
+    configured("resnet18.a1_in1k", tmp_path / "c.json", **changed)
+    with pytest.raises(WeightsError, match=next(iter(changed))):
+        hub.read_config(tmp_path / "c.json")
+
+
+@pytest.mark.parametrize("arch", TORCHVISION)
+def test_names_and_shapes_of_tensors_are_torchvisions(arch: str) -> None:
+    with torch.device("meta"):
+        theirs = getattr(networks.models, arch)().state_dict()
+    assert {key: value.shape for key, value in skeleton(arch).state_dict().items()} == {
+        key: value.shape for key, value in theirs.items()
+    }
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnext50_32x4d"])
+def test_logits_are_timms(arch: str) -> None:
+    torch.manual_seed(0)
+    reference = timm.create_model(arch, pretrained=False, num_classes=10)
+    networks.randomise(reference)
+    model = torch2flax.convert(reference.state_dict(), arch, num_classes=10)
+    found = verify.compare(model, reference, 64)
+    assert found.jresnet <= verify.ALLOWED * found.torch
