@@ -26,6 +26,7 @@ from jresnet.augment import Pipeline
 from jresnet.checkpoint import Checkpoints
 from jresnet.data import Dataset, Split
 from jresnet.errors import InputError
+from jresnet.pretrained import Preprocessing
 from jresnet.resnet import Stem
 
 FILES = ("config.json", "metrics.jsonl", "summary.json", "last.safetensors", "best.safetensors", "checkpoints")
@@ -380,17 +381,16 @@ class Trainer:
 
     def _save_weights(self, name: str, row: dict[str, Any]) -> None:
         config = self.config
-        preprocessing = {
-            "crop": config.crop, "image_size": config.image_size, "mean": self.pipeline.mean, "std": self.pipeline.std,
-        }  # fmt: skip
+        resize = round(config.image_size * 8 / 7) if config.crop == "resized" else None
+        preprocessing = Preprocessing(resize, config.image_size, self.pipeline.mean, self.pipeline.std)
         weights.save(
             self.out / name,
             train.model_of(self.graph, self.state),
             config.arch,
             source=f"trained by jresnet on {self.data.name}",
             step=str(int(self.state.step)),
-            preprocessing=json.dumps(preprocessing),
-            classes=json.dumps(self.data.classes),
+            preprocessing=preprocessing.to_json(),
+            categories=json.dumps(self.data.classes),
             metrics=json.dumps(row),
         )
 

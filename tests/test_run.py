@@ -18,6 +18,7 @@ from conftest import REPOSITORY, command
 import jresnet
 from jresnet import recipes, report, run, weights
 from jresnet.errors import InputError, WeightsError
+from jresnet.pretrained import Preprocessing
 
 SCRIPT = "scripts/train_cifar10.py"
 # Small enough for a test: 4 steps an epoch on 64 digits.
@@ -100,6 +101,23 @@ def test_the_weights_load_and_classify_as_the_run_says(finished: Path) -> None:
     accuracy = float((np.asarray(logits).argmax(1) == test.labels[:40]).mean())
     assert accuracy == json.loads((finished / "summary.json").read_text())["final"]["test_accuracy"]
     assert jresnet.create("resnet20_cifar", weights=finished / "best.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, Preprocessing(None, 32, *recipes.STATISTICS["digits"])),
+        (
+            {"recipe": "blog", "arch": "resnet20_cifar", "image_size": 56},
+            Preprocessing(64, 56, *recipes.STATISTICS["imagenet"]),
+        ),
+    ],
+)
+def test_the_weights_say_how_to_prepare_images(tmp_path: Path, changes: dict, expected: Preprocessing) -> None:
+    trainer(tmp_path, **changes)._save_weights("last.safetensors", {})
+    metadata = weights.read(tmp_path / "last.safetensors")[3]
+    assert Preprocessing.from_json(metadata["preprocessing"]) == expected
+    assert json.loads(metadata["categories"]) == list("0123456789")
 
 
 def test_a_run_is_a_function_of_its_seed(finished: Path, tmp_path: Path) -> None:

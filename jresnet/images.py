@@ -1,0 +1,228 @@
+"""Image files to what a network sees, by Pillow: listing, decoding, resizing, cropping and batching.
+
+The same as torchvision's ``ImageFolder`` with ``Resize`` and ``CenterCrop`` on PIL images, to the last grey level:
+pixels as stored (EXIF's orientation is not looked at), converted to RGB, shorter side resized with antialiasing, centre
+cut out. Normalisation is left to the device (:func:`jresnet.augment.normalise`).
+
+Files may come from anyone. Only the formats below are decoded (Pillow would hand PostScript to a program), and an image
+of more than Pillow's ``MAX_IMAGE_PIXELS`` is refused, as read and as resized.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from jresnet.errors import DataError
+from jresnet.pretrained import Preprocessing
+
+if TYPE_CHECKING:
+    from jaxtyping import UInt8
+
+# torchvision/datasets/folder.py's IMG_EXTENSIONS, in any case.
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # by content: some of ImageNet's .JPEG files are PNG
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+class BadImage(DataError):
+    """A file that cannot be decoded; the message is the reason, without the file's name."""
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Image files by class, in torchvision's ``ImageFolder`` order."""
+
+    root: Path
+    classes: tuple[str, ...]  # folder names, sorted
+    paths: tuple[Path, ...]
+    labels: tuple[int, ...]  # positions in classes
+    ignored: int  # files of other kinds
+
+
+class Bad(NamedTuple):
+    """An image that was skipped."""
+
+    position: int  # among the sources
+    reason: str
+
+
+class Batch(NamedTuple):
+    """Images ready for the device."""
+
+    images: UInt8[np.ndarray, "b s s c"]  # the last batch is filled up with zeros
+    positions: np.ndarray  # int [n], n <= b: which sources the first n images are
+    bad: list[Bad]  # skipped since the batch before
+
+
+def list_folder(root: str | Path) -> Folder:
+    """The images in ``root/CLASS/`` and the folders below, as ``torchvision.datasets.ImageFolder`` lists them.
+
+    Links to files and to class folders are followed, links to folders further down are not: they may form circles.
+
+    Raises:
+        DataError: there is no such folder, it cannot be read, or it holds no image in a class folder.
+    """
+    root = Path(root).expanduser()
+    layout = "expected FOLDER/CLASS/*.JPEG, one folder a class"
+    if not root.is_dir():
+        raise DataError(f"there is no folder {root}: {layout}")
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    paths: list[Path] = []
+    labels: list[int] = []
+    try:
+        entries = sorted(os.listdir(root))
+        classes = tuple(name for name in entries if (root / name).is_dir())
+        ignored = len(entries) - len(classes)
+        for label, name in enumerate(classes):
+            for folder, _, files in sorted(os.walk(root / name, onerror=fail)):
+                images = [file for file in sorted(files) if file.lower().endswith(EXTENSIONS)]
+                paths += [Path(folder, file) for file in images]
+                labels += [label] * len(images)
+                ignored += len(files) - len(images)
+    except OSError as error:
+        raise DataError(f"cannot list the images in {root}: {error}") from error
+    if not paths:
+        found = f"{len(classes):,} folders without an image" if classes else f"no folder, and {ignored:,} files"
+        raise DataError(f"{root} holds {found}: {layout}; images end in {', '.join(EXTENSIONS)}")
+    return Folder(root, classes, tuple(paths), tuple(labels), ignored)
+
+
+def in_turn(labels: Sequence[int]) -> list[int]:
+    """An order that takes the first image of every class, then the second of every class, and so on.
+
+    Its first N images are spread evenly over the classes, whatever N is.
+    """
+    seen: Counter[int] = Counter()
+    turns = []
+    for label in labels:
+        turns.append((seen[label], label))
+        seen[label] += 1
+    return sorted(range(len(turns)), key=turns.__getitem__)
+
+
+def read(path: str | Path) -> Image.Image:
+    """An image file as RGB, as ``ImageFolder`` reads it: the first frame, EXIF's orientation not looked at.
+
+    Raises:
+        BadImage: it is missing, empty, cut short, too large, or of none of ``FORMATS``.
+    """
+    try:
+        if not os.path.isfile(path):  # a pipe would never end
+            raise BadImage("no ordinary file" if os.path.exists(path) else "missing")
+        if os.path.getsize(path) == 0:
+            raise BadImage("empty")
+        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
+            if image.width * image.height > _limit():  # Pillow warns here, and raises only beyond twice that
+                raise BadImage(f"{image.width} x {image.height} pixels are more than {_limit():,}")
+            return image.convert("RGB")
+    except BadImage:
+        raise
+    except UnidentifiedImageError as error:
+        raise BadImage(f"no image: expected one of {', '.join(FORMATS)}") from error
+    except Exception as error:  # Pillow's decoders fail in ways of their own
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
+        raise BadImage(" ".join(reason.split())) from error
+
+
+def _limit() -> float:
+    return Image.MAX_IMAGE_PIXELS or float("inf")  # None is Pillow's way to say that there is none
+
+
+def preprocess(image: Image.Image, preprocessing: Preprocessing) -> UInt8[np.ndarray, "s s c"]:
+    """Resizes and cuts as torchvision's ``Resize(resize)`` and ``CenterCrop(crop)``.
+
+    Args:
+        image: in mode RGB.
+        preprocessing: one value of ``mean`` asks for grey, as ``Grayscale()`` makes it; three for RGB.
+
+    Returns:
+        uint8 ``[crop, crop, 1 or 3]``; black where the resized image is smaller than the crop.
+
+    Raises:
+        BadImage: so long and narrow that it would not fit into memory once resized.
+    """
+    if len(preprocessing.mean) == 1:
+        image = image.convert("L")
+    if preprocessing.resize is not None:
+        width, height = image.size
+        longer = int(preprocessing.resize * max(width, height) / min(width, height))
+        if preprocessing.resize * longer > _limit():
+            raise BadImage(f"{width} x {height} pixels are too narrow to be resized to {preprocessing.resize}")
+        size = (preprocessing.resize, longer) if width <= height else (longer, preprocessing.resize)
+        image = image.resize(size, _FILTERS[preprocessing.interpolation])
+    pixels = np.asarray(image)
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    crop = preprocessing.crop
+    lacking = [max(crop - side, 0) for side in pixels.shape[:2]]
+    pixels = np.pad(pixels, [*((n // 2, (n + 1) // 2) for n in lacking), (0, 0)])
+    top, left = (round((side - crop) / 2) for side in pixels.shape[:2])  # halves to even, as torchvision
+    return pixels[top : top + crop, left : left + crop]
+
+
+def load(source: Path | UInt8[np.ndarray, "h w 3"], preprocessing: Preprocessing) -> UInt8[np.ndarray, "s s c"]:
+    """:func:`preprocess` of a file or of RGB pixels."""
+    return preprocess(Image.fromarray(source) if isinstance(source, np.ndarray) else read(source), preprocessing)
+
+
+def batches(sources: Iterable[Path | np.ndarray], preprocessing: Preprocessing, batch_size: int) -> Iterator[Batch]:
+    """Every source once and in order, decoded by a pool of threads a batch ahead; bad images are left out.
+
+    Each batch has ``batch_size`` images, the last one filled up with zeros. Nothing is raised for a bad image.
+    """
+    shape = (batch_size, preprocessing.crop, preprocessing.crop, len(preprocessing.mean))
+    positions: list[int] = []
+    bad: list[Bad] = []
+    images = np.zeros(shape, np.uint8)
+    for position, found in enumerate(_in_threads(sources, preprocessing, batch_size)):
+        if isinstance(found, BadImage):
+            bad.append(Bad(position, str(found)))
+            continue
+        images[len(positions)] = found
+        positions.append(position)
+        if len(positions) == batch_size:
+            yield Batch(images, np.array(positions), bad)
+            images, positions, bad = np.zeros(shape, np.uint8), [], []
+    if positions or bad:
+        yield Batch(images, np.array(positions, int), bad)
+
+
+def _in_threads(
+    sources: Iterable[Path | np.ndarray], preprocessing: Preprocessing, ahead: int
+) -> Iterator[np.ndarray | BadImage]:
+    """:func:`load` of each source in order, begun up to ``ahead`` sources early; Pillow decodes outside Python's lock."""
+
+    def attempt(source: Path | np.ndarray) -> np.ndarray | BadImage:
+        try:
+            return load(source, preprocessing)
+        except BadImage as error:
+            return error
+
+    waiting: deque[Future[np.ndarray | BadImage]] = deque()
+    # Pillow warns of damaged EXIF data and the like, on which no pixel depends. Filters are the process's, not a
+    # thread's, so they are set once and not around each image.
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        try:
+            for source in sources:
+                waiting.append(pool.submit(attempt, source))
+                if len(waiting) > ahead:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()

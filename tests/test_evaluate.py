@@ -1,0 +1,389 @@
+"""Scores against numpy's on the same logits, and the command as a person runs it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from types import ModuleType
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import REPOSITORY, command, randomise
+from PIL import Image
+
+import jresnet
+from jresnet import evaluate, images, pretrained, recipes, weights
+from jresnet.errors import DataError, InputError, WeightsError
+from jresnet.pretrained import Preprocessing
+
+SCRIPT = "scripts/evaluate.py"
+CLASSES = ("auk", "bee", "cat", "dog", "eel", "fox", "gnu")
+RECIPE = Preprocessing(36, 32, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), "bicubic")
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("evaluate_script", REPOSITORY / SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def model() -> jresnet.ResNet:
+    """A random network of 7 classes whose predictions differ from image to image."""
+    model = jresnet.create("resnet20_cifar", num_classes=len(CLASSES), seed=5)
+    randomise(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def file(model: jresnet.ResNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its native file, with preprocessing and categories."""
+    path = tmp_path_factory.mktemp("weights") / "seven.safetensors"
+    weights.save(
+        path, model, "resnet20_cifar", preprocessing=RECIPE.to_json(), categories=json.dumps(CLASSES)
+    )  # fmt: skip
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """23 images in folders named as the categories, unevenly."""
+    root = tmp_path_factory.mktemp("images")
+    draw = np.random.default_rng(0)
+    for i in range(23):
+        height, width = draw.integers(30, 70, 2)
+        pixels = draw.normal(40 + 9 * i, 60, (height, width, 3)).clip(0, 255).astype(np.uint8)
+        (root / CLASSES[i * i % 7]).mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(root / CLASSES[i * i % 7] / f"{i:02}.png")
+    for name in CLASSES:
+        (root / name).mkdir(exist_ok=True)
+    return root
+
+
+@pytest.fixture
+def damaged(folder: Path, tmp_path: Path) -> Path:
+    """The same with two bad files."""
+    root = tmp_path / "damaged"
+    shutil.copytree(folder, root)
+    (root / "bee" / "cut.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
+    (root / "cat" / "empty.png").write_bytes(b"")
+    return root
+
+
+@pytest.fixture(scope="module")
+def by_hand(model: jresnet.ResNet, folder: Path) -> tuple[int, int, float]:
+    """top-1, top-5 and loss of the folder in numpy and float64."""
+    found = images.list_folder(folder)
+    pixels = np.stack([images.load(path, RECIPE) for path in found.paths]) / 255
+    logits = np.asarray(model(((pixels - RECIPE.mean) / RECIPE.std).astype(np.float32)), np.float64)
+    labels = np.array(found.labels)
+    order = np.argsort(-logits, axis=1, stable=True)
+    losses = np.log(np.exp(logits).sum(1)) - logits[np.arange(23), labels]
+    top1, top5 = int((order[:, 0] == labels).sum()), int((order[:, :5] == labels[:, None]).sum())
+    assert 0 < top1 < top5 < 23  # else a comparison with them says little
+    return top1, top5, float(losses.mean())
+
+
+# Scores --------------------------------------------------------------------------------------------------------------
+
+
+def test_rank_and_loss() -> None:
+    logits = np.random.default_rng(0).normal(size=(50, 9)).round(0).astype(np.float32)  # many ties
+    labels = np.arange(50, dtype=np.int32) % 9
+    order = np.argsort(-logits, axis=1, stable=True)
+    assert np.array_equal(evaluate.rank(logits, labels), np.argmax(order == labels[:, None], axis=1))
+    assert np.array_equal(np.asarray(evaluate.rank(logits, labels)) == 0, logits.argmax(1) == labels)
+    exact = np.log(np.exp(logits.astype(np.float64)).sum(1)) - logits[np.arange(50), labels]
+    np.testing.assert_allclose(evaluate.cross_entropy(logits, labels), exact, rtol=1e-5)
+    huge = jnp.array([[1e30, 0.0]])
+    assert float(evaluate.cross_entropy(huge, jnp.array([0]))[0]) == 0
+
+
+@pytest.mark.parametrize("batch_size", [8, 23, 64])
+def test_every_image_counts_once(model: jresnet.ResNet, folder: Path, by_hand: tuple, batch_size: int) -> None:
+    found = images.list_folder(folder)
+    resolved = evaluate.Resolved("resnet20_cifar", model, RECIPE, None)
+    data = evaluate.folder(resolved, found, None)
+    scores = evaluate.score(model, RECIPE, data, batch_size)
+    top1, top5, loss = by_hand
+    assert (scores.images, scores.top1, scores.topk, scores.k) == (23, top1, top5, 5)
+    assert scores.loss == pytest.approx(loss, rel=1e-5)
+    assert scores.bad == ()
+
+
+def test_bad_images_are_named_and_change_nothing_else(model: jresnet.ResNet, folder: Path, damaged: Path) -> None:
+    resolved = evaluate.Resolved("resnet20_cifar", model, RECIPE, None)
+    whole, lacking = (
+        evaluate.score(model, RECIPE, evaluate.folder(resolved, images.list_folder(root), None), 8)
+        for root in (folder, damaged)
+    )
+    assert (lacking.images, lacking.top1, lacking.topk) == (whole.images, whole.top1, whole.topk)
+    assert lacking.loss == pytest.approx(whole.loss, rel=1e-6)
+    assert [Path(name).name for name, _ in lacking.bad] == ["empty.png", "cut.jpg"]
+
+
+def test_logits_that_are_not_finite(folder: Path) -> None:
+    broken = jresnet.create("resnet20_cifar", num_classes=7)
+    broken.fc.bias[...] = jnp.full(7, jnp.nan)
+    resolved = evaluate.Resolved("resnet20_cifar", broken, RECIPE, None)
+    data = evaluate.folder(resolved, images.list_folder(folder), None)
+    with pytest.raises(WeightsError, match="the logits of 23 of 23 images are NaN or infinite"):
+        evaluate.score(broken, RECIPE, data, 8)
+
+
+def test_grey_and_fewer_than_five_classes() -> None:
+    model = jresnet.create("resnet20_cifar", num_classes=3, in_channels=1)
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), np.uint8)
+    data = evaluate.Labelled(pixels, np.array([0, 1, 2, 0]), "", ())
+    scores = evaluate.score(model, Preprocessing(None, 32, (0.5,), (0.5,)), data, 4)
+    assert (scores.images, scores.k, scores.topk) == (4, 3, 4)
+
+
+# What is evaluated ---------------------------------------------------------------------------------------------------
+
+
+def test_a_native_file_says_all(file: Path, native: Path) -> None:
+    resolved = evaluate.resolve(str(file), jnp.bfloat16)
+    assert (resolved.arch, resolved.preprocessing, resolved.categories) == ("resnet20_cifar", RECIPE, CLASSES)
+    assert resolved.model.conv1.dtype == jnp.bfloat16
+    silent = evaluate.resolve(str(native))
+    assert (silent.preprocessing, silent.categories) == (None, None)
+
+
+def test_published_names(monkeypatch: pytest.MonkeyPatch, model: jresnet.ResNet) -> None:
+    asked = []
+
+    def load(row: pretrained.Weights, dtype: object) -> jresnet.ResNet:
+        asked.append(row)
+        return model
+
+    monkeypatch.setattr(pretrained, "load", load)
+    for name, expected, resize in (
+        ("resnet50", "IMAGENET1K_V2", 232),
+        ("ResNet50:imagenet1k_v1", "IMAGENET1K_V1", 256),
+    ):
+        resolved = evaluate.resolve(name)
+        assert (resolved.arch, asked[-1].name) == ("resnet50", expected)
+        assert resolved.preprocessing == Preprocessing(resize, 224)
+        assert resolved.categories is not None
+        assert resolved.categories[207] == "golden retriever"
+    with pytest.raises(InputError, match="resnet50 has no weights 'V3'"):
+        evaluate.resolve("resnet50:V3")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"preprocessing": "{}"}, "there is no resize; crop must be .* got None; mean must be"),
+        ({"categories": "["}, "are not 7 names"),
+        ({"categories": json.dumps(CLASSES[1:])}, "are not 7 names"),
+        ({"categories": json.dumps([1, 2, 3, 4, 5, 6, 7])}, "are not 7 names"),
+    ],
+)
+def test_metadata_that_cannot_be(tmp_path: Path, model: jresnet.ResNet, metadata: dict, message: str) -> None:
+    path = tmp_path / "odd.safetensors"
+    weights.save(path, model, "resnet20_cifar", **metadata)
+    with pytest.raises(WeightsError, match=message):
+        evaluate.resolve(str(path))
+
+
+CIFAR_STATISTICS, IMAGENET_STATISTICS = recipes.STATISTICS["cifar10"], recipes.STATISTICS["imagenet"]
+
+
+@pytest.mark.parametrize(
+    ("arch", "own", "cifar10", "expected", "origin"),
+    [
+        ("resnet20_cifar", RECIPE, True, RECIPE, "as the weights say"),
+        ("resnet20_cifar", RECIPE, False, RECIPE, "as the weights say"),
+        ("resnet20_cifar", None, True, Preprocessing(None, 32, *CIFAR_STATISTICS), "a guess"),
+        ("resnet20_cifar", None, False, Preprocessing(32, 32, *CIFAR_STATISTICS), "a guess"),
+        ("resnet18", None, True, Preprocessing(None, 32, *CIFAR_STATISTICS), "a guess"),
+        ("resnet18", None, False, Preprocessing(256, 224, *IMAGENET_STATISTICS), "a guess"),
+    ],
+)
+def test_preprocessing_is_the_weights_own_or_said_to_be_a_guess(arch, own, cifar10, expected, origin) -> None:
+    model = jresnet.ResNet(jresnet.weights.configure(arch), rngs=None)
+    chosen, found = evaluate.choose_preprocessing(evaluate.Resolved(arch, model, own, None), cifar10=cifar10)
+    assert chosen == expected
+    assert found.startswith(origin)
+
+
+def test_other_statistics(model: jresnet.ResNet) -> None:
+    resolved = evaluate.Resolved("resnet20_cifar", model, RECIPE, None)
+    half = (0.5, 0.5, 0.5)
+    chosen, origin = evaluate.choose_preprocessing(resolved, cifar10=True, std=half)
+    assert (chosen, origin) == (
+        Preprocessing(36, 32, RECIPE.mean, half, "bicubic"),
+        "as the weights say, but for std",
+    )
+    for mean, std, message in (
+        ((1.5, 0.5, 0.5), (0.0, 0.5, 0.5), "mean must be .*; std must be"),
+        ((0.5,), None, "mean has 1 values and std 3"),
+        ((0.5,), (0.5,), "takes images of 3 channels, but there are 1 values .* give 3 with"),
+    ):
+        with pytest.raises(InputError, match=message):
+            evaluate.choose_preprocessing(resolved, cifar10=True, mean=mean, std=std)
+    grey = jresnet.ResNet(weights.configure("resnet18_d2l"), rngs=None)
+    with pytest.raises(InputError, match=r"takes images of 1 channel, but there are 3 values .* give 1 with"):
+        evaluate.choose_preprocessing(evaluate.Resolved("resnet18_d2l", grey, None, None), cifar10=False)
+    four = jresnet.ResNet(weights.configure("resnet18", in_channels=4), rngs=None)
+    with pytest.raises(InputError, match="4 channels; only RGB and grey"):
+        evaluate.choose_preprocessing(evaluate.Resolved("resnet18", four, None, None), cifar10=False)
+
+
+def listed(*names: str) -> images.Folder:
+    """Two images of each class."""
+    paths = tuple(Path(name, f"{i}.png") for name in names for i in range(2))
+    return images.Folder(Path("root"), names, paths, tuple(i for i in range(len(names)) for _ in range(2)), 0)
+
+
+def test_labels_by_name_or_by_position(model: jresnet.ResNet) -> None:
+    unsorted = CLASSES[::-1]
+    named = evaluate.Resolved("resnet20_cifar", model, RECIPE, unsorted)
+    unnamed = evaluate.Resolved("resnet20_cifar", model, RECIPE, None)
+    assert evaluate.folder(named, listed("bee", "gnu"), None).labels.tolist() == [5, 0, 5, 0]
+    assert evaluate.folder(named, listed(*CLASSES), None).labels.tolist() == [6, 5, 4, 3, 2, 1, 0] * 2
+    assert evaluate.folder(unnamed, listed(*CLASSES), None).labels.tolist() == [0, 1, 2, 3, 4, 5, 6] * 2
+    assert evaluate.folder(named, listed(*"abcdefg"), None).labels.tolist() == [0, 1, 2, 3, 4, 5, 6] * 2
+    with pytest.raises(
+        DataError, match=r"root has 2 class folders \(bee, ox\), but the network 7 .* \(gnu, fox, eel, \."
+    ):
+        evaluate.folder(named, listed("bee", "ox"), None)
+    for names in ("abcdef", "abcdefgh"):
+        with pytest.raises(DataError, match=rf"root has {len(names)} class folders \(a, b, c, .*network 7 classes"):
+            evaluate.folder(unnamed, listed(*names), None)
+
+
+def test_limit_takes_classes_in_turn(model: jresnet.ResNet) -> None:
+    data = evaluate.folder(evaluate.Resolved("resnet20_cifar", model, RECIPE, None), listed(*CLASSES), 9)
+    assert data.labels.tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1]
+    assert [str(path) for path in data.sources[6:8]] == ["gnu/0.png", "auk/1.png"]
+    assert "9 of 14 images in 7 class folders, evenly from all classes" in data.description
+
+
+# The command ---------------------------------------------------------------------------------------------------------
+
+
+def test_json_alone_on_stdout(file: Path, folder: Path, by_hand: tuple) -> None:
+    """In a fresh process, as a person runs it."""
+    done = command(SCRIPT, "--weights", file, "--data", folder, "--batch-size", 8, "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("\n") == 1
+    found = json.loads(done.stdout)
+    top1, top5, loss = by_hand
+    assert (found["images"], found["top1_correct"], found["top5_correct"]) == (23, top1, top5)
+    assert (found["top1"], found["top5"]) == (top1 / 23, top5 / 23)
+    assert found["loss"] == pytest.approx(loss, rel=1e-5)
+    assert found["bad"] == []
+    assert Preprocessing.from_json(json.dumps(found["preprocessing"])) == RECIPE
+    assert found["preprocessing_origin"] == "as the weights say"
+    assert found["images_per_second"] > 0
+
+
+def test_bad_images_on_stderr(script: ModuleType, file: Path, damaged: Path, capsys: pytest.CaptureFixture) -> None:
+    arguments = ["--weights", str(file), "--data", str(damaged), "--batch-size", "8"]
+    assert script.main(arguments) == 1
+    printed = capsys.readouterr()
+    assert [line.split()[0] for line in printed.out.splitlines()] == [
+        "weights", "data", "note", "images", "device", "top-1", "top-5", "loss", "speed",
+    ]  # fmt: skip
+    assert "of 23)" in printed.out
+    assert "note     3 of the class folders hold no image" in printed.out
+    assert f"bad image {damaged}/cat/empty.png: empty\n" in printed.err
+    assert f"bad image {damaged}/bee/cut.jpg: " in printed.err
+    assert printed.err.endswith("error: 2 of 25 images are bad and were skipped; --skip-bad accepts that\n")
+    assert script.main([*arguments, "--skip-bad", "--json"]) == 0
+    printed = capsys.readouterr()
+    assert [Path(bad["file"]).name for bad in json.loads(printed.out)["bad"]] == ["empty.png", "cut.jpg"]
+    assert "error" not in printed.err
+    assert "bad image" in printed.err
+
+
+def test_bfloat16_and_limit(script: ModuleType, file: Path, folder: Path, capsys: pytest.CaptureFixture) -> None:
+    found = {}
+    for dtype in ("float32", "bfloat16"):
+        arguments = ["--weights", str(file), "--data", str(folder), "--limit", "7", "--dtype", dtype, "--json"]
+        assert script.main(arguments) == 0
+        found[dtype] = json.loads(capsys.readouterr().out)
+        assert found[dtype]["images"] == 7
+    difference = abs(found["bfloat16"]["loss"] - found["float32"]["loss"])
+    assert 0 < difference < 0.1 * found["float32"]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "message"),
+    [
+        ({"--weights": "nowhere.safetensors"}, 1, "error: cannot read nowhere.safetensors"),
+        ({"--weights": "resnet51"}, 1, "error: no weights are published for 'resnet51' (did you mean resnet50"),
+        ({"--weights": "net.pth"}, 1, "error: net.pth is a PyTorch file: convert it first"),
+        ({"--data": "nowhere"}, 1, "error: there is no folder nowhere: expected FOLDER/CLASS/*.JPEG"),
+        ({"--data": "cifar10"}, 1, "error: CIFAR-10 has 10 classes, but the network 7\n"),
+        ({"--mean": "1,2,3"}, 1, "error: mean must be one or three numbers from 0 to 1, got (1.0, 2.0, 3.0)"),
+        ({"--mean": "red"}, 2, "argument --mean: expected R,G,B, got 'red'"),
+        ({"--limit": "0"}, 2, "argument --limit: expected a whole number of at least 1, got '0'"),
+        ({"--batch-size": "x"}, 2, "argument --batch-size: expected a whole number of at least 1, got 'x'"),
+        ({"--data-dir": "here"}, 2, "--data-dir says where CIFAR-10 lies, but --data names a folder"),
+        ({"--dtype": "float16"}, 2, "argument --dtype: invalid choice"),
+    ],
+)
+def test_bad_input(script, file: Path, folder: Path, capsys, changes: dict, code: int, message: str) -> None:
+    options = {"--weights": str(file), "--data": str(folder)} | changes
+    try:
+        found = script.main([part for option in options.items() for part in option])
+    except SystemExit as stop:
+        found = stop.code
+    printed = capsys.readouterr()
+    assert found == code
+    assert message in printed.err
+    assert "Traceback" not in printed.err
+
+
+def test_not_one_good_image(script: ModuleType, file: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for i in range(7):
+        (tmp_path / CLASSES[i]).mkdir()
+        (tmp_path / CLASSES[i] / "x.jpg").write_text("no image")
+    assert script.main(["--weights", str(file), "--data", str(tmp_path), "--json"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("error: none of the 7 images can be used, among them:\n  ")
+    assert len(printed.err.splitlines()) == 6
+
+
+@pytest.mark.parametrize("missing", ["PIL", "tqdm"])
+def test_what_is_not_installed_is_named_with_its_extra(missing: str) -> None:
+    code = f"import sys, runpy; sys.modules[{missing!r}] = None; runpy.run_path({SCRIPT!r}, run_name='__main__')"
+    done = command("-c", code, "--weights", "resnet18", "--data", ".")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert missing in done.stderr
+    assert "pip install -e '.[train]'" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_the_network_trained_elsewhere(
+    script: ModuleType, shared: Path, cifar10: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """akamaster's ResNet-20 gets 915 of the 1,000 clean test images, as in PyTorch."""
+    from convert import torch2flax
+
+    output, source = tmp_path / "resnet20.safetensors", shared / "weights" / "resnet20-12fca82f.th"
+    arguments = ["resnet20_cifar", "--weights", str(source), "--output", str(output), "--verify", "never"]
+    assert torch2flax.main(arguments) == 0
+    capsys.readouterr()
+    arguments = ["--weights", str(output), "--data", "cifar10", "--data-dir", str(cifar10)]
+    statistics = ["--mean", "0.485,0.456,0.406", "--std", "0.229,0.224,0.225"]
+    assert script.main([*arguments, *statistics]) == 0
+    printed = capsys.readouterr()
+    assert "top-1    91.50 % (915 of 1,000)" in printed.out
+    assert "data     cifar10: 1,000 test images, from" in printed.out
+    assert "note     not the official CIFAR-10" in printed.out
+    assert printed.err == ""
+    assert script.main([*arguments, *statistics, "--limit", "100", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 100
