@@ -10,7 +10,8 @@ strings, and descriptions of tensors.
 What a file of S bytes costs is bounded before it is spent: its pickle is at most 64 MiB long and may run half a million
 instructions and S / 64 more. While it runs, tensors are only described. Their storages, which must lie in the file
 without overlap, are read once every tensor was found inside its storage, and all of them together within four times
-the storages' bytes.
+the storages' bytes. Measured at the peak: S and 1 MiB for one tensor a storage, 5 S for four views of one, 7 S for a
+pickle that is one long string with a wide letter, and 60 MB for a file of 0.4 MB that holds 400,000 dicts.
 
 Of the two formats (``torch/serialization.py``: ``_save``, ``_legacy_save``) the zip archive of torch >= 1.6 has a CRC,
 by which a flipped byte of a storage is found. The legacy stream of pickles and storages has no checksum: there a

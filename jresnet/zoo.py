@@ -94,6 +94,7 @@ def find(arch: str) -> Row:
     if arch in ZOO:
         return ZOO[arch]
     beginnings = [name for name in ZOO if arch and name.startswith(arch.lower())]
-    near = beginnings[:3] or difflib.get_close_matches(arch.lower(), ZOO, n=3, cutoff=0.5)
+    # A stranger's file may state a name of megabytes, for each of which difflib takes 130.
+    near = beginnings[:3] or difflib.get_close_matches(arch[:80].lower(), ZOO, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(ZOO)}"
-    raise InputError(f"unknown architecture {arch!r}: {hint}")
+    raise InputError(f"unknown architecture {arch[:80]!r}: {hint}")

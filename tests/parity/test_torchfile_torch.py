@@ -1,6 +1,7 @@
 """``convert.torchfile`` against ``torch.load(weights_only=True)``, on files that torch wrote in both formats."""
 
 import argparse
+import contextlib
 import io
 import os
 import warnings
@@ -64,6 +65,29 @@ def save(request, tmp_path):
     return save
 
 
+@pytest.mark.filterwarnings("ignore")  # quantised tensors are deprecated
+def test_no_other_dtype_is_misread(tmp_path):
+    """``DTYPES`` are all that numpy can hold; the others are quantised, or packed into less than a byte."""
+    found = {
+        str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)
+    }
+    assert set(DTYPES) <= found.keys()
+    refused = []
+    for name in sorted(found.keys() - set(DTYPES)):
+        try:
+            if name in ("quint8", "qint8", "qint32"):
+                value = torch.quantize_per_tensor(torch.arange(4.0), 1.0, 0, found[name])
+            else:
+                value = torch.arange(16, dtype=torch.uint8).view(found[name])
+            torch.save([value], tmp_path / "model.pth")
+        except (RuntimeError, TypeError, AttributeError, KeyError):
+            continue  # torch makes or saves no such tensor
+        with pytest.raises(WeightsError, match="forbidden global"):
+            read(tmp_path / "model.pth")
+        refused.append(name)
+    assert {"complex32", "float4_e2m1fn_x2", "qint8"} <= set(refused)
+
+
 @pytest.mark.parametrize("name", DTYPES)
 def test_dtypes(save, name):
     raw = torch.arange(48, dtype=torch.uint8).reshape(3, 16)
@@ -102,6 +126,39 @@ def network():
     return torch.nn.Sequential(
         torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Flatten(), torch.nn.Linear(16, 5)
     )
+
+
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float8_e4m3fn", "bool", "int64", "complex64"])
+def test_shared_and_strided_storages_of_other_dtypes(save, name):
+    base = (torch.arange(24) % 2 == 0 if name == "bool" else torch.arange(24).to(getattr(torch, name))).reshape(2, 3, 4)
+    value = {
+        "base": base,
+        "tied": base,
+        "permuted": base.permute(2, 0, 1),
+        "column": base[:, :, 1],
+        "steps": base[:, ::2, 1::2],
+        "one": base[1, 2, 3],
+        "flat": base.flatten(),
+        "empty": base[2:],
+    }
+    path, theirs = save(value)
+    ours = read(path)
+    same(ours, theirs)
+    assert ours["base"] is ours["tied"]
+    assert not any(np.shares_memory(ours["base"], ours[name]) for name in value if name not in ("base", "tied"))
+
+
+@pytest.mark.parametrize("name", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_cuda_storages(tmp_path, monkeypatch, name, zipped):
+    """As torch writes a tensor of a GPU: the same but for its storage's location."""
+    monkeypatch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:0")
+    base = torch.randn(4, 6).to(getattr(torch, name))
+    path = tmp_path / "model.pth"
+    torch.save({"base": base, "view": base.T[1:3]}, path, _use_new_zipfile_serialization=zipped)
+    assert b"cuda:0" in path.read_bytes()
+    theirs = torch.load(path, map_location="cpu", weights_only=True)
+    same(read(path), theirs)
 
 
 def test_state_dict(save):
@@ -212,6 +269,24 @@ def test_every_flipped_byte_of_a_storage_is_found(tmp_path):
         path.write_bytes(data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :])
         with pytest.raises(WeightsError, match="CRC"):
             read(path)
+
+
+def test_damage_to_files_of_torch(save):
+    """Cut at every fifth byte, every third byte flipped: what is read from an archive nevertheless is what torch wrote."""
+    path, theirs = save(
+        {"w": torch.arange(3.0), "half": torch.arange(6, dtype=torch.float16).reshape(2, 3).T, "epoch": 7}
+    )
+    data = path.read_bytes()
+    for length in range(0, len(data), 5):
+        path.write_bytes(data[:length])
+        with pytest.raises(WeightsError):
+            read(path)
+    for position in range(0, len(data), 3):
+        path.write_bytes(data[:position] + bytes([data[position] ^ 0xFF]) + data[position + 1 :])
+        with contextlib.suppress(WeightsError):
+            ours = read(path)
+            if data.startswith(b"PK"):
+                same(ours, theirs)
 
 
 def test_akamaster_resnet20():
