@@ -7,37 +7,130 @@ unexpected in a file shows.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 # jresnet's leaf -> PyTorch's. A kernel and a BN's scale are both "weight"; no module has both.
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
-# Counted by PyTorch's BatchNorm and used only with momentum=None, which no ResNet has: dropped on purpose.
-DROPPED = "num_batches_tracked"
+# Beside every running variance: PyTorch's BatchNorm counts its batches, and reads the count only with momentum=None,
+# which no ResNet has.
+COUNTER = "num_batches_tracked"
 
-# Dialect -> replacements that turn torchvision's key into that dialect's.
-DIALECTS: Mapping[str, tuple[tuple[str, str], ...]] = {
-    "torchvision": (),  # timm too
-    "akamaster": ((r"^fc\.", "linear."),),  # akamaster/pytorch_resnet_cifar10
-}
+# Entries of wrappers, not of networks: torch.optim.swa_utils.AveragedModel counts its updates.
+IGNORED = ("n_averaged",)
 
 # Prefixes that wrappers put before every key: DataParallel and DDP, torch.compile, Lightning and hand-made classes.
 WRAPPERS = ("module.", "_orig_mod.", "model.")
+
+# Where a training script's checkpoint keeps the state_dict; averaged weights first, as timm's load_checkpoint prefers
+# them: they are what such a run was evaluated with.
+CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "net")
+
+
+RGB = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How one family of PyTorch networks names its tensors, and what its networks have in common."""
+
+    renames: tuple[tuple[str, str], ...] = ()  # patterns and replacements, in turn: torchvision's key -> the dialect's
+    aliases: tuple[tuple[str, str], ...] = ()  # the same, to a second name under which a tensor is registered again
+    config: Mapping[str, Any] = field(default_factory=dict)  # fields of ResNetConfig that its networks share
+    num_classes: int | None = None  # of the data set its networks are trained on; None: the architecture's own
+    statistics: tuple[RGB, RGB] | None = None  # mean and std that its data set's pixels in [0, 1] are normalised by
+
+
+_CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))  # kuangliu's main.py; the std is a mean over images
+_CIFAR100 = (  # weiaicunzai's conf/global_settings.py, rounded
+    (0.50707516, 0.48654887, 0.44091784),
+    (0.26733429, 0.25643846, 0.27615047),
+)
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+DIALECTS: Mapping[str, Dialect] = {
+    # pytorch/vision, and timm (huggingface/pytorch-image-models), which keeps the names for the weights' sake
+    "torchvision": Dialect(),
+    # akamaster/pytorch_resnet_cifar10, with the paper's option A
+    "akamaster": Dialect(
+        renames=((r"^fc\.", "linear."),),
+        config={"stem": "cifar", "shortcut": "pad"},
+        num_classes=10,
+        statistics=_IMAGENET,
+    ),
+    # kuangliu/pytorch-cifar; akamaster's option B has the same names at the depths of the CIFAR family
+    "kuangliu": Dialect(
+        renames=((r"^fc\.", "linear."), (r"\.downsample\.", ".shortcut.")),
+        config={"stem": "cifar", "shortcut": "projection"},
+        num_classes=10,
+        statistics=_CIFAR10,
+    ),
+    # weiaicunzai/pytorch-cifar100: Sequentials of convolution, BN and ReLU, of which the ReLU has no tensors
+    "weiaicunzai": Dialect(
+        renames=(
+            (r"^conv1\.", "conv1.0."), (r"^bn1\.", "conv1.1."),
+            (r"^layer1\.", "conv2_x."), (r"^layer2\.", "conv3_x."), (r"^layer3\.", "conv4_x."), (r"^layer4\.", "conv5_x."),
+            (r"\.conv1\.", ".residual_function.0."), (r"\.bn1\.", ".residual_function.1."),
+            (r"\.conv2\.", ".residual_function.3."), (r"\.bn2\.", ".residual_function.4."),
+            (r"\.conv3\.", ".residual_function.6."), (r"\.bn3\.", ".residual_function.7."),
+            (r"\.downsample\.", ".shortcut."),
+        ),
+        config={"stem": "cifar", "shortcut": "projection"},
+        num_classes=100,
+        statistics=_CIFAR100,
+    ),
+    # chenyaofo/pytorch-cifar-models: torchvision's names at the depths of the CIFAR family, with the paper's option B
+    "chenyaofo": Dialect(
+        config={"stem": "cifar", "shortcut": "projection"},
+        num_classes=10,
+        statistics=_CIFAR10,
+    ),
+    # The tutorial's ResNet-34: the list of stages is registered beside the stages themselves
+    "resnet34_projection": Dialect(
+        renames=(
+            (r"^conv1\.", "pre.0."), (r"^bn1\.", "pre.1."),
+            (r"\.conv1\.", ".left.0."), (r"\.bn1\.", ".left.1."), (r"\.conv2\.", ".left.3."), (r"\.bn2\.", ".left.4."),
+            (r"\.downsample\.", ".right."),
+        ),
+        aliases=(
+            (r"^layer1\.", "Conv.0."), (r"^layer2\.", "Conv.1."), (r"^layer3\.", "Conv.2."), (r"^layer4\.", "Conv.3."),
+        ),
+        config={"shortcut": "projection_first"},
+    ),
+    # Dive into Deep Learning, section 8.6: Sequential(b1, ..., b5, AdaptiveAvgPool2d, Flatten, Linear)
+    "resnet18_d2l": Dialect(
+        renames=(
+            (r"^conv1\.", "0.0."), (r"^bn1\.", "0.1."), (r"^fc\.", "7."), (r"\.downsample\.0\.", ".conv3."),
+            (r"^layer1\.", "1."), (r"^layer2\.", "2."), (r"^layer3\.", "3."), (r"^layer4\.", "4."),
+        ),
+        config={"shortcut": "conv", "conv_bias": True},
+    ),
+}  # fmt: skip
 
 
 def torch_key(path: str, dialect: str = "torchvision") -> str:
     """``layer1.0.bn1.scale`` -> ``layer1.0.bn1.weight``, in the naming of ``dialect``."""
     module, _, leaf = path.rpartition(".")
-    key = f"{module}.{LEAVES[leaf]}"
-    for pattern, replacement in DIALECTS[dialect]:
+    return _replaced(f"{module}.{LEAVES[leaf]}", DIALECTS[dialect].renames)
+
+
+def counter_key(path: str, dialect: str = "torchvision") -> str:
+    """The key of the counter beside a running variance: ``bn1.var`` -> ``bn1.num_batches_tracked``."""
+    return f"{torch_key(path, dialect).rpartition('.')[0]}.{COUNTER}"
+
+
+def alias(key: str, dialect: str) -> str | None:
+    """The second name of a tensor whose key in ``dialect`` is ``key``; None where it has one name only."""
+    second = _replaced(key, DIALECTS[dialect].aliases)
+    return second if second != key else None
+
+
+def _replaced(key: str, replacements: tuple[tuple[str, str], ...]) -> str:
+    for pattern, replacement in replacements:
         key = re.sub(pattern, replacement, key)
     return key
-
-
-def find_dialect(paths: Collection[str], keys: Iterable[str]) -> str:
-    """The dialect in which most of ``keys`` are keys of the model with these ``paths``; torchvision's where none is."""
-    found = set(keys)
-    return max(DIALECTS, key=lambda dialect: len(found & {torch_key(path, dialect) for path in paths}))
 
 
 def strip_wrappers(keys: Collection[str]) -> str:

@@ -1,4 +1,4 @@
-"""Is a converted model the same function? Its logits against PyTorch's in float64.
+"""Is a converted model the same function? Its logits against PyTorch's: ``python -m convert.verify --all``.
 
 An absolute tolerance says nothing where logits may have any size. The yardstick is PyTorch itself: the relative L2
 distance of its own float32 logits to its float64 ones, which is 2e-7 to 7e-7 for torchvision's ResNets.
@@ -6,7 +6,12 @@ distance of its own float32 logits to its float64 ones, which is 2e-7 to 7e-7 fo
 
 from __future__ import annotations
 
+import argparse
+import functools
+import json
+import platform
 import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +25,11 @@ if TYPE_CHECKING:
 # jresnet's float32 distance to PyTorch's float64 over PyTorch's own float32 distance. A wrong weight gives 1e5 and more;
 # this allows for another order of summation and for the difference between two draws of rounding errors.
 ALLOWED = 3.0
+
+# The same over several networks, root mean square: there the luck of a draw is averaged out.
+ALLOWED_OVERALL = 1.5
+
+EXACT = 1e-10  # relative, in float64: a few thousand roundings of 1e-16, enlarged by BN's divisions
 
 
 @dataclass(frozen=True)
@@ -44,8 +54,8 @@ class Check:
         )
 
 
-def check(model: ResNet, arch: str, state_dict: dict[str, np.ndarray], mode: str = "auto") -> Check:
-    """Compares ``model`` with torchvision's network of the same weights on two random images.
+def check(model: ResNet, arch: str, state_dict: Mapping[str, np.ndarray], mode: str = "auto") -> Check:
+    """Compares ``model`` with PyTorch's network of the same weights on two random images.
 
     Args:
         model: of ``arch``, in float32.
@@ -60,7 +70,7 @@ def check(model: ResNet, arch: str, state_dict: dict[str, np.ndarray], mode: str
     if mode == "never":
         return Check(False, "left out, as --verify never asks")
     try:
-        reference = torchvision_model(arch, model.config, state_dict)
+        reference = torch_model(arch, model.config, state_dict)
     except LookupError as error:
         if mode == "always":
             raise InputError(f"--verify always, but {error}") from error
@@ -76,21 +86,42 @@ def compare(model: ResNet, reference: Any, size: int | None = None, batch: int =
 
     ``size`` is the random images' height and width, by default 224, or 32 for the CIFAR stem.
     """
+    images = _images(model, size, batch)
+    exact, theirs = _torch_logits(reference, images)
+    return Check(True, jresnet=relative(_logits(model, images), exact), torch=relative(theirs, exact))
+
+
+def _images(model: ResNet, size: int | None, batch: int) -> np.ndarray:
+    """Random images ``[batch, H, W, C]``, always the same."""
+    size = size or (224 if model.config.stem == "imagenet" else 32)
+    draw = np.random.default_rng(0)
+    return draw.standard_normal((batch, model.config.in_channels, size, size), np.float32).transpose(0, 2, 3, 1)
+
+
+def _torch_logits(reference: Any, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A float32 torch module's logits in float64 and in float32."""
     import copy
 
-    import jax
     import torch
+
+    x = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+    with torch.no_grad():
+        exact = copy.deepcopy(reference).double().eval()(x.double())
+        return exact.numpy(), reference.eval()(x).numpy()
+
+
+@functools.cache
+def _forward() -> Any:
     from flax import nnx
 
-    size = size or (224 if model.config.stem == "imagenet" else 32)
-    shape = (batch, model.config.in_channels, size, size)
-    images = np.random.default_rng(0).standard_normal(shape, np.float32)
-    with torch.no_grad():
-        exact = copy.deepcopy(reference).double().eval()(torch.from_numpy(images).double()).numpy()
-        theirs = reference.eval()(torch.from_numpy(images)).numpy()
+    return nnx.jit(lambda model, x: model(x))  # one function, so that networks of one shape are compiled once
+
+
+def _logits(model: ResNet, images: np.ndarray) -> np.ndarray:
+    import jax
+
     with jax.default_matmul_precision("highest"):  # no TF32 on a GPU
-        ours = nnx.jit(lambda model, x: model(x))(model, np.ascontiguousarray(images.transpose(0, 2, 3, 1)))
-    return Check(True, jresnet=relative(np.asarray(ours), exact), torch=relative(theirs, exact))
+        return np.asarray(_forward()(model, np.ascontiguousarray(images)))
 
 
 def relative(value: np.ndarray, reference: np.ndarray) -> float:
@@ -99,24 +130,18 @@ def relative(value: np.ndarray, reference: np.ndarray) -> float:
     return float(np.linalg.norm(np.asarray(value, np.float64) - reference) / np.linalg.norm(reference))
 
 
-def torchvision_model(arch: str, config: ResNetConfig, state_dict: dict[str, np.ndarray]) -> Any:
-    """torchvision's float32 network of this configuration and these weights.
+def torch_model(arch: str, config: ResNetConfig, state_dict: Mapping[str, np.ndarray]) -> Any:
+    """PyTorch's float32 network of this configuration and these weights, by torchvision's keys.
 
     Raises:
-        LookupError: where torch or torchvision is missing, or torchvision has no such network.
+        LookupError: where torch or torchvision is missing, or PyTorch has no such network.
     """
-    torchvision = import_torchvision()
+    import_torchvision()
     import torch
 
-    if not hasattr(torchvision.models, arch):
-        raise LookupError(f"torchvision has no {arch} to compare with")
-    model = getattr(torchvision.models, arch)(num_classes=config.num_classes)
-    width = model.conv1.out_channels
-    if config.stem == "cifar":
-        model.conv1 = torch.nn.Conv2d(config.in_channels, width, 3, 1, 1, bias=False)
-        model.maxpool = torch.nn.Identity()
-    elif config.in_channels != 3:
-        model.conv1 = torch.nn.Conv2d(config.in_channels, width, 7, 2, 3, bias=False)
+    from convert import reference
+
+    model = reference.network(arch, config)
     tensors = {key: torch.from_numpy(value.copy()) for key, value in state_dict.items()}
     counters = {key: value for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")}
     model.load_state_dict(tensors | counters, strict=True)
@@ -156,3 +181,150 @@ def import_torchvision() -> Any:
 
 
 _LIBRARIES: list[Any] = []  # a declaration lives as long as its library object
+
+
+@dataclass(frozen=True)
+class Row:
+    """How far an architecture's logits lie from PyTorch's in float64: relative L2 distances, root mean square."""
+
+    arch: str
+    options: str  # what is not the architecture's own, such as "stem=cifar"
+    size: int  # pixels, height and width of the images
+    networks: int  # with random weights and BN statistics
+    float64: float  # jresnet's in float64
+    float32: float  # jresnet's in float32
+    torch: float  # PyTorch's own in float32
+    bfloat16: float  # jresnet's with bfloat16 convolutions
+    torch_bfloat16: float  # PyTorch's under autocast
+
+    @property
+    def ratio(self) -> float:
+        """jresnet's float32 distance over PyTorch's own."""
+        return self.float32 / self.torch
+
+    def failures(self) -> list[str]:
+        """What is further off than rounding explains; NaN is."""
+        found = []
+        if not self.ratio <= ALLOWED_OVERALL:
+            found.append(
+                f"{self.arch}: float32 is {self.ratio:.2f} times as far off as PyTorch's, over {ALLOWED_OVERALL}"
+            )
+        if not self.float64 <= EXACT:
+            found.append(f"{self.arch}: float64 is {self.float64:.1e} off, over {EXACT}")
+        if not self.bfloat16 <= ALLOWED * self.torch_bfloat16:
+            found.append(f"{self.arch}: bfloat16 is {self.bfloat16:.1e} off, PyTorch's {self.torch_bfloat16:.1e}")
+        return found
+
+
+# What else the rows of the zoo are used as: the ImageNet types on small images, and the other shortcut of the paper.
+VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("resnet18", {"stem": "cifar", "num_classes": 10}),
+    ("resnet50", {"stem": "cifar", "num_classes": 10}),
+    ("resnet20_cifar", {"shortcut": "projection"}),
+)
+
+
+def survey(arch: str, networks: int = 4, size: int = 64, batch: int = 4, **chosen: Any) -> Row:
+    """Compares random networks of ``arch`` with PyTorch's of the same weights; 32 pixels for the CIFAR stem.
+
+    Raises:
+        LookupError: where torch or torchvision is missing.
+    """
+    import_torchvision()
+    import jax
+    import torch
+
+    from convert import reference, torch2flax
+    from jresnet import weights
+
+    config = weights.configure(arch, **chosen)
+    size = 32 if config.stem == "cifar" else size
+    distances = []
+    for seed in range(networks):
+        torch.manual_seed(seed)
+        network = reference.network(arch, config)
+        reference.randomise(network)
+        found = torch2flax.match(network.state_dict(), arch, **chosen)
+        model = weights.fill(found.config, found.values)
+        images = _images(model, size, batch)
+        exact, theirs = _torch_logits(network, images)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            narrow = network(torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))).float().numpy()
+        logits = [_logits(model, images), _logits(weights.fill(found.config, found.values, "bfloat16"), images)]
+        with jax.enable_x64(True):
+            double = weights.fill(
+                found.config, {path: value.astype(np.float64) for path, value in found.values.items()}
+            )
+            logits.append(_logits(double, images.astype(np.float64)))
+        distances.append([relative(value, exact) for value in (logits[2], logits[0], theirs, logits[1], narrow)])
+    means = np.sqrt(np.square(distances).mean(0))
+    return Row(arch, ", ".join(f"{k}={v}" for k, v in chosen.items()), size, networks, *map(float, means))
+
+
+def table(rows: Iterable[Row]) -> str:
+    """The rows as Markdown."""
+    lines = [
+        "| architecture | float64 | float32 | PyTorch's float32 | ratio | bfloat16 | PyTorch's autocast |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row.arch}{f' ({row.options})' if row.options else ''} | {row.float64:.0e} | {row.float32:.1e} "
+        f"| {row.torch:.1e} | {row.ratio:.2f} | {row.bfloat16:.1e} | {row.torch_bfloat16:.1e} |"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    from jresnet.zoo import ZOO
+
+    parser = argparse.ArgumentParser(
+        prog="python -m convert.verify",
+        description="Compare the logits of random networks with PyTorch's of the same weights: relative L2 distances to "
+        "PyTorch's float64, root mean square over several networks. Exit code 1 where jresnet's float32 is more than "
+        f"{ALLOWED_OVERALL} times as far off as PyTorch's own, or its float64 more than {EXACT}.",
+        epilog="A converted file of your own is compared by python -m convert.torch2flax ARCH --weights FILE.",
+    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--all", action="store_true", help="every architecture, and variants of stem and shortcut")
+    which.add_argument("--arch", nargs="+", choices=tuple(ZOO), metavar="ARCH", help="these architectures")
+    parser.add_argument("--size", type=int, default=64, metavar="PIXELS", help="of the ImageNet stem (default: 64)")
+    parser.add_argument("--networks", type=int, default=4, metavar="N", help="random networks a row (default: 4)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a Markdown table")
+    args = parser.parse_args(argv)
+    if args.networks < 1 or args.size < 32:
+        parser.error(f"--networks must be at least 1 and --size 32, got {args.networks} and {args.size}")
+    wanted = [*((arch, {}) for arch in ZOO), *VARIANTS] if args.all else [(arch, {}) for arch in args.arch]
+    rows = []
+    try:
+        for i, (arch, chosen) in enumerate(wanted, 1):
+            print(f"{i} of {len(wanted)}: {arch}", file=sys.stderr, flush=True)
+            rows.append(survey(arch, args.networks, args.size, **chosen))
+    except LookupError as error:
+        print(f"error: there is nothing to compare with: {error}", file=sys.stderr)
+        return 1
+    failures = [failure for row in rows for failure in row.failures()]
+    versions = _versions()
+    if args.json:
+        print(json.dumps({"versions": versions, "rows": [asdict(row) | {"ratio": row.ratio} for row in rows]}))
+    else:
+        print(table(rows))
+        print(f"\n{args.networks} networks a row, 4 images each; {', '.join(f'{k} {v}' for k, v in versions.items())}")
+    for failure in failures:
+        print(f"error: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _versions() -> dict[str, str]:
+    import flax
+    import jax
+    import torch
+
+    device = jax.devices()[0]
+    versions = {"Python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__}
+    return versions | {"torch": torch.__version__, "on": f"{device.platform} ({device.device_kind})"}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

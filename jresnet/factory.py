@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +14,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jresnet import pretrained, zoo
+from jresnet import hub, pretrained, zoo
 from jresnet import weights as native
 from jresnet.errors import InputError, WeightsError
-from jresnet.resnet import ResNet, Stem
+from jresnet.resnet import ResNet, Shortcut, Stem
+
+_log = logging.getLogger(__name__)
 
 
 def list_models() -> list[str]:
@@ -30,6 +34,7 @@ def create(
     num_classes: int | None = None,
     in_channels: int | None = None,
     stem: Stem | None = None,
+    shortcut: Shortcut | None = None,
     zero_init_residual: bool = False,
     dtype: DTypeLike | None = None,
     seed: int = 0,
@@ -43,41 +48,47 @@ def create(
 
     Args:
         arch: a name of :func:`list_models`.
-        weights: a native file's path, or the name of published weights such as ``"IMAGENET1K_V2"`` or ``"DEFAULT"``,
-            which are downloaded and converted. ``None``: random parameters, initialised as PyTorch's.
-        num_classes: logits. ``None``: the file's, else the architecture's own (1,000, or 10 for the CIFAR family).
-        in_channels: channels of the images. ``None``: the file's, else the architecture's own (3; 1 for resnet18_d2l).
+        weights: a native file's path; or the name of published weights such as ``"IMAGENET1K_V2"`` or ``"DEFAULT"``, or
+            ``"hf:ORG/REPO[@REVISION]"`` on the Hugging Face Hub (with the extra ``hub``), which are downloaded and
+            converted. ``None``: random parameters, initialised as PyTorch's.
+        num_classes: logits. ``None``: those of the weights, else the architecture's own (1,000, or 10 for the CIFAR
+            family). Another number than the weights' asks for a fresh head, as in timm.
+        in_channels: channels of the images. ``None``: those of the weights, else the architecture's own (3; 1 for
+            resnet18_d2l). A stem for 3 is adapted to another number, as in timm (:func:`jresnet.weights.adapt`).
         stem: ``"imagenet"`` (7x7 at stride 2, max-pool) or ``"cifar"`` (3x3 at stride 1, no max-pool).
-            ``None``: the file's, else the architecture's own.
+            ``None``: that of the weights, else the architecture's own.
+        shortcut: ``"pad"``, ``"projection"``, ``"projection_first"`` or ``"conv"`` (:mod:`jresnet.resnet` has what they
+            mean). ``None``: that of the weights, else the architecture's own.
         zero_init_residual: start each block's last BN scale at 0; without effect where ``weights`` are given.
         dtype: a floating-point dtype to compute in; parameters, statistics and logits stay float32.
-        seed: of the random parameters.
+        seed: of the random parameters, or of a fresh head.
 
     Raises:
         InputError: for an unknown architecture or weights' name, or a value out of range.
         WeightsError: for a file that is damaged, or holds another network than asked for.
         DownloadError: where published weights are neither in the cache nor to be had.
     """
-    chosen = {"num_classes": num_classes, "in_channels": in_channels, "stem": stem}
+    chosen: dict[str, Any] = {
+        "num_classes": num_classes, "in_channels": in_channels, "stem": stem, "shortcut": shortcut,
+    }  # fmt: skip
     config = native.configure(arch, **chosen)
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise InputError(f"dtype must be a floating-point dtype such as bfloat16, got {dtype!r}")
     if weights is None:
         return ResNet(config, zero_init_residual=zero_init_residual, dtype=dtype, rngs=nnx.Rngs(seed))
-    if is_path(weights):
-        found, config, values, _ = native.read(os.fspath(weights))
-        model = native.fill(config, values, dtype)
+    if hub.is_spec(weights):
+        own, values = pretrained.read_hub(hub.fetch(str(weights)), arch)
+    elif is_path(weights):
+        found, own, values, _ = native.read(os.fspath(weights))
+        if found != arch:
+            raise WeightsError(f"the weights {weights} are of another network: its architecture is {found}, not {arch}")
     else:
-        found, model = arch, pretrained.load(pretrained.find(arch, str(weights)), dtype)
-    problems = [f"its architecture is {found}, not {arch}"] if found != arch else []
-    problems += [
-        f"{name} is {getattr(model.config, name)!r}, not {value!r}"
-        for name, value in chosen.items()
-        if value is not None and getattr(model.config, name) != value
-    ]
-    if problems:
-        raise WeightsError(f"the weights {weights} are of another network: {'; '.join(problems)}")
-    return model
+        own, values = pretrained.read(pretrained.find(arch, str(weights)))
+    config = dataclasses.replace(own, **{name: value for name, value in chosen.items() if value is not None})
+    values, adapted = native.adapt(values, own, config, seed)
+    for note in adapted:
+        _log.info("%s: %s", weights, note)
+    return native.fill(config, values, dtype)
 
 
 def is_path(source: str | os.PathLike[str]) -> bool:

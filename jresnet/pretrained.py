@@ -18,28 +18,104 @@ import functools
 import importlib.resources
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jresnet import download
 from jresnet.errors import DownloadError, InputError, WeightsError
 
 if TYPE_CHECKING:
+    import numpy as np
     from jax.typing import DTypeLike
 
-    from jresnet.resnet import ResNet
+    from jresnet import hub
+    from jresnet.resnet import ResNet, ResNetConfig
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From an RGB image to the network's input, in this order; resizing is antialiased."""
+    """From an image to the network's input, in this order; resizing is antialiased."""
 
-    resize: int  # pixels of the shorter side
+    resize: int | None  # pixels of the shorter side; None: the image as it is
     crop: int  # pixels of the central square
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # RGB, of pixels scaled to 0..1
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    interpolation: str = "bilinear"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # RGB or one grey channel, of pixels scaled to 0..1
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: str = "bilinear"  # or "bicubic"
+
+    def __str__(self) -> str:
+        size = "as they are" if self.resize is None else f"shorter side {self.resize} pixels ({self.interpolation})"
+        mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
+        return f"{size}, centre {self.crop} x {self.crop}, mean {mean}, std {std}"
+
+    def check(self) -> None:
+        """Raises :class:`InputError` with everything that is of a wrong type or out of range."""
+
+        def pixels(value: object) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 4096
+
+        def numbers(values: object) -> bool:
+            return (
+                isinstance(values, tuple)
+                and len(values) in (1, 3)
+                and all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+            )
+
+        problems = []
+        if self.resize is not None and not pixels(self.resize):
+            problems.append(f"resize must be null or 1 to 4096 pixels, got {_short(self.resize)}")
+        if not pixels(self.crop):
+            problems.append(f"crop must be 1 to 4096 pixels, got {_short(self.crop)}")
+        if not numbers(self.mean) or not all(0 <= value <= 1 for value in self.mean):
+            problems.append(f"mean must be one or three numbers from 0 to 1, got {_short(self.mean)}")
+        if not numbers(self.std) or not all(0 < value <= 1 for value in self.std):
+            problems.append(f"std must be one or three numbers above 0 and at most 1, got {_short(self.std)}")
+        if not problems and len(self.mean) != len(self.std):
+            problems.append(f"mean has {len(self.mean)} values and std {len(self.std)}")
+        if self.interpolation not in ("bilinear", "bicubic"):
+            problems.append(f"interpolation must be bilinear or bicubic, got {_short(self.interpolation)}")
+        if problems:
+            raise InputError("; ".join(problems))
+
+    def to_json(self) -> str:
+        """The entry ``preprocessing`` of a native file's metadata."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Preprocessing":
+        """What :meth:`to_json` wrote, or the older form of a training run, from a file that anyone may have written.
+
+        Raises:
+            WeightsError: for anything else; one message lists all that is wrong.
+        """
+        try:
+            found = json.loads(text)
+            if not isinstance(found, dict):
+                raise InputError(f"expected an object, got {_short(found)}")
+            if found.get("crop") in ("pad", "resized") and isinstance(size := found.pop("image_size", None), int):
+                resize = None if found["crop"] == "pad" else round(size * 8 / 7)
+                found |= {"resize": resize, "crop": size, "interpolation": "bilinear"}
+            fields = {field.name for field in dataclasses.fields(cls)}
+            problems = [f"{_short(name)} is unknown" for name in sorted(found.keys() - fields)]
+            if "resize" not in found:  # for the others, null is wrong as well
+                problems.append("there is no resize")
+            known: dict[str, Any] = {name: tuple(v) if isinstance(v := found.get(name), list) else v for name in fields}
+            try:
+                cls(**known).check()
+            except InputError as error:
+                problems.append(str(error))
+            if problems:
+                raise InputError("; ".join(problems))
+        except (ValueError, RecursionError) as error:  # json's own, and those above
+            raise WeightsError(f"the preprocessing that the weights file states cannot be used: {error}") from error
+        return cls(**known)
+
+
+def _short(value: object) -> str:
+    """A value as it may stand in a message: a stranger's may be very long."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 @dataclass(frozen=True)
@@ -185,6 +261,21 @@ def fetch(weights: Weights, *, progress: bool = True) -> Path:
     return path
 
 
+def name_mismatch(filename: str, sha256: str) -> str | None:
+    """A warning where a file's name ends in digits, as torch.hub appends them, that its SHA-256 does not begin with.
+
+    ``resnet20-12fca82f.th``: 8 digits or more before ``.pth``, ``.pt`` or ``.th``. For a file that is in no table they
+    are all there is to compare with; a warning and no error, since ``resnet18-20240131.pth`` may mean a day.
+    """
+    found = re.search(r"-([0-9a-f]{8,64})\.(?:pth|pt|th)$", filename)
+    if found is None or sha256.startswith(found[1]):
+        return None
+    return (
+        f"{filename} should have a SHA-256 that begins with {found[1]}, if these digits are one, as torch.hub names files: "
+        f"it is {sha256}. The file may be damaged or another one."
+    )
+
+
 @functools.cache
 def categories() -> tuple[str, ...]:
     """The 1,000 ImageNet class names in the order of the logits, as torchvision spells them."""
@@ -195,18 +286,43 @@ def categories() -> tuple[str, ...]:
 def metadata(weights: Weights) -> dict[str, str]:
     """What a native file says of published weights beside their source: preprocessing and scores, as JSON."""
     scores = {"top1": weights.top1, "top5": weights.top5, "of": "ImageNet-1K validation, single crop, published"}
-    return {"preprocessing": json.dumps(dataclasses.asdict(weights.preprocessing)), "scores": json.dumps(scores)}
+    return {"preprocessing": weights.preprocessing.to_json(), "scores": json.dumps(scores)}
 
 
-def load(weights: Weights, dtype: "DTypeLike | None" = None) -> "ResNet":
-    """Published weights as a model: fetched, checked and converted.
+def read(weights: Weights) -> "tuple[ResNetConfig, dict[str, np.ndarray]]":
+    """Published weights fetched, checked and converted: their network's configuration, and its arrays by dotted path.
 
     Raises:
         DownloadError: the file is neither in the cache nor to be had.
         WeightsError: the file in the cache is damaged.
     """
+    return _converted(fetch(weights), weights.arch)
+
+
+def read_hub(published: "hub.Published", arch: str) -> "tuple[ResNetConfig, dict[str, np.ndarray]]":
+    """As :func:`read`, for weights of :func:`jresnet.hub.fetch`.
+
+    Raises:
+        WeightsError: they do not hold the ``arch`` that they describe.
+    """
+    from jresnet import hub
+
+    hub.check(published, arch)
+    config, values = _converted(published.path, arch, num_classes=published.num_classes)
+    hub.check(published, arch, config)
+    return config, values
+
+
+def _converted(path: Path, arch: str, **chosen: Any) -> "tuple[ResNetConfig, dict[str, np.ndarray]]":
     # The one place where jresnet knows of convert, which knows PyTorch's files and names.
     from convert import torch2flax
 
-    path = fetch(weights)
-    return torch2flax.convert(torch2flax.read(path), weights.arch, dtype=dtype)
+    found = torch2flax.match(torch2flax.read(path), arch, source=str(path), **chosen)
+    return found.config, found.values
+
+
+def load(weights: Weights, dtype: "DTypeLike | None" = None) -> "ResNet":
+    """Published weights as a model; errors as :func:`read`."""
+    from jresnet import weights as native
+
+    return native.fill(*read(weights), dtype)

@@ -14,6 +14,7 @@ import jresnet
 from convert import keymap, torch2flax, verify
 from jresnet import weights
 from jresnet.errors import InputError, WeightsError
+from jresnet.zoo import ZOO
 
 
 def state_dict_of(arch: str, dialect: str = "torchvision", **chosen) -> dict[str, np.ndarray]:
@@ -38,15 +39,23 @@ def write(path: Path, tensors: dict[str, np.ndarray]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("arch", jresnet.list_models())
-@pytest.mark.parametrize("dialect", keymap.DIALECTS)
+def networks_of(dialect: str) -> list[str]:
+    """The rows of the zoo that a dialect may have, by what cannot be chosen."""
+    shared = {name: value for name, value in keymap.DIALECTS[dialect].config.items() if name not in weights.FREE}
+    return [row.name for row in ZOO.values() if all(getattr(row.config, name) == v for name, v in shared.items())]
+
+
+@pytest.mark.parametrize(("dialect", "arch"), [(d, arch) for d in keymap.DIALECTS for arch in networks_of(d)])
 def test_names_are_a_bijection(arch: str, dialect: str) -> None:
     if arch == "resnet1202_cifar":
         arch = "resnet110_cifar"  # the same names, a tenth of the time
     paths = weights.shapes(weights.configure(arch))
     keys = {keymap.torch_key(path, dialect) for path in paths}
     assert len(keys) == len(paths)
-    assert keymap.find_dialect(paths, keys) == dialect
+    counters = {keymap.counter_key(path, dialect) for path in paths if path.endswith(".var")}
+    aliases = {keymap.alias(key, dialect) for key in keys} - {None}
+    assert not counters & keys
+    assert not aliases & (keys | counters)
 
 
 def test_every_leaf_is_the_tensor_of_its_name(tensors: dict[str, np.ndarray]) -> None:
@@ -59,7 +68,7 @@ def test_every_leaf_is_the_tensor_of_its_name(tensors: dict[str, np.ndarray]) ->
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.", "_orig_mod.module.model."])
-@pytest.mark.parametrize("outer", [None, "state_dict", "model", "net"])
+@pytest.mark.parametrize("outer", [None, *keymap.CONTAINERS])
 def test_wrappers_are_peeled(tensors: dict[str, np.ndarray], prefix: str, outer: str | None) -> None:
     wrapped = {prefix + key: value for key, value in tensors.items()}
     model = torch2flax.convert({outer: wrapped, "epoch": 3} if outer else wrapped, "resnet20_cifar")
@@ -69,9 +78,62 @@ def test_wrappers_are_peeled(tensors: dict[str, np.ndarray], prefix: str, outer:
 def test_akamasters_names() -> None:
     tensors = state_dict_of("resnet20_cifar", "akamaster")
     assert "linear.weight" in tensors
-    found = torch2flax.convert_verbosely(tensors, "resnet20_cifar")
-    assert (found.dialect, found.dropped, len(found.arrays)) == ("akamaster", 19, 97)
-    np.testing.assert_array_equal(found.model.fc.bias[...], tensors["linear.bias"])
+    found = torch2flax.match(tensors, "resnet20_cifar")
+    assert (found.dialect, len(found.counters), len(found.values)) == ("akamaster", 19, 97)
+    assert set(found.counters.values()) == {7}
+    np.testing.assert_array_equal(found.values["fc.bias"], tensors["linear.bias"])
+
+
+def test_a_dialect_can_be_forced(tensors: dict[str, np.ndarray]) -> None:
+    with pytest.raises(WeightsError, match=r"kuangliu naming.*missing: .*layer2\.0\.shortcut\.0\.weight.*linear"):
+        torch2flax.convert(tensors, "resnet20_cifar", dialect="kuangliu")
+    with pytest.raises(InputError, match="unknown dialect 'keras': there are torchvision, akamaster"):
+        torch2flax.convert(tensors, "resnet20_cifar", dialect="keras")
+    with pytest.raises(InputError, match="resnet18_d2l has no resnet20_cifar"):
+        torch2flax.convert(tensors, "resnet20_cifar", dialect="resnet18_d2l")
+
+
+def test_a_fresh_head_is_drawn_where_asked_for(tensors: dict[str, np.ndarray]) -> None:
+    """The file's own head where the number is its own; a fresh one, by the seed, where it is another."""
+    own = torch2flax.convert(tensors, "resnet20_cifar", num_classes=10)
+    np.testing.assert_array_equal(own.fc.kernel[...], tensors["fc.weight"].T)
+    fresh = [torch2flax.convert(tensors, "resnet20_cifar", num_classes=7, seed=seed) for seed in (0, 0, 1)]
+    assert fresh[0].fc.kernel[...].shape == (64, 7)
+    np.testing.assert_array_equal(fresh[0].fc.kernel[...], fresh[1].fc.kernel[...])
+    assert not np.array_equal(fresh[0].fc.kernel[...], fresh[2].fc.kernel[...])
+    np.testing.assert_array_equal(fresh[0].conv1.kernel[...], own.conv1.kernel[...])
+
+
+def test_other_input_channels(tensors: dict[str, np.ndarray]) -> None:
+    kernel = tensors["conv1.weight"].transpose(2, 3, 1, 0)
+    grey = torch2flax.convert(tensors, "resnet20_cifar", in_channels=1)
+    np.testing.assert_allclose(grey.conv1.kernel[...], kernel.sum(2, keepdims=True), rtol=1e-6)
+    four = torch2flax.convert(tensors, "resnet20_cifar", in_channels=4)
+    np.testing.assert_allclose(four.conv1.kernel[...], kernel[:, :, [0, 1, 2, 0]] * 0.75, rtol=1e-6)
+    one = state_dict_of("resnet20_cifar", in_channels=1)
+    with pytest.raises(WeightsError, match=r"misshapen: conv1\.weight is \[16, 1, 3, 3\]"):
+        torch2flax.convert(one, "resnet20_cifar", in_channels=4)
+
+
+def test_counters_are_whole_numbers(tensors: dict[str, np.ndarray]) -> None:
+    odd = tensors | {"bn1.num_batches_tracked": np.zeros(3), "layer9.num_batches_tracked": np.array(1)}
+    with pytest.raises(WeightsError) as caught:
+        torch2flax.convert(odd, "resnet20_cifar")
+    assert "bn1.num_batches_tracked should be one whole number, not float64 [3]" in str(caught.value)
+    assert "1 unexpected: layer9.num_batches_tracked" in str(caught.value)
+
+
+def test_names_of_a_stranger_are_printable(tensors: dict[str, np.ndarray]) -> None:
+    with pytest.raises(WeightsError) as caught:
+        torch2flax.convert(tensors | {"\x1b[2J": np.zeros(1, np.float32)}, "resnet20_cifar")
+    assert str(caught.value).isprintable()
+
+
+def test_a_container_that_holds_itself(tensors: dict[str, np.ndarray]) -> None:
+    endless: dict = {}
+    endless["model"] = endless
+    with pytest.raises(WeightsError, match="should hold a state_dict"):
+        torch2flax.convert(endless, "resnet20_cifar")
 
 
 def test_half_precision_becomes_float32(tensors: dict[str, np.ndarray]) -> None:
@@ -102,7 +164,11 @@ def test_everything_that_is_wrong_is_listed(tensors: dict[str, np.ndarray]) -> N
 
 def test_advice_on_stem_and_channels() -> None:
     tensors = state_dict_of("resnet18", stem="cifar", in_channels=1, num_classes=10)
-    with pytest.raises(WeightsError, match="--stem cifar --in-channels 1 --num-classes 10"):
+    with pytest.raises(WeightsError) as caught:
+        torch2flax.convert(tensors, "resnet18")
+    for advice in ("--stem cifar", "--in-channels 1", "--num-classes 10"):
+        assert advice in str(caught.value).partition("may be meant for")[2]
+    with pytest.raises(WeightsError, match="It may be meant for"):
         torch2flax.convert(tensors, "resnet18")
     assert torch2flax.convert(tensors, "resnet18", stem="cifar", in_channels=1, num_classes=10)
 
@@ -127,7 +193,7 @@ def test_the_command_converts(tensors: dict[str, np.ndarray], tmp_path: Path) ->
         "-m", "convert.torch2flax", "resnet20_cifar", "--weights", source, "--output", output, "--verify", "never"
     )
     assert done.returncode == 0, done.stderr
-    assert "97 tensors, each used once (torchvision naming); 19 num_batches_tracked dropped" in done.stdout
+    assert "97 tensors, each used once (torchvision naming); 19 num_batches_tracked kept aside" in done.stdout
     arch, _, values, metadata = weights.read(output)
     assert arch == "resnet20_cifar"
     np.testing.assert_array_equal(values["fc.bias"], tensors["fc.bias"])
@@ -163,7 +229,13 @@ def test_json(tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
         (["resnet20_cifar", "--weights", "{good}", "--num-classes", "0"], 1, "num_classes must be"),
         (["resnet20_cifar", "--weights", "{good}", "--output", "{good}"], 1, "is the file to convert"),
         (["resnet20_cifar", "--weights", "{good}", "--output", "none/out.safetensors"], 1, "cannot write none/out"),
-        (["resnet20_cifar", "--weights", "{good}", "--verify", "always"], 1, "--verify always, but"),
+        (["resnet20_cifar", "--weights", "{good}", "--dialect", "keras"], 2, "invalid choice: 'keras'"),
+        (
+            ["resnet20_cifar", "--weights", "{good}", "--dialect", "resnet18_d2l"],
+            1,
+            "resnet18_d2l has no resnet20_cifar",
+        ),
+        (["resnet20_cifar", "--weights", "hf:nothing"], 1, "hf:ORG/REPO[@REVISION]"),
     ],
 )
 def test_bad_input(tensors: dict, tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
@@ -196,6 +268,24 @@ def test_without_torch_the_check_is_left_out_and_said_so(tensors: dict, monkeypa
     )
     with pytest.raises(InputError, match="--verify always, but torch is not installed"):
         verify.check(model, "resnet20_cifar", {}, "always")
+
+
+def test_the_command_says_what_it_adapts(tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
+    source, output = write(tmp_path / "mine-12345678.pt.safetensors", tensors), tmp_path / "out.safetensors"
+    done = command(
+        "-m", "convert.torch2flax", "resnet20_cifar", "--weights", source, "--output", output, "--verify", "never",
+        "--num-classes", "7", "--in-channels", "1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "adapted  stem for 1 input channel: the kernel for 3, summed over the channels" in done.stdout
+    assert "adapted  fresh head for 7 classes, to be trained: the weights' own has 10" in done.stdout
+    _, config, values, metadata = weights.read(output)
+    assert (config.num_classes, config.in_channels, values["fc.bias"].shape) == (7, 1, (7,))
+    assert metadata["num_batches_tracked"] == "7"
+    again = jresnet.create("resnet20_cifar", weights=output, num_classes=5, in_channels=1)
+    assert again.config.num_classes == 5
+    with pytest.raises(WeightsError, match="only a stem for 3 can be adapted"):
+        jresnet.create("resnet20_cifar", weights=output, in_channels=3)
 
 
 def test_the_network_trained_elsewhere(shared: Path, cifar10: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_create(arch: str, options: dict, shape: tuple[int, ...], logits: tuple[
     [
         ({"num_classes": 0, "in_channels": -1}, "num_classes must be .* got 0; in_channels must be .* got -1"),
         ({"num_classes": 2.5}, "whole number"),
-        ({"stem": "vgg"}, '"imagenet" or "cifar", got \'vgg\''),
+        ({"stem": "vgg"}, "'imagenet' or 'cifar', got 'vgg'"),
         ({"dtype": "int8"}, "floating-point dtype"),
         ({"weights": "IMAGENET1K_V1"}, "no weights are published for 'resnet20_cifar'"),
     ],
@@ -65,10 +65,30 @@ def test_weights_from_a_file(native: Path) -> None:
 
 
 def test_weights_of_another_network(native: Path) -> None:
-    with pytest.raises(
-        WeightsError, match="its architecture is resnet20_cifar, not resnet32_cifar; num_classes is 10, not 7"
-    ):
+    with pytest.raises(WeightsError, match="its architecture is resnet20_cifar, not resnet32_cifar"):
         jresnet.create("resnet32_cifar", weights=native, num_classes=7)
+    with pytest.raises(WeightsError, match="its stem is 'cifar', not 'imagenet'; its shortcut is 'pad', not 'conv'"):
+        jresnet.create("resnet20_cifar", weights=native, stem="imagenet", shortcut="conv")
+
+
+def test_a_fresh_head_and_another_stem(native: Path, caplog: pytest.LogCaptureFixture) -> None:
+    own = jresnet.create("resnet20_cifar", weights=native)
+    with caplog.at_level("INFO", "jresnet"):
+        model = jresnet.create("resnet20_cifar", weights=native, num_classes=7, in_channels=6, seed=3)
+    assert "stem for 6 input channels" in caplog.text
+    assert "fresh head for 7 classes" in caplog.text
+    assert model(jnp.zeros((1, 32, 32, 6))).shape == (1, 7)
+    np.testing.assert_array_equal(model.layer3[2].bn2.var[...], own.layer3[2].bn2.var[...])
+    # An image whose channels are alike gives what it gave.
+    x = np.random.default_rng(0).standard_normal((2, 8, 8, 1), np.float32)
+    np.testing.assert_allclose(model.conv1(x.repeat(6, 3)), own.conv1(x.repeat(3, 3)), atol=1e-5)
+
+
+def test_other_shortcuts() -> None:
+    model = jresnet.create("resnet20_cifar", shortcut="projection")
+    assert len(model.layer2[0].downsample) == 2
+    with pytest.raises(InputError, match="shortcut 'pad' is defined for basic blocks"):
+        jresnet.create("resnet50", shortcut="pad")
 
 
 def test_a_missing_file(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 import dataclasses
 import hashlib
+import json
+import os
+import re
 import socket
 import subprocess
 import sys
@@ -11,6 +14,7 @@ import pytest
 
 from jresnet import download, pretrained
 from jresnet.errors import DownloadError, InputError, WeightsError
+from jresnet.pretrained import Preprocessing
 
 ARCHS = [
     "resnet18",
@@ -188,6 +192,53 @@ def test_offline_says_where_to_put_the_file(row):
     assert put(row, b"weights") == pretrained.fetch(row)
 
 
+def test_preprocessing_through_json():
+    for row in ROWS:
+        assert Preprocessing.from_json(pretrained.metadata(row)["preprocessing"]) == row.preprocessing
+    odd = Preprocessing(None, 32, (0.5,), (0.25,), "bicubic")
+    assert Preprocessing.from_json(odd.to_json()) == odd
+
+
+@pytest.mark.parametrize(("crop", "resize"), [("pad", None), ("resized", 256)])
+def test_preprocessing_of_older_runs(crop, resize):
+    mean, std = [0.5, 0.4, 0.3], [0.2, 0.2, 0.2]
+    text = json.dumps({"crop": crop, "image_size": 224, "mean": mean, "std": std})
+    assert Preprocessing.from_json(text) == Preprocessing(resize, 224, tuple(mean), tuple(std))
+
+
+@pytest.mark.parametrize(
+    ("changes", "problems"),
+    [
+        ({"resize": 0, "crop": True}, ["resize must be null or 1 to 4096 pixels, got 0", "crop must be", "got True"]),
+        ({"crop": 5000, "mean": [0, 0, 255]}, ["got 5000", "mean must be one or three numbers from 0 to 1"]),
+        ({"mean": "0.5", "std": [0.0]}, ["mean must be .* got '0.5'", "std must be .* above 0 .* got .0.0,"]),
+        ({"mean": [0.5, 0.5], "std": [float("nan")]}, ["mean must be", "std must be .* got .nan"]),
+        ({"std": [1e400, 1, 1]}, ["std must be .* got .inf"]),
+        ({"std": [0.5]}, ["mean has 3 values and std 1"]),
+        (
+            {"interpolation": "nearest", "antialias": False},
+            ["'antialias' is unknown", "interpolation must be bilinear"],
+        ),
+        ({"mean": None, "resize": ...}, ["there is no resize", "mean must be .* got None"]),
+        ({"crop": "x" * 10**6}, [r"got 'x{56}\.\.\."]),
+    ],
+)
+def test_preprocessing_of_a_stranger(changes, problems):
+    values = {**json.loads(Preprocessing(256, 224).to_json()), **changes}
+    text = json.dumps({name: value for name, value in values.items() if value is not ...})
+    with pytest.raises(WeightsError, match="the preprocessing that the weights file states cannot be used") as caught:
+        Preprocessing.from_json(text)
+    for problem in problems:
+        assert re.search(problem, str(caught.value)), problem
+    assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "3", "{", "[" * 100_000])
+def test_preprocessing_that_is_no_object(text):
+    with pytest.raises(WeightsError, match="the preprocessing that the weights file states cannot be used"):
+        Preprocessing.from_json(text)
+
+
 def test_import_is_light():
     # A bare package in place of jresnet's own, which imports jax.
     code = (
@@ -197,3 +248,82 @@ def test_import_is_light():
     )
     command = [sys.executable, "-c", code, str(Path(pretrained.__file__).parent)]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == ""
+
+
+# The digest of a published file is compared whenever it is loaded, whoever loads it.
+
+
+@pytest.fixture(params=[8, 64])
+def stand_in(request, row, monkeypatch):
+    """The cached file of a row of the table whose digest has 8 or 64 digits: a random resnet20_cifar."""
+    import numpy as np
+    import safetensors.numpy
+
+    from convert import keymap, torch2flax
+    from jresnet import weights
+
+    draw = np.random.default_rng(0)
+    shapes = weights.shapes(weights.configure("resnet20_cifar"))
+    tensors = {
+        keymap.torch_key(path): draw.uniform(0.5, 1.5, torch2flax.torch_shape(shape)).astype(np.float32)
+        for path, shape in shapes.items()
+    }
+    content = safetensors.numpy.save(tensors)
+    digest = hashlib.sha256(content).hexdigest()
+    url = f"https://a.invalid/models/resnet20-{digest[:8]}.safetensors"
+    row = dataclasses.replace(row, arch="resnet20_cifar", url=url, sha256=digest[: request.param])
+    monkeypatch.setattr(pretrained, "_TABLE", (row,))
+    return put(row, content)
+
+
+@pytest.mark.parametrize("way", ["fetch", "load", "create", "default", "command"])
+def test_file_altered_after_it_was_loaded_is_refused(stand_in, tmp_path, capsys, way):
+    """One bit of a weight, which neither safetensors nor torch's legacy format finds; size and times are the same."""
+    import jresnet
+    from convert import torch2flax
+
+    output = tmp_path / "out.safetensors"
+
+    def load():
+        if way == "fetch":
+            return pretrained.fetch(pretrained.find("resnet20_cifar"))
+        if way == "load":
+            return pretrained.load(pretrained.find("resnet20_cifar"))
+        if way == "command":
+            arguments = ["resnet20_cifar", "--weights", "imagenet1k_v1", "--output", str(output), "--verify", "never"]
+            if torch2flax.main(arguments):
+                raise WeightsError(capsys.readouterr().err)
+            return output
+        return jresnet.create("resnet20_cifar", weights="IMAGENET1K_V1" if way == "create" else "DEFAULT")
+
+    assert load()
+    output.unlink(missing_ok=True)
+    content, times = stand_in.read_bytes(), stand_in.stat()
+    stand_in.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(stand_in, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(WeightsError, match="is damaged or another file: its SHA-256 is"):
+        load()
+    assert not output.exists()
+    stand_in.write_bytes(content)
+    assert load()
+
+
+@pytest.mark.parametrize(
+    ("name", "warns"),
+    [
+        ("resnet20-12fca82f.th", False),
+        ("resnet20-12fca82f0123456.pt", False),
+        ("resnet20-12fca82e.th", True),
+        ("a-b-20240131.pth", True),
+        ("resnet20-12fca82.th", False),  # too few to tell
+        ("resnet20-12FCA82E.th", False),
+        ("resnet20_12fca82e.th", False),
+        ("resnet20-12fca82e.safetensors", False),
+        ("resnet20-12fca82e-best.th", False),
+        ("resnet20.th", False),
+    ],
+)
+def test_digits_in_a_files_name(name, warns):
+    warning = pretrained.name_mismatch(name, "12fca82f0123456789" + "0" * 46)
+    assert (warning is not None) == warns
+    assert not warns or name in warning

@@ -62,13 +62,14 @@ def test_a_swapped_leaf_is_seen() -> None:
 def test_checked_conversions_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     """``--verify always`` compares, and refuses a model that computes something else."""
     reference = networks.build("resnet18")
-    found = torch2flax.convert_verbosely(reference.state_dict(), "resnet18")
-    result = verify.check(found.model, "resnet18", found.arrays, "always")
+    found = torch2flax.match(reference.state_dict(), "resnet18")
+    model = weights.fill(found.config, found.values)
+    result = verify.check(model, "resnet18", found.torchvision(), "always")
     assert result.done
     assert "PyTorch's own in float32" in str(result)
-    found.model.fc.bias[...] += 1.0
+    model.fc.bias[...] += 1.0
     with pytest.raises(ValueError, match="is not the network PyTorch computes"):
-        verify.check(found.model, "resnet18", found.arrays)
+        verify.check(model, "resnet18", found.torchvision())
 
 
 def test_batchnorm_over_training_steps() -> None:
