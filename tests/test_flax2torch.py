@@ -1,0 +1,277 @@
+"""Export to PyTorch, without torch: the way back of ``torch2flax``, and the writer that ``torchfile`` must read."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from conftest import REPOSITORY, command
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import jresnet
+from convert import flax2torch, keymap, torch2flax, torchfile, torchsave
+from jresnet import weights
+from jresnet.errors import InputError
+from jresnet.resnet import ResNet
+
+DTYPES = [np.dtype(name) for name in ("float32", "int64", "float64", "float16", ml_dtypes.bfloat16)]
+
+# A small network that fits each dialect.
+FITTING = {
+    "torchvision": ("resnet20_cifar", {}),
+    "akamaster": ("resnet20_cifar", {}),
+    "kuangliu": ("resnet20_cifar", {"shortcut": "projection"}),
+    "weiaicunzai": ("resnet20_cifar", {"shortcut": "projection", "num_classes": 100}),
+    "chenyaofo": ("resnet20_cifar", {"shortcut": "projection"}),
+    "resnet34_projection": ("resnet34_projection", {"num_classes": 10}),
+    "resnet18_d2l": ("resnet18_d2l", {}),
+}
+
+
+def network(arch: str, **chosen) -> ResNet:
+    """Every bit at random: NaN payloads, denormals and negative zeros are weights like others here."""
+    draw = np.random.default_rng(0)
+    config = weights.configure(arch, **chosen)
+    shapes = weights.shapes(config)
+    values = {path: draw.integers(0, 1 << 32, shape, np.uint32).view(np.float32) for path, shape in shapes.items()}
+    return weights.fill(config, values)
+
+
+def counters_of(model: ResNet) -> dict[str, int]:
+    """A number of its own for each counter, by torchvision's key."""
+    norms = [path for path in weights.arrays(model) if path.endswith(".var")]
+    return {keymap.counter_key(path): 1000 + i for i, path in enumerate(norms)}
+
+
+def save(folder: Path, arch: str, chosen: dict, **metadata: str) -> Path:
+    path = folder / "native.safetensors"
+    weights.save(path, network(arch, **chosen), arch, **metadata)
+    return path
+
+
+@pytest.mark.parametrize("dialect", keymap.DIALECTS)
+def test_there_and_back_bit_by_bit(dialect: str) -> None:
+    arch, chosen = FITTING[dialect]
+    model = network(arch, **chosen)
+    counters = counters_of(model)
+    tensors = flax2torch.state_dict(model, dialect, counters)
+    assert all(value.flags.c_contiguous for value in tensors.values())
+    back = torch2flax.match(tensors, arch, dialect=dialect, **chosen)
+    assert weights.digest(back.values) == weights.digest(weights.arrays(model))
+    assert back.counters == counters
+
+
+def test_names_order_and_layout() -> None:
+    model = jresnet.create("resnet20_cifar")
+    tensors = flax2torch.state_dict(model, counters=7)
+    assert [*tensors][:8] == [
+        "conv1.weight", "bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var", "bn1.num_batches_tracked",
+        "layer1.0.conv1.weight", "layer1.0.bn1.weight",
+    ]  # fmt: skip
+    assert [*tensors][-3:] == ["layer3.2.bn2.num_batches_tracked", "fc.weight", "fc.bias"]
+    assert (tensors["conv1.weight"].shape, tensors["fc.weight"].shape) == ((16, 3, 3, 3), (10, 64))
+    np.testing.assert_array_equal(tensors["fc.weight"], np.asarray(model.fc.kernel[...]).T)
+    count = tensors["bn1.num_batches_tracked"]
+    assert (count.dtype, count.shape, count.item()) == (np.int64, (), 7)
+
+
+@pytest.mark.parametrize("arch", ["resnet152", "resnet110_cifar", "resnet34_projection", "resnet18_d2l"])
+def test_every_leaf_has_its_place_in_the_order(arch: str) -> None:
+    paths = weights.shapes(weights.configure(arch))
+    ordered = sorted(paths, key=flax2torch._rank)
+    assert ordered[0] == "conv1.kernel"
+    assert ordered[-1] == "fc.bias"
+    depths = [int(path.split(".")[1]) for path in ordered if path.startswith("layer1.")]
+    assert depths == sorted(depths)  # 10 after 9
+
+
+def test_a_dialect_without_such_a_network_is_refused() -> None:
+    model = network("resnet20_cifar")
+    with pytest.raises(InputError, match=r"kuangliu has no such network: shortcut is 'projection' there, 'pad' here"):
+        flax2torch.state_dict(model, "kuangliu")
+    with pytest.raises(InputError, match=r"those of torchvision, akamaster$"):
+        flax2torch.state_dict(model, "chenyaofo")
+    with pytest.raises(InputError, match=r"shortcut is 'conv' there, 'pad' here; conv_bias is True there, False here"):
+        flax2torch.state_dict(model, "resnet18_d2l")
+    with pytest.raises(InputError, match="unknown dialect 'tf': there are torchvision"):
+        flax2torch.state_dict(model, "tf")
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.dictionaries(
+        st.text(max_size=8),
+        st.tuples(st.sampled_from(DTYPES), st.lists(st.integers(0, 3), max_size=4), st.integers(0, 2**32)),
+        max_size=5,
+    ),
+    st.booleans(),
+)
+def test_what_is_written_is_read(tmp_path_factory: pytest.TempPathFactory, table: dict, transposed: bool) -> None:
+    tensors = {}
+    for name, (dtype, shape, seed) in table.items():
+        nbytes = int(np.prod(shape, dtype=int)) * dtype.itemsize
+        value = np.frombuffer(np.random.default_rng(seed).bytes(nbytes), dtype).reshape(shape)
+        tensors[name] = value.T if transposed else value
+    path = tmp_path_factory.mktemp("written") / "x.pth"
+    torchsave.write(path, tensors)
+    found = torchfile.read(path)
+    assert isinstance(found, dict)
+    assert list(found) == list(tensors)
+    for name, value in tensors.items():
+        assert (found[name].dtype, found[name].shape) == (value.dtype, value.shape)
+        assert found[name].tobytes() == value.tobytes()
+
+
+def test_the_archive(tmp_path: Path) -> None:
+    """Stored, aligned, dated alike, one storage for two names; and the same tensors give the same bytes."""
+    one, two = np.arange(5, dtype=np.float32), np.array(3)
+    for name in ("a.pth", "b.pth"):
+        torchsave.write(tmp_path / name, {"first": one, "count": two, "second": one})
+    content = (tmp_path / "a.pth").read_bytes()
+    assert content == (tmp_path / "b.pth").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.pth") as archive:
+        assert archive.testzip() is None
+        names = ["data.pkl", "byteorder", "data/0", "data/1", "version"]
+        assert archive.namelist() == [f"archive/{name}" for name in names]
+        for info in archive.infolist():
+            extra = int.from_bytes(content[info.header_offset + 28 :][:2], "little")
+            start = info.header_offset + 30 + len(info.filename) + extra
+            assert start % torchsave.ALIGNMENT == 0
+            assert content[start : start + info.file_size] == archive.read(info)
+            assert info.date_time == (1980, 1, 1, 0, 0, 0)
+
+
+def test_only_known_dtypes_are_written(tmp_path: Path) -> None:
+    tensors = {"fine": np.zeros(1), "a": np.zeros(1, "complex64"), "b": np.zeros(1, ">f4")}
+    with pytest.raises(InputError, match="a is complex64; b is >f4"):
+        torchsave.write(tmp_path / "x.pth", tensors)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("stored", "expected"),
+    [(None, 0), ("4690", 4690), (json.dumps({"bn1.num_batches_tracked": 5}), {"bn1.num_batches_tracked": 5})],
+)
+def test_the_counters_of_a_native_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stored: str | None, expected: int | dict
+) -> None:
+    path = save(tmp_path, "resnet20_cifar", {}, **({"num_batches_tracked": stored} if stored else {}))
+    assert flax2torch.main([str(path), "--verify", "never", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["tensors"], report["counters"]) == (97, 19)
+    found = torch2flax.read(tmp_path / "native.pth")
+    counts = {key: value.item() for key, value in found.items() if key.endswith("num_batches_tracked")}
+    assert counts == {key: expected if isinstance(expected, int) else expected.get(key, 0) for key in counts}
+
+
+@pytest.mark.parametrize("stored", ["-1", "1.5", "true", '{"bn1.num_batches_tracked": "5"}', "[" * 100_000, str(2**63)])
+def test_counters_that_are_none_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], stored: str) -> None:
+    path = save(tmp_path, "resnet20_cifar", {}, num_batches_tracked=stored)
+    assert flax2torch.main([str(path), "--verify", "never"]) == 1
+    assert "should say whole numbers for num_batches_tracked" in capsys.readouterr().err
+    assert not (tmp_path / "native.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("arch", "chosen", "metadata", "dialect"),
+    [
+        ("resnet20_cifar", {}, {}, "torchvision"),
+        ("resnet20_cifar", {}, {"dialect": "akamaster"}, "akamaster"),
+        ("resnet18_d2l", {}, {}, "resnet18_d2l"),
+    ],
+)
+def test_the_default_dialect(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arch: str, chosen: dict, metadata: dict, dialect: str
+) -> None:
+    path = save(tmp_path, arch, chosen, **metadata)
+    assert flax2torch.main([str(path), "--verify", "never", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["dialect"] == dialect
+
+
+def test_safetensors(tmp_path: Path) -> None:
+    path, output = save(tmp_path, "resnet34_projection", {"num_classes": 10}), tmp_path / "out.safetensors"
+    assert flax2torch.main([str(path), "--output", str(output), "--verify", "never"]) == 0
+    expected = flax2torch.state_dict(weights.load(path), "resnet34_projection")
+    tensors, metadata = weights.read_safetensors(output)
+    assert metadata == {"format": "pt"}
+    assert weights.digest(tensors) == weights.digest(expected)
+    assert tensors["layer1.0.left.0.weight"].tobytes() == tensors["Conv.0.0.left.0.weight"].tobytes()
+
+
+def test_the_command_needs_no_torch(tmp_path: Path) -> None:
+    """torch and torchvision cannot be imported here; what cannot be compared is said."""
+    for name in ("torch", "torchvision"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('not here')")
+    path = tmp_path / "mine.safetensors"
+    weights.save(path, jresnet.create("resnet18", num_classes=3), "resnet18")
+    environment = {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}", "PATH": "/usr/bin:/bin"}
+    done = command("-m", "convert.flax2torch", path.name, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
+    assert [title for title, _ in lines[:4]] == ["source", "mapped", "verified", "wrote"]
+    assert "102 tensors and 20 num_batches_tracked (torchvision naming)" in done.stdout
+    assert "not against PyTorch: left out, since torch is not installed" in done.stdout
+    assert done.stdout.endswith(
+        "load it with\n"
+        "         model = torchvision.models.resnet18(num_classes=3)\n"
+        "         model.load_state_dict(torch.load('mine.pth', weights_only=True))\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([], 2, "arguments are required: FILE"),
+        (["{good}", "--dialect", "tf"], 2, "invalid choice"),
+        (["none.safetensors"], 1, "none.safetensors"),
+        (["x.pth"], 1, "x.pth is PyTorch's already"),
+        (["{good}", "--output", "{good}"], 1, "is the file to convert"),
+        (["{good}", "--output", "x.onnx"], 1, "should end in .pth, .pt or .safetensors"),
+        (["{good}", "--output", "none/x.pth"], 1, "cannot write none/x.pth"),
+        (["{good}", "--dialect", "kuangliu"], 1, "shortcut is 'projection' there, 'pad' here"),
+        (["{foreign}"], 1, "is not a jresnet-1 file"),
+        (["{cut}"], 1, "cut.safetensors"),
+    ],
+)
+def test_bad_input(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    code: int,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    good = save(tmp_path, "resnet20_cifar", {})
+    cut, foreign = tmp_path / "cut.safetensors", tmp_path / "foreign.safetensors"
+    cut.write_bytes(good.read_bytes()[:-100])
+    foreign.write_bytes(safetensors.numpy.save({"conv1.weight": np.zeros((1, 1))}))
+    before = sorted(tmp_path.rglob("*"))
+    arguments = [argument.format(good=good, cut=cut, foreign=foreign) for argument in arguments] + ["--verify", "never"]
+    if code == 2:
+        with pytest.raises(SystemExit, match="2"):
+            flax2torch.main(arguments)
+    else:
+        assert flax2torch.main(arguments) == code
+    assert message in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before  # nothing half-written
+
+
+def test_what_does_not_read_back_is_no_success(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, honest = save(tmp_path, "resnet20_cifar", {}), torchsave.write
+
+    def spoilt(path: Path, tensors: dict[str, np.ndarray]) -> None:
+        honest(path, tensors | {"bn1.num_batches_tracked": np.array(1)})
+
+    monkeypatch.setattr(torchsave, "write", spoilt)
+    assert flax2torch.main([str(path), "--verify", "never"]) == 1
+    assert "does not hold what was written" in capsys.readouterr().err
+    assert not (tmp_path / "native.pth").exists()
