@@ -224,7 +224,7 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
 )
 
 
-def survey(arch: str, networks: int = 4, size: int = 64, batch: int = 4, **chosen: Any) -> Row:
+def survey(arch: str, networks: int = 3, size: int = 64, batch: int = 2, **chosen: Any) -> Row:
     """Compares random networks of ``arch`` with PyTorch's of the same weights; 32 pixels for the CIFAR stem.
 
     Raises:
@@ -290,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
     which.add_argument("--all", action="store_true", help="every architecture, and variants of stem and shortcut")
     which.add_argument("--arch", nargs="+", choices=tuple(ZOO), metavar="ARCH", help="these architectures")
     parser.add_argument("--size", type=int, default=64, metavar="PIXELS", help="of the ImageNet stem (default: 64)")
-    parser.add_argument("--networks", type=int, default=4, metavar="N", help="random networks a row (default: 4)")
+    parser.add_argument("--networks", type=int, default=3, metavar="N", help="random networks a row (default: 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a Markdown table")
     args = parser.parse_args(argv)
     if args.networks < 1 or args.size < 32:
@@ -310,7 +310,7 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps({"versions": versions, "rows": [asdict(row) | {"ratio": row.ratio} for row in rows]}))
     else:
         print(table(rows))
-        print(f"\n{args.networks} networks a row, 4 images each; {', '.join(f'{k} {v}' for k, v in versions.items())}")
+        print(f"\n{args.networks} networks a row, 2 images each; {', '.join(f'{k} {v}' for k, v in versions.items())}")
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if failures else 0

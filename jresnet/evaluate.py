@@ -86,7 +86,7 @@ def resolve(weights: str, dtype: DTypeLike | None = None) -> Resolved:
                 f"{weights} does not say its architecture: convert it with python -m convert.torch2flax ARCH --weights "
                 f"{weights}"
             )
-        model = native.fill(*pretrained.read_hub(published, published.arch), dtype)
+        model = native.fill(*hub.read(published, published.arch), dtype)
         return Resolved(published.arch, model, published.preprocessing, published.categories)
     if factory.is_path(weights):
         arch, config, values, metadata = native.read(weights)

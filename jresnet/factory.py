@@ -77,7 +77,7 @@ def create(
     if weights is None:
         return ResNet(config, zero_init_residual=zero_init_residual, dtype=dtype, rngs=nnx.Rngs(seed))
     if hub.is_spec(weights):
-        own, values = pretrained.read_hub(hub.fetch(str(weights)), arch)
+        own, values = hub.read(hub.fetch(str(weights)), arch)
     elif is_path(weights):
         found, own, values, _ = native.read(os.fspath(weights))
         if found != arch:

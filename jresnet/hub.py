@@ -28,11 +28,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jresnet import download, zoo
+from jresnet import download, pretrained, zoo
 from jresnet.errors import DownloadError, InputError, WeightsError
 from jresnet.pretrained import Preprocessing
 
 if TYPE_CHECKING:
+    import numpy as np
     from huggingface_hub import HfFileMetadata
 
     from jresnet.resnet import ResNetConfig
@@ -139,6 +140,18 @@ def check(published: Published, arch: str, config: "ResNetConfig | None" = None)
         problems.append(f"images of {len(published.preprocessing.mean)} channels, not {config.in_channels}")
     if problems:
         raise WeightsError(f"{published.spec} has a {CONFIG} that describes {'; '.join(problems)}")
+
+
+def read(published: Published, arch: str) -> "tuple[ResNetConfig, dict[str, np.ndarray]]":
+    """The configuration of a network made of these weights, and its arrays by dotted path.
+
+    Raises:
+        WeightsError: they do not hold the ``arch`` that they describe.
+    """
+    check(published, arch)
+    config, values = pretrained.converted(published.path, arch, num_classes=published.num_classes)
+    check(published, arch, config)
+    return config, values
 
 
 def read_config(path: Path) -> Described:
@@ -261,7 +274,7 @@ def _categories(config: dict[str, Any], num_classes: int | None, problems: list[
     if isinstance(names, dict) and num_classes and names.keys() <= {str(i) for i in range(num_classes)}:
         names = [names.get(str(i), str(i)) for i in range(num_classes)]  # where an index has no name, its number
     if not isinstance(names, list) or not all(map(is_text, names)) or len(names) != num_classes:
-        problems.append(f"label_names should be {num_classes} printable names, not {reprlib.repr(names)}")
+        problems.append(f"label_names should be {num_classes or ''} printable names, not {reprlib.repr(names)}")
     elif not isinstance(described, dict) or not all(map(is_text, described.values())):
         problems.append(f"label_descriptions should give printable texts by name, not {reprlib.repr(described)}")
     else:

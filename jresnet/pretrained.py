@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     import numpy as np
     from jax.typing import DTypeLike
 
-    from jresnet import hub
     from jresnet.resnet import ResNet, ResNetConfig
 
 
@@ -296,24 +295,14 @@ def read(weights: Weights) -> "tuple[ResNetConfig, dict[str, np.ndarray]]":
         DownloadError: the file is neither in the cache nor to be had.
         WeightsError: the file in the cache is damaged.
     """
-    return _converted(fetch(weights), weights.arch)
+    return converted(fetch(weights), weights.arch)
 
 
-def read_hub(published: "hub.Published", arch: str) -> "tuple[ResNetConfig, dict[str, np.ndarray]]":
-    """As :func:`read`, for weights of :func:`jresnet.hub.fetch`.
+def converted(path: Path, arch: str, **chosen: Any) -> "tuple[ResNetConfig, dict[str, np.ndarray]]":
+    """A PyTorch file of ``arch``: its network's configuration, and its arrays by dotted path.
 
-    Raises:
-        WeightsError: they do not hold the ``arch`` that they describe.
+    ``chosen`` and errors as :func:`convert.torch2flax.match`.
     """
-    from jresnet import hub
-
-    hub.check(published, arch)
-    config, values = _converted(published.path, arch, num_classes=published.num_classes)
-    hub.check(published, arch, config)
-    return config, values
-
-
-def _converted(path: Path, arch: str, **chosen: Any) -> "tuple[ResNetConfig, dict[str, np.ndarray]]":
     # The one place where jresnet knows of convert, which knows PyTorch's files and names.
     from convert import torch2flax
 

@@ -498,7 +498,16 @@ def read(tmp_path: Path, config: Any) -> hub.Described:
 
 
 def timm(**changed: Any) -> dict[str, Any]:
-    return CONFIG | {"pretrained_cfg": CONFIG["pretrained_cfg"] | changed}
+    """CONFIG with other entries, which are not to be hidden by those for evaluation."""
+    hidden = {"test_input_size": None, "test_crop_pct": None}
+    return CONFIG | {"pretrained_cfg": CONFIG["pretrained_cfg"] | hidden | changed}
+
+
+def test_sizes_for_evaluation_go_before_those_of_training(tmp_path: Path) -> None:
+    found = read(tmp_path, timm(test_input_size=[3, 256, 256], test_crop_pct=0.8))
+    assert (found.preprocessing.resize, found.preprocessing.crop) == (320, 256)
+    with pytest.raises(WeightsError, match="a square, not \\[3, 1, 2\\]"):
+        read(tmp_path, timm(test_input_size=[3, 1, 2]))
 
 
 def test_defaults_are_timms(tmp_path: Path) -> None:
@@ -592,3 +601,46 @@ def test_check_against_the_network(tmp_path: Path) -> None:
         hub.check(described, "resnet34", jresnet.weights.configure("resnet34", num_classes=10, in_channels=1))
     silent = dataclasses.replace(described, arch=None, num_classes=None, preprocessing=None)
     hub.check(silent, "resnet34", jresnet.weights.configure("resnet34", in_channels=1))
+
+
+def test_models_commands_and_evaluation_take_them(
+    server: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``create``, the converter and evaluation: the same arrays, the configuration's classes and preprocessing."""
+    import numpy as np
+    import safetensors.numpy
+
+    from convert import keymap, torch2flax
+    from jresnet import evaluate, weights
+
+    shapes = weights.shapes(weights.configure("resnet20_cifar", num_classes=3))
+    draw = np.random.default_rng(0)
+    tensors = {
+        keymap.torch_key(path): draw.uniform(0.5, 1.5, torch2flax.torch_shape(shape)).astype(np.float32)
+        for path, shape in shapes.items()
+    }
+    content = {"model.safetensors": safetensors.numpy.save(tensors)}
+    content["config.json"] = json.dumps(CONFIG | {"architecture": "resnet20_cifar"}).encode()
+    server.commits[FIRST] = server.commits[FIRST] | content
+    spec = f"hf:{REPO}"
+
+    model = jresnet.create("resnet20_cifar", weights=spec)
+    np.testing.assert_array_equal(model.fc.bias[...], tensors["fc.bias"])
+    assert jresnet.create("resnet20_cifar", weights=spec, num_classes=5).fc.bias[...].shape == (5,)
+    with pytest.raises(WeightsError, match="describes a resnet20_cifar, not a resnet32_cifar"):
+        jresnet.create("resnet32_cifar", weights=spec)
+    resolved = evaluate.resolve(spec)
+    assert (resolved.arch, resolved.categories) == ("resnet20_cifar", ("tench", "n2", "goldfish"))
+
+    output = tmp_path / "out.safetensors"
+    arguments = ["resnet20_cifar", "--weights", spec, "--output", str(output), "--verify", "never"]
+    assert torch2flax.main(arguments) == 0
+    assert f"weights  {spec}@{FIRST}" in capsys.readouterr().out
+    _, config, values, metadata = weights.read(output)
+    assert config.num_classes == 3
+    np.testing.assert_array_equal(values["fc.bias"], tensors["fc.bias"])
+    assert Preprocessing.from_json(metadata["preprocessing"]).resize == 288
+    assert (metadata["source"], metadata["commit"]) == (f"{spec}@{FIRST}", FIRST)
+    assert torch2flax.main([*arguments, "--num-classes", "4"]) == 0
+    assert "fresh head for 4 classes" in capsys.readouterr().out
+    assert "categories" not in weights.read(output)[3]

@@ -6,6 +6,8 @@ for float32; in float64 both must agree to rounding.
 
 from __future__ import annotations
 
+import json
+
 import jax
 import jax.numpy as jnp
 import networks
@@ -36,6 +38,29 @@ def test_logits_are_pytorchs(arch: str) -> None:
     found = verify.compare(model, reference, size)
     print(f"{arch}: {found}")
     assert found.jresnet <= verify.ALLOWED * found.torch
+
+
+@pytest.mark.parametrize(
+    ("arch", "chosen"),
+    [("resnet20_cifar", {}), ("resnet56_cifar", {}), ("resnet20_cifar", {"shortcut": "projection"}), ("resnet18", {})],
+)
+def test_float32_is_as_near_as_pytorchs(arch: str, chosen: dict) -> None:
+    """Over several networks, where a draw's luck is averaged out; ``python -m convert.verify --all`` has every row."""
+    row = verify.survey(arch, networks=5, **chosen)
+    print(verify.table([row]))
+    assert row.failures() == []
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert verify.main(["--arch", "resnet20_cifar", "--networks", "1", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["versions"]["torch"] == torch.__version__
+    assert report["rows"][0]["float64"] < verify.EXACT
+    monkeypatch.setattr(verify, "ALLOWED_OVERALL", 0.01)
+    assert verify.main(["--arch", "resnet20_cifar", "--networks", "1"]) == 1
+    printed = capsys.readouterr()
+    assert "| resnet20_cifar |" in printed.out
+    assert "times as far off as PyTorch's, over 0.01" in printed.err
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
