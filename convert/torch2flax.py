@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -112,6 +113,8 @@ def match(
         except TypeError as error:
             problems.append(f"{key} {error}")
     if problems:
+        if others := _architectures(arch, kept):
+            raise WeightsError(f"{source} holds a {' or a '.join(others)}, not a {arch}: name that architecture")
         advice = _advice(shapes, kept, paths)
         raise WeightsError(f"{source} does not hold a {arch} ({dialect} naming): {'; '.join(problems)}{advice}")
     return Conversion(arch, config, values, dialect, counts, tuple(notes))
@@ -267,6 +270,28 @@ def _advice(expected: Mapping[str, tuple[int, ...]], got: Mapping[str, Any], pat
         if path == "fc.kernel" and len(shape) == 2 and shape[0] != want[0]:
             hints.append(f"--num-classes {shape[0]}")
     return f". It may be meant for {' '.join(hints)}" if hints else ""
+
+
+def _architectures(arch: str, tensors: Mapping[str, Any]) -> list[str]:
+    """The other architectures of which the file has every tensor; stem and head may be of any size."""
+    from convert import keymap
+    from jresnet import weights
+    from jresnet.zoo import ZOO
+
+    got = {k: tuple(v.shape) for k, v in tensors.items() if k.rpartition(".")[2] != keymap.COUNTER}
+    size = sum(math.prod(shape) for shape in got.values())
+    found = []
+    for name, row in ZOO.items():
+        # Building a network takes a tenth of a second and more. Second names may double the size, a large head may too.
+        if name == arch or not 0.75 * row.parameters < size < 2.5 * row.parameters:
+            continue
+        dialect, config = _find_dialect(name, got.keys(), None, {})
+        shapes = {keymap.torch_key(path, dialect): torch_shape(s) for path, s in weights.shapes(config).items()}
+        aliases = {keymap.alias(key, dialect) for key in shapes}
+        same = sum(got.get(key) == shape for key, shape in shapes.items())
+        if shapes.keys() == got.keys() - aliases and same >= len(shapes) - 3:  # the head has two tensors, the stem one
+            found.append(name)
+    return found
 
 
 def parser() -> argparse.ArgumentParser:

@@ -123,6 +123,20 @@ def test_counters_are_whole_numbers(tensors: dict[str, np.ndarray]) -> None:
     assert "1 unexpected: layer9.num_batches_tracked" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("dialect", "found", "asked"),
+    [
+        ("kuangliu", "resnet50", "resnet18"),
+        ("torchvision", "wide_resnet50_2", "resnet50"),
+        ("akamaster", "resnet32_cifar", "resnet20_cifar"),
+    ],
+)
+def test_the_right_architecture_is_named(dialect: str, found: str, asked: str) -> None:
+    chosen = {name: v for name, v in keymap.DIALECTS[dialect].config.items() if name in weights.FREE}
+    with pytest.raises(WeightsError, match=f"holds a {found}, not a {asked}: name that architecture$"):
+        torch2flax.convert(state_dict_of(found, dialect, num_classes=7, **chosen), asked)
+
+
 def test_names_of_a_stranger_are_printable(tensors: dict[str, np.ndarray]) -> None:
     with pytest.raises(WeightsError) as caught:
         torch2flax.convert(tensors | {"\x1b[2J": np.zeros(1, np.float32)}, "resnet20_cifar")
@@ -225,7 +239,7 @@ def test_json(tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
         (["resnet20_cifar"], 1, "no weights are published for 'resnet20_cifar'"),
         (["resnet20_cifar", "--weights", "none.pth"], 1, "none.pth"),
         (["resnet20_cifar", "--weights", "{cut}"], 1, "is no whole safetensors file"),
-        (["resnet32_cifar", "--weights", "{good}"], 1, "does not hold a resnet32_cifar"),
+        (["resnet32_cifar", "--weights", "{good}"], 1, "holds a resnet20_cifar, not a resnet32_cifar"),
         (["resnet20_cifar", "--weights", "{good}", "--num-classes", "0"], 1, "num_classes must be"),
         (["resnet20_cifar", "--weights", "{good}", "--output", "{good}"], 1, "is the file to convert"),
         (["resnet20_cifar", "--weights", "{good}", "--output", "none/out.safetensors"], 1, "cannot write none/out"),
