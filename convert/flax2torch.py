@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from convert.torch2flax import Say, report, to_torch, with_common_options
 from jresnet.errors import InputError, WeightsError
 
 if TYPE_CHECKING:
@@ -51,7 +52,6 @@ def state_dict(
         InputError: for an unknown dialect, or one that has no network like ``model``.
     """
     from convert import keymap
-    from convert.torch2flax import to_torch
     from jresnet import weights
 
     check_dialect(model.config, dialect)
@@ -115,39 +115,19 @@ def parser() -> argparse.ArgumentParser:
         choices=tuple(DIALECTS),
         help="whose network shall load it (default: the one that FILE's weights came from, else torchvision)",
     )
-    parser.add_argument(
-        "--verify",
-        choices=("auto", "always", "never"),
-        default="auto",
-        help="compare logits with PyTorch's on random images: where torch is installed (auto), or fail without "
-        "it (always), or not at all (default: auto)",
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
-    return parser
+    return with_common_options(parser)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    args = parser().parse_args(argv)
-    try:
-        report = _run(args)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if args.json:
-        print(json.dumps(report))
-    return 0
+    return report(_run, parser().parse_args(argv))
 
 
-def _run(args: argparse.Namespace) -> dict[str, Any]:
+def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     import safetensors.numpy
 
     from convert import keymap, torchsave, verify
     from jresnet import weights
-
-    def say(title: str, text: str) -> None:
-        if not args.json:
-            print(f"{title:<8} {text}", flush=True)
 
     path, output = args.file, args.output or args.file.with_suffix(".pth")
     if path.suffix in (".pth", ".pt", ".th"):

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import math
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,8 @@ from jresnet.errors import InputError, WeightsError
 
 if TYPE_CHECKING:
     from jresnet.resnet import ResNet, ResNetConfig, Shortcut, Stem
+
+Say = Callable[[str, str], None]  # a title of eight letters, and what there is to say
 
 
 @dataclass(frozen=True)
@@ -339,6 +341,11 @@ def parser() -> argparse.ArgumentParser:
         choices=("pad", "projection", "projection_first", "conv"),
         help="shortcuts of the file's network (default: the dialect's or ARCH's)",
     )
+    return with_common_options(parser)
+
+
+def with_common_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Adds what converting in both directions has in common."""
     parser.add_argument(
         "--verify",
         choices=("auto", "always", "never"),
@@ -350,27 +357,32 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
-    args = parser().parse_args(argv)
-    try:
-        report = _run(args)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if args.json:
-        print(json.dumps(report))
-    return 0
-
-
-def _run(args: argparse.Namespace) -> dict[str, Any]:
-    from convert import verify
-    from jresnet import download, hub, pretrained, weights
-    from jresnet.factory import is_path
+def report(run: Callable[[argparse.Namespace, Say], dict[str, Any]], args: argparse.Namespace) -> int:
+    """Calls ``run(args, say)`` and prints what it says, or with ``--json`` what it returns; returns the exit code."""
 
     def say(title: str, text: str) -> None:
         if not args.json:
             print(f"{title:<8} {text}", flush=True)
+
+    try:
+        found = run(args, say)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if args.json:
+        print(json.dumps(found))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    return report(_run, parser().parse_args(argv))
+
+
+def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
+    from convert import verify
+    from jresnet import download, hub, pretrained, weights
+    from jresnet.factory import is_path
 
     chosen = {name: getattr(args, name) for name in weights.FREE}
     weights.configure(args.arch, **chosen)  # an unknown architecture is told before anything is downloaded

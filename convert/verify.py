@@ -11,7 +11,7 @@ import functools
 import json
 import platform
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -120,8 +120,10 @@ def _forward() -> Any:
 def _logits(model: ResNet, images: np.ndarray) -> np.ndarray:
     import jax
 
+    # XLA takes more than five minutes to compile the 1,202 layers as one, and seconds for the few that differ.
+    forward = _forward() if sum(model.config.depths) <= 100 else lambda model, x: model(x)
     with jax.default_matmul_precision("highest"):  # no TF32 on a GPU
-        return np.asarray(_forward()(model, np.ascontiguousarray(images)))
+        return np.asarray(forward(model, np.ascontiguousarray(images)))
 
 
 def relative(value: np.ndarray, reference: np.ndarray) -> float:
@@ -261,18 +263,18 @@ def survey(arch: str, networks: int = 3, size: int = 64, batch: int = 2, **chose
     return Row(arch, ", ".join(f"{k}={v}" for k, v in chosen.items()), size, networks, *map(float, means))
 
 
-def table(rows: Iterable[Row]) -> str:
-    """The rows as Markdown."""
-    lines = [
-        "| architecture | float64 | float32 | PyTorch's float32 | ratio | bfloat16 | PyTorch's autocast |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    lines += [
+HEADER = (
+    "| architecture | float64 | float32 | PyTorch's float32 | ratio | bfloat16 | PyTorch's autocast |\n"
+    "|---|---|---|---|---|---|---|"
+)
+
+
+def line(row: Row) -> str:
+    """The row in Markdown, below HEADER."""
+    return (
         f"| {row.arch}{f' ({row.options})' if row.options else ''} | {row.float64:.0e} | {row.float32:.1e} "
         f"| {row.torch:.1e} | {row.ratio:.2f} | {row.bfloat16:.1e} | {row.torch_bfloat16:.1e} |"
-        for row in rows
-    ]
-    return "\n".join(lines)
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -298,9 +300,10 @@ def main(argv: list[str] | None = None) -> int:
     wanted = [*((arch, {}) for arch in ZOO), *VARIANTS] if args.all else [(arch, {}) for arch in args.arch]
     rows = []
     try:
-        for i, (arch, chosen) in enumerate(wanted, 1):
-            print(f"{i} of {len(wanted)}: {arch}", file=sys.stderr, flush=True)
+        for arch, chosen in wanted:
             rows.append(survey(arch, args.networks, args.size, **chosen))
+            if not args.json:  # a row may take minutes
+                print(line(rows[-1]) if rows[1:] else f"{HEADER}\n{line(rows[-1])}", flush=True)
     except LookupError as error:
         print(f"error: there is nothing to compare with: {error}", file=sys.stderr)
         return 1
@@ -309,7 +312,6 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         print(json.dumps({"versions": versions, "rows": [asdict(row) | {"ratio": row.ratio} for row in rows]}))
     else:
-        print(table(rows))
         print(f"\n{args.networks} networks a row, 2 images each; {', '.join(f'{k} {v}' for k, v in versions.items())}")
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)

@@ -45,7 +45,7 @@ def test_logits_are_pytorchs(arch: str) -> None:
 def test_float32_is_as_near_as_pytorchs(arch: str, chosen: dict) -> None:
     """Over several networks, where a draw's luck is averaged out; ``python -m convert.verify --all`` has every row."""
     row = verify.survey(arch, networks=5, **chosen)
-    print(verify.table([row]))
+    print(verify.line(row))
     assert row.failures() == []
 
 
