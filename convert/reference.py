@@ -55,7 +55,7 @@ def randomise(model: nn.Module) -> None:
 
     Beyond a hundred blocks, what each adds is weakened: activations that grow by a third in each overflow float32.
     """
-    blocks = [block for block in model.modules() if hasattr(block, "bn2")]
+    blocks: list[Any] = [block for block in model.modules() if hasattr(block, "bn2")]
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.weight, 0.5, 1.5)
