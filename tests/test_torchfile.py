@@ -684,9 +684,10 @@ def attempt(path):
 paths = sorted(entry.path for entry in os.scandir(folder))
 for path in paths:  # what is imported and cached once
     attempt(path)
+random.Random("")  # imports a hash function on Python 3.13
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + (64 << 20),) * 2)
-sys.addaudithook(lambda event, details: events.add(event if event != "open" else f"open {details[0]}"))
+sys.addaudithook(lambda event, details: events.add(f"{event} {details[0]}" if event in ("open", "import") else event))
 for path in paths:
     attempt(path)
     if os.path.basename(path).startswith("good"):
@@ -849,6 +850,7 @@ def test_memory_limit_of_the_system(tmp_path):
 import resource, sys
 from convert.torchfile import read
 from jresnet.errors import WeightsError
+random.Random("")  # imports a hash function on Python 3.13
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + (256 << 20),) * 2)
 for path in sys.argv[1:]:
