@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import platform
-import shlex
 import sys
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -154,7 +153,8 @@ def compare(split: data.Split, steps: int, batch_size: int, seed: int, exact: bo
     pairs += [(name, exactly) for exactly in answer for name in ("jresnet", "PyTorch", *relatives)]
     return {
         "what": f"{steps} steps of {ARCH} in float32 from the same weights with the same {batch_size} images a step",
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": f"python tests/parity/compare_training.py --data-dir DIR --out FOLDER --steps {steps} "
+        f"--batch-size {batch_size} --seed {seed}{' --exact' * exact}",
         "seed": seed,
         "threads": threads,
         "hardware": hardware(),
@@ -199,26 +199,35 @@ def plot(report: dict[str, Any], path: Path) -> None:
     """The losses, the distances of the parameters, and those of the losses."""
     import matplotlib.figure
 
-    figure = matplotlib.figure.Figure(figsize=(9, 10), layout="constrained")
-    losses, parameters, differences = figure.subplots(3, 1, sharex=True)
+    figure = matplotlib.figure.Figure(figsize=(8, 9), layout="constrained")
+    losses, parameters, differences = figure.subplots(3, 1)
     steps = report["distance_steps"]
     every = range(1, steps[-1] + 1)
     # Drawn over each other: the first lines are the widest.
-    for (name, values), width in zip(report["losses"].items(), (5, 3.5, 2.5, 1.6, 0.8), strict=False):
+    for (name, values), width in zip(report["losses"].items(), (4, 3, 2.2, 1.5, 0.8), strict=False):
         losses.plot(every, values, label=name, linewidth=width)
-    for pair in report["distances"]:
-        style = {"linestyle": "--" if pair.endswith("float64") else "-", "linewidth": 2.2 if "jresnet" in pair else 1.2}
-        # A distance of 0, of runs that are equal bit for bit, has no place on a logarithmic axis.
-        parameters.plot(steps, [value or np.nan for value in report["distances"][pair]], label=pair, **style)
-        differences.plot(every, [value or np.nan for value in report["loss_differences"][pair]], label=pair, **style)
-    losses.set(title=report["what"], ylabel="cross-entropy of the batch (nats)")
-    parameters.set(ylabel="relative L2 distance\nof the parameters", yscale="log")
-    differences.set(ylabel="difference of the losses (nats)", xlabel="optimizer steps", yscale="log")
+    # A distance of 0, of runs that are equal bit for bit, has no place on a logarithmic axis.
+    for pair, values in report["distances"].items():
+        style = "--" if pair.endswith("float64") else "-"
+        width = 2.5 if pair.startswith("jresnet") else 1.2
+        parameters.plot(steps, [value or np.nan for value in values], style, label=pair, linewidth=width)
+    for pair, values in report["loss_differences"].items():
+        if not pair.endswith("float64"):  # four more curves of the same noise would hide these
+            width = 2.5 if pair.startswith("jresnet") else 1.2
+            differences.plot(every, [value or np.nan for value in values], label=pair, linewidth=width)
+    figure.suptitle(report["what"], fontsize="medium")
+    losses.set(xlabel="optimizer steps", ylabel="cross-entropy of the batch (nats)")
+    ticks = [step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if step <= steps[-1]]
+    for axes in (parameters, differences):
+        axes.set(xlabel="optimizer steps", xscale="log", yscale="log")
+        axes.set_xticks(ticks, map(str, ticks))
+        axes.minorticks_off()
+    parameters.set_ylabel("relative L2 distance of the parameters")
+    differences.set_ylabel("difference of the losses (nats)")
     for axes in (losses, parameters, differences):
         axes.grid(alpha=0.3)
-    losses.legend()
-    parameters.legend(fontsize="small")
-    figure.savefig(path, dpi=100)
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=90)
 
 
 def rounded(value: Any) -> Any:
@@ -240,7 +249,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--exact", action="store_true", help="add PyTorch in float64")
     args = parser.parse_args(argv)
     try:
-        split = data.load_cifar10(args.data_dir, download=False).train
+        dataset = data.load_cifar10(args.data_dir, download=False)
+        split = dataset.train
         if args.steps < 1 or not 1 <= args.batch_size <= len(split.labels):
             raise InputError(
                 f"expected at least one step and 1 to {len(split.labels):,} images a step, got --steps {args.steps} "
@@ -248,6 +258,7 @@ def main(argv: list[str] | None = None) -> int:
             )
         args.out.mkdir(parents=True, exist_ok=True)
         report = compare(split, args.steps, args.batch_size, args.seed, args.exact)
+        report["data"] = {"digest": dataset.digest, "official": dataset.verified}
         weights.write_atomically(args.out / "comparison.json", json.dumps(rounded(report), indent=1).encode())
         plot(report, args.out / "comparison.png")
     except (InputError, OSError) as error:

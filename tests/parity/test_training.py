@@ -26,9 +26,9 @@ from jresnet.layers import global_average_pool
 EXACT = 1e-10  # relative L2 error of a tensor; rounding alone gives 1e-16 to 4e-13
 STEPS, MILESTONE, GAMMA = 10, 6, 0.1
 LR, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 5e-4
-# 33 pixels leave the last BN of an ImageNet network 2 x 2 x 4 = 16 values a channel, where 32 would leave 4, and they make
-# every strided layer pad. convolve_to_train cuts 20 CIFAR images into pieces of 8, 8 and 4.
-SIZES = {"imagenet": (4, 33), "cifar": (20, 32)}  # images a batch, pixels
+# 40 pixels leave the last BN of an ImageNet network 2 x 2 x 4 = 16 values a channel, where 32 would leave 4, and give
+# strided layers inputs of even size and of odd. convolve_to_train cuts 20 CIFAR images into pieces of 8, 8 and 4.
+SIZES = {"imagenet": (4, 40), "cifar": (20, 32)}  # images a batch, pixels
 
 LARGE = ("resnet50", "resnext50_32x4d", "wide_resnet50_2")
 TRAINED = ("resnet18", "resnet34_projection", "resnet18_d2l", "resnet20_cifar", *LARGE)
@@ -152,10 +152,10 @@ def by_path(state: nnx.State) -> dict[str, np.ndarray]:
 def scale_of_gradient(arch: str, path: str, gradients: dict[str, np.ndarray]) -> np.ndarray | None:
     """What a gradient's error is relative to, where its true value is zero; None elsewhere.
 
-    A BN takes out the mean that the bias before it adds, so that the bias has no effect. Its gradient, the sum of the
-    gradients of the convolution's outputs, cancels to rounding errors, which differ. What they are small against are that
-    sum's terms, and so is the same convolution's kernel gradient: those terms times inputs of order 1. The bias itself and
-    its momentum are compared as all others are, since weight decay acts on them.
+    A BN takes out the mean that the bias before it adds, so that this bias has no effect. Its gradient, the sum of the
+    gradients of the convolution's outputs, cancels to rounding errors, and no two programs make the same. They must be
+    small against that sum's terms, and so against the same convolution's kernel gradient: those terms times inputs of
+    order 1. The bias itself and its momentum are compared as all others are, since weight decay acts on them.
     """
     convolution, _, leaf = path.rpartition(".")
     cancels = arch == "resnet18_d2l" and leaf == "bias" and convolution.rpartition(".")[2] in ("conv1", "conv2")
