@@ -1,4 +1,4 @@
-"""The same function as PyTorch: forward in evaluation and training, gradients, BatchNorm, SGD.
+"""The same function as PyTorch: logits, BatchNorm, initial parameters (training: ``test_training.py``).
 
 The yardstick is PyTorch's own: how far its float32 lies from its float64. ``verify.ALLOWED`` of that is the tolerance
 for float32; in float64 both must agree to rounding.
