@@ -104,7 +104,8 @@ def match(
     shapes = {key: torch_shape(weights.shapes(config)[path]) for key, path in paths.items()}
     tensors, problems = _without_aliases(tensors, dialect, {**paths, **counters})
     kept = {key: value for key, value in tensors.items() if key not in counters}
-    problems += weights.differences(shapes, {key: tuple(value.shape) for key, value in kept.items()})
+    different = weights.differences(shapes, {key: tuple(value.shape) for key, value in kept.items()})
+    problems += different
     values, counts = {}, {}
     for key, value in tensors.items():
         try:
@@ -115,7 +116,7 @@ def match(
         except TypeError as error:
             problems.append(f"{key} {error}")
     if problems:
-        if others := _architectures(arch, kept):
+        if different and (others := _architectures(arch, kept)):
             raise WeightsError(f"{source} holds a {' or a '.join(others)}, not a {arch}: name that architecture")
         advice = _advice(shapes, kept, paths)
         raise WeightsError(f"{source} does not hold a {arch} ({dialect} naming): {'; '.join(problems)}{advice}")

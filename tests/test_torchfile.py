@@ -850,7 +850,6 @@ def test_memory_limit_of_the_system(tmp_path):
 import resource, sys
 from convert.torchfile import read
 from jresnet.errors import WeightsError
-random.Random("")  # imports a hash function on Python 3.13
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + (256 << 20),) * 2)
 for path in sys.argv[1:]:
