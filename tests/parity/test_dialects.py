@@ -79,7 +79,6 @@ def test_averaged_weights_go_before_the_last_ones(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("channels", [1, 4, 5])
 def test_a_stem_is_adapted_as_timm_adapts_it(channels: int) -> None:
-    pytest.importorskip("timm")
     from timm.models import adapt_input_conv
 
     network = randomised(DIALECT_NETWORKS["torchvision"][0][1])

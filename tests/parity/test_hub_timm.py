@@ -18,7 +18,7 @@ from jresnet.pretrained import Preprocessing
 
 verify.import_torchvision()  # which timm imports, and which does not import by itself beside a CPU build of torch
 
-timm = pytest.importorskip("timm")
+import timm  # noqa: E402
 from timm.data import create_transform, resolve_model_data_config  # noqa: E402
 from timm.models import get_pretrained_cfg, list_pretrained  # noqa: E402
 from timm.models._hub import save_config_for_hf  # noqa: E402
