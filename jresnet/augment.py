@@ -1,14 +1,16 @@
 """Images from uint8 to what the network sees, on the device, inside the jitted step.
 
 The functions are torchvision's transforms of the same names on batches: ``RandomCrop(32, padding=4)``,
-``RandomHorizontalFlip()``, ``RandomResizedCrop(224)``, ``Resize(256)`` with ``CenterCrop(224)``, ``ToTensor()`` and
-``Normalize(mean, std)``. Only the draws differ, and resized images are not rounded to whole grey levels.
+``RandomHorizontalFlip()``, ``RandomResizedCrop(224)``, ``Resize(256)`` with ``CenterCrop(224)``, ``ToTensor()``,
+``RandomErasing(p)`` and ``Normalize(mean, std)``. Only the draws differ, and resized images are not rounded to whole
+grey levels.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
@@ -16,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, UInt8
+    from jaxtyping import Array, Bool, Float, Int, UInt8
 
 
 @dataclass(frozen=True)
@@ -25,21 +27,42 @@ class Pipeline:
 
     crop: str  # "pad": random crop of the image with 4 black pixels around; "resized": random resized crop
     size: int  # pixels, height and width of the result
-    flip: bool  # mirror half of the training images
+    flip: str  # mirror a training image: "none"; "random", with probability 1/2; "alternate", every second epoch
     mean: tuple[float, ...]  # of pixels in [0, 1], by channel
     std: tuple[float, ...]
+    random_erasing: float = 0.0  # probability of a rectangle of the mean colour
+    mixup: float = 0.0  # parameter of mixup's Beta distribution; 0: none
+    cutmix: float = 0.0  # of cutmix's; where both are given, each batch has one of them, with probability 1/2
 
-    def train(self, key: jax.Array, images: UInt8[Array, "n h w c"]) -> Float[Array, "n s s c"]:
-        """A random view of each image."""
-        crop_key, flip_key = jax.random.split(key)
+    def train(
+        self, key: jax.Array, images: UInt8[Array, "n h w c"], turned: Bool[Array, " n"] | None = None
+    ) -> Float[Array, "n s s c"]:
+        """A random view of each image; with flip "alternate", ``turned`` (of :func:`alternate`) are mirrored."""
+        crop_key, flip_key, erase_key = jax.random.split(key, 3)
         views = images.astype(jnp.float32)
         if self.crop == "resized":
             views = random_resized_crop(crop_key, views, self.size)
         else:
             views = random_crop(crop_key, views, self.size, padding=4)
-        if self.flip:
-            views = random_flip(flip_key, views)
-        return normalise(views, self.mean, self.std)
+        if self.flip == "random":
+            turned = jax.random.bernoulli(flip_key, 0.5, (len(views),))
+        if self.flip != "none" and turned is not None:
+            views = mirror(views, turned)
+        views = normalise(views, self.mean, self.std)
+        return random_erasing(erase_key, views, self.random_erasing) if self.random_erasing else views
+
+    def mix(
+        self, key: jax.Array, images: Float[Array, "n h w c"], targets: Float[Array, "n k"]
+    ) -> tuple[Float[Array, "n h w c"], Float[Array, "n k"]]:
+        """Images and targets, each mixed with another of the batch as ``mixup`` and ``cutmix`` say."""
+        choice_key, key = jax.random.split(key)
+        if self.mixup and self.cutmix:
+            choice = jax.random.bernoulli(choice_key)
+            mixings = [partial(mixup, alpha=self.mixup), partial(cutmix, alpha=self.cutmix)]
+            return lax.cond(choice, *mixings, key, images, targets)
+        if self.mixup:
+            return mixup(key, images, targets, self.mixup)
+        return cutmix(key, images, targets, self.cutmix) if self.cutmix else (images, targets)
 
     def evaluate(self, images: UInt8[Array, "n h w c"]) -> Float[Array, "n s s c"]:
         """The one view for evaluation: the image itself, or the centre 7/8 of it enlarged (224 of 256)."""
@@ -69,10 +92,81 @@ def random_crop(key: jax.Array, images: Float[Array, "n h w c"], size: int, padd
     return jax.vmap(window)(padded, offsets)
 
 
-def random_flip(key: jax.Array, images: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
-    """Mirrors each image left to right with probability 1/2."""
-    mirrored = jax.random.bernoulli(key, 0.5, (len(images), 1, 1, 1))
-    return jnp.where(mirrored, images[:, :, ::-1], images)
+def mirror(images: Float[Array, "n h w c"], which: Bool[Array, " n"]) -> Float[Array, "n h w c"]:
+    """Mirrors ``which`` of the images left to right."""
+    return jnp.where(which[:, None, None, None], images[:, :, ::-1], images)
+
+
+def alternate(key: jax.Array, indices: Int[Array, " n"], epoch: int | jax.Array) -> Bool[Array, " n"]:
+    """Which images of a split are mirrored in ``epoch``: half of them, and in the next epoch the other half.
+
+    An image's own coin, drawn once from ``key`` and its index, says whether it begins mirrored (arXiv:2404.00498,
+    section 3.6): two epochs show each image both ways, where independent draws repeat a view half of the time.
+    """
+    coins = jax.vmap(lambda index: jax.random.bits(jax.random.fold_in(key, index)))(indices)
+    return (coins + jnp.asarray(epoch).astype(coins.dtype)) % 2 == 1
+
+
+def random_erasing(key: jax.Array, images: Float[Array, "n h w c"], probability: float) -> Float[Array, "n h w c"]:
+    """A rectangle of each image set to 0, the mean colour of normalised images, with ``probability``.
+
+    As torchvision's ``RandomErasing`` (arXiv:1708.04896): 2 to 33 % of the area, height to width 0.3 to 3.3, ten draws of
+    which the first that is smaller than the image is taken, none where none is.
+    """
+    n, height, width, _ = images.shape
+    area_key, ratio_key, place_key, coin_key = jax.random.split(key, 4)
+    areas = height * width * jax.random.uniform(area_key, (n, 10), minval=0.02, maxval=0.33)
+    ratios = jnp.exp(jax.random.uniform(ratio_key, (n, 10), minval=math.log(0.3), maxval=math.log(3.3)))
+    heights, widths = jnp.round(jnp.sqrt(areas * ratios)), jnp.round(jnp.sqrt(areas / ratios))
+    fits = (heights < height) & (widths < width)
+    first = jnp.argmax(fits, axis=1, keepdims=True)
+    h, w = (jnp.take_along_axis(sizes, first, 1)[:, 0] for sizes in (heights, widths))
+    place = jax.random.uniform(place_key, (n, 2))
+    top, left = jnp.floor(place[:, 0] * (height - h + 1)), jnp.floor(place[:, 1] * (width - w + 1))
+    erased = jax.random.bernoulli(coin_key, probability, (n,)) & fits.any(axis=1)
+    inside = box(top, left, top + h, left + w, height, width) & erased[:, None, None]
+    return jnp.where(inside[..., None], 0.0, images)
+
+
+def mixup(
+    key: jax.Array, images: Float[Array, "n h w c"], targets: Float[Array, "n k"], alpha: float
+) -> tuple[Float[Array, "n h w c"], Float[Array, "n k"]]:
+    """Each image as a share of itself and the rest of its partner, targets alike (arXiv:1710.09412).
+
+    One share for the batch, from Beta(alpha, alpha); the partners are the batch in reverse order, as in timm.
+    """
+    share = jax.random.beta(key, alpha, alpha, dtype=images.dtype)
+    return tuple(share * x + (1 - share) * x[::-1] for x in (images, targets))  # type: ignore[return-value]
+
+
+def cutmix(
+    key: jax.Array, images: Float[Array, "n h w c"], targets: Float[Array, "n k"], alpha: float
+) -> tuple[Float[Array, "n h w c"], Float[Array, "n k"]]:
+    """A rectangle of each image's partner pasted at its place, targets by area (arXiv:1905.04899, algorithm A1).
+
+    One rectangle for the batch: its area is the rest that Beta(alpha, alpha) leaves, its centre anywhere, what lies
+    outside the image cut off; the partners are the batch in reverse order, as in timm.
+    """
+    share_key, place_key = jax.random.split(key)
+    _, height, width, _ = images.shape
+    size = jnp.sqrt(1 - jax.random.beta(share_key, alpha, alpha)) * jnp.array([height, width])
+    centre = jnp.floor(jax.random.uniform(place_key, (2,)) * jnp.array([height, width]))
+    top_left, bottom_right = centre - jnp.floor(size / 2), centre + jnp.floor(size / 2)
+    inside = box(top_left[:1], top_left[1:], bottom_right[:1], bottom_right[1:], height, width)
+    share = 1 - inside.mean()
+    mixed = jnp.where(inside[..., None], images[::-1], images)
+    return mixed, share * targets + (1 - share) * targets[::-1]
+
+
+def box(
+    top: Float[Array, " n"], left: Float[Array, " n"], bottom: Float[Array, " n"], right: Float[Array, " n"],
+    height: int, width: int,
+) -> Bool[Array, "n h w"]:  # fmt: skip
+    """Which pixels lie in rows ``[top, bottom)`` and columns ``[left, right)``."""
+    rows, columns = jnp.arange(height), jnp.arange(width)
+    in_rows = (rows >= top[:, None]) & (rows < bottom[:, None])
+    in_columns = (columns >= left[:, None]) & (columns < right[:, None])
+    return in_rows[:, :, None] & in_columns[:, None, :]
 
 
 def random_resized_crop(key: jax.Array, images: Float[Array, "n h w c"], size: int) -> Float[Array, "n s s c"]:

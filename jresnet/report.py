@@ -1,158 +1,411 @@
-"""What a run leaves behind and what one sees of it: lines, progress bar, metrics, TensorBoard, plots."""
+"""Runs side by side, from the files they leave: ``python -m jresnet.report RUN [RUN ...]``.
+
+Nothing here needs jax, a GPU or the data.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
+import re
+import statistics
 import sys
-import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple
 
-import numpy as np
+from jresnet import plots
+from jresnet.errors import InputError
+from jresnet.logs import LARGEST, Metrics, Progress, duration, finite, read_metrics
+from jresnet.plots import plot_confusion, plot_curves
 
-from jresnet.weights import write_atomically
+# Metrics and the like under their old address; to go.
+__all__ = ["Entry", "Metrics", "Progress", "Run", "duration", "main", "plot_confusion", "plot_curves", "read_entry",
+           "read_json", "read_run", "spread", "summarise"]  # fmt: skip
+
+# What a table says of config.json's "run", and its types.
+SETTINGS: dict[str, type | tuple[type, ...]] = {
+    "arch": str, "recipe": str, "dataset": str, "epochs": int, "batch_size": int, "lr": (int, float), "precision": str,
+    "seed": int,
+}  # fmt: skip
+SAME = (
+    "arch",
+    "recipe",
+    "parameters",
+    "dataset",
+    "device",
+    "devices",
+    "precision",
+    "best_chosen_on",
+    "versions",
+    "command",
+)
+TIMINGS = ("seconds", "compile_seconds", "images_per_second")
 
 
-def duration(seconds: float) -> str:
-    """``95`` -> ``1 min 35 s``; two units at most, up to days."""
-    units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
-    whole = max(0, round(seconds))
-    parts: list[str] = []
-    for name, size in units:
-        count, whole = divmod(whole, size)
-        if count or (parts and len(parts) < 2) or (name == "s" and not parts):
-            parts.append(f"{count} {name}")
-        if len(parts) == 2:
-            break
-    return " ".join(part for part in parts if not part.startswith("0 ")) or "0 s"
+class Run(NamedTuple):
+    """A run's folder: one seed, finished or not."""
+
+    folder: Path
+    config: dict[str, Any]  # config.json's "run"
+    rows: list[dict[str, Any]]  # metrics.jsonl, an epoch each
+    summary: dict[str, Any] | None  # None before the end
+
+    @property
+    def state(self) -> str:
+        """finished, epoch k of n, or empty."""
+        if self.summary is not None:
+            return "finished"
+        return f"epoch {len(self.rows)} of {self.config['epochs']}" if self.rows else "empty"
 
 
-class Metrics:
-    """``metrics.jsonl``, one line an epoch, and the same numbers for TensorBoard.
+class Entry(NamedTuple):
+    """A row of the table: a run, or the seeds of one."""
 
-    ``epochs`` is how many a resumed run has behind it. Its file may hold one more, written before the run was killed and
-    in no checkpoint: it is trained again.
+    name: str
+    folder: Path
+    config: dict[str, Any]  # config.json's "run", of the first seed
+    planned: int | None  # how many seeds; None for a run that stands alone
+    runs: list[Run]  # those that have begun
+
+    @property
+    def state(self) -> str:
+        """That of its one run, or how many seeds are finished and where the others are."""
+        if self.planned is None:
+            return self.runs[0].state
+        done = [run for run in self.runs if run.summary is not None]
+        if len(done) == self.planned:
+            return "finished"
+        if not any(run.rows for run in self.runs):
+            return "empty"
+        open_ones = [f"seed {run.config['seed']} {run.state}" for run in self.runs if run.summary is None]
+        return ", ".join([f"{len(done)} of {self.planned} seeds finished", *open_ones])
+
+    @property
+    def counted(self) -> list[Run]:
+        """The runs that figures are taken from, at the same epoch: those that are finished, else all with an epoch."""
+        begun = [run for run in self.runs if run.rows]
+        done = [run for run in begun if run.summary is not None]
+        least = min((len(run.rows) for run in begun), default=0)
+        return done or [run._replace(rows=run.rows[:least]) for run in begun]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        InputError: where there is none.
     """
-
-    def __init__(self, folder: Path, epochs: int):
-        from tensorboardX import SummaryWriter
-
-        self.path = folder / "metrics.jsonl"
-        self.rows: list[dict[str, Any]] = []
-        if epochs:
-            self.rows = [json.loads(line) for line in self.path.read_text().splitlines()[:epochs]]
-        write_atomically(self.path, "".join(json.dumps(row) + "\n" for row in self.rows).encode())
-        last = self.rows[-1]["step"] if self.rows else 0
-        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=last + 1 if epochs else None)
-
-    def add(self, row: dict[str, Any]) -> None:
-        """Appends an epoch."""
-        self.rows.append(row)
-        with self.path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if name not in ("epoch", "step"):
-                self.writer.add_scalar(name, value, row["step"])
-        self.writer.flush()
-
-    def close(self) -> None:
-        """Closes TensorBoard's file."""
-        self.writer.close()
+    try:
+        if path.stat().st_size > LARGEST:
+            raise InputError(f"{path} has more than {LARGEST:,} bytes: it is no file of a run")
+        found = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged: it is not JSON") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is damaged: it is not a JSON object")
+    return found
 
 
-class Progress:
-    """A bar on a terminal; elsewhere a line an epoch, and one a minute where an epoch takes longer."""
+def _read_config(folder: Path) -> tuple[dict[str, Any], Any]:
+    """``config.json``'s "run", checked, and how many seeds it speaks of, if it does."""
+    path = folder / "config.json"
+    if not path.exists():
+        what = "is no run's folder: it has no config.json" if folder.is_dir() else "is no folder"
+        raise InputError(f"{folder} {what}")
+    values = read_json(path)
+    config = values.get("run")
+    if not isinstance(config, dict):
+        raise InputError(f'{path} is no run\'s configuration: it has no "run"')
+    bad = [name for name, kind in SETTINGS.items() if not _is(config.get(name), kind)]
+    bad += ["runs"] if not _is(values.get("runs", 1), int) else []
+    if bad:
+        raise InputError(f"{path} is no run's configuration: {', '.join(bad)} missing or of another type")
+    return config, values.get("runs")
 
-    def __init__(self, stream: TextIO | None = None):
-        self.stream = stream or sys.stdout
-        self.tty = self.stream.isatty()
-        self.bar: Any = None
-        self.last = time.monotonic()
 
-    def begin(self, epoch: int, epochs: int, steps: int, done: int) -> None:
-        """Starts an epoch (counted from 1) of which ``done`` steps are already taken."""
-        self.title = f"epoch {epoch}/{epochs}"
-        if self.tty:
-            from tqdm import tqdm
+def _is(value: Any, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
-            self.bar = tqdm(
-                total=steps,
-                initial=done,
-                desc=self.title,
-                unit="step",
-                file=self.stream,
-                leave=False,
-                dynamic_ncols=True,
-            )
 
-    def step(self, count: int = 1) -> None:
-        """``count`` more steps are done."""
-        if self.bar is not None:
-            self.bar.update(count)
+def read_run(folder: Path) -> Run:
+    """The run of one seed in ``folder``.
 
-    def show(self, loss: float, accuracy: float, images_per_second: float, left: float) -> None:
-        """The epoch's figures so far; ``left`` is the run's remaining seconds."""
-        figures = f"loss {loss:.4f}, accuracy {100 * accuracy:.1f} %, {images_per_second:.0f} images/s"
-        if self.bar is not None:
-            self.bar.set_postfix_str(f"{figures}, run {duration(left)} left")
-        elif time.monotonic() - self.last > 60:
-            self.say(f"{self.title}: {figures}, {duration(left)} left")
+    Raises:
+        InputError: where there is none, or a file is damaged.
+    """
+    config, _ = _read_config(folder)
+    path = folder / "metrics.jsonl"
+    rows = read_metrics(path)
+    for number, row in enumerate(rows, 1):
+        bad = [
+            name
+            for name, value in row.items()
+            if name.endswith(("_loss", "_accuracy", *TIMINGS)) and value is not None and not _is(value, (int, float))
+        ]
+        if row["epoch"] != number or bad:
+            what = f"{', '.join(bad)} is no number" if bad else f"it is epoch {row['epoch']}"
+            raise InputError(f"{path} is damaged: line {number}: {what}")
+    summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else None
+    if summary is not None and len(rows) != config["epochs"]:
+        raise InputError(f"{path} has {len(rows)} whole lines, but the run is finished after {config['epochs']} epochs")
+    return Run(folder, config, rows, summary)
 
-    def end(self) -> None:
-        """Removes the bar."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
 
-    def say(self, text: str) -> None:
-        """One line, above the bar where there is one."""
-        if self.bar is not None:
-            self.bar.write(text, file=self.stream)
+def read_entry(folder: Path) -> Entry:
+    """The run in ``folder``, or the runs in its folders ``seed-0``, ``seed-1``, ...
+
+    Raises:
+        InputError: where there is none, a file is damaged, or seeds differ in more than their seed; all of it at once.
+    """
+    name = folder.resolve().name
+    folders = sorted(
+        (
+            path
+            for path in folder.glob("seed-*")
+            if re.fullmatch(r"seed-\d+", path.name) and (path / "config.json").exists()
+        ),
+        key=lambda path: int(path.name[5:]),
+    )
+    if (folder / "config.json").exists() or not folders:
+        config, planned = _read_config(folder)
+        if planned is None:
+            return Entry(name, folder, config, None, [read_run(folder)])
+    else:
+        config, planned = {}, len(folders)
+    runs, problems = [], []
+    for path in folders:
+        try:
+            runs.append(read_run(path))
+        except InputError as error:
+            problems.append(str(error))
+    for run in runs:
+        problems += [f"{run.folder} has seed {run.config['seed']}"] * (run.folder.name != f"seed-{run.config['seed']}")
+        differing = [
+            key
+            for key in sorted({*runs[0].config, *run.config} - {"seed"})
+            if runs[0].config.get(key) != run.config.get(key)
+        ]
+        problems += [f"{run.folder} differs from {runs[0].folder.name} in {', '.join(differing)}"] * bool(differing)
+    if problems:
+        raise InputError("\n".join(problems))
+    return Entry(name, folder, config or runs[0].config, max(planned, len(runs)), runs)
+
+
+def read_entries(folders: Sequence[Path]) -> list[Entry]:
+    """An entry for each folder, under names that differ: the folder's, or its whole path where another has that name.
+
+    Raises:
+        InputError: a line for everything that cannot be used.
+    """
+    entries, problems = [], []
+    once: dict[Path, Path] = {}
+    for folder in folders:
+        once.setdefault(folder.resolve(), folder)
+    for folder in once.values():
+        try:
+            entries.append(read_entry(folder))
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        raise InputError("\n".join(problems))
+    names = [entry.name for entry in entries]
+    return [entry._replace(name=str(entry.folder)) if names.count(entry.name) > 1 else entry for entry in entries]
+
+
+def spread(values: Sequence[float | None]) -> dict[str, Any]:
+    """``{"mean", "std", "values"}`` of at least one number.
+
+    std is the sample standard deviation, with n - 1, and None for a single number. Where a value is None or not finite,
+    there is neither mean nor std.
+    """
+    numbers = [float(value) for value in values if value is not None and math.isfinite(value)]
+    whole = len(numbers) == len(values)
+    return {
+        "mean": statistics.fmean(numbers) if whole else None,
+        "std": statistics.stdev(numbers) if whole and len(numbers) > 1 else None,
+        "values": finite(list(values)),
+    }
+
+
+def summarise(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The ``summary.json`` of several seeds, from those of each, in their order.
+
+    What is not a figure is taken over where all agree, and left out elsewhere. Each numeric field of "final" and "best"
+    and each timing becomes mean, sample standard deviation and values (:func:`spread`).
+
+    Raises:
+        InputError: where there is none, or one has no seed, or the same seed as another.
+    """
+    seeds = [summary.get("seed") for summary in summaries]
+    if not seeds or None in seeds or len(set(seeds)) < len(seeds):
+        raise InputError(f"seeds that differ are needed, at least one; got {seeds}")
+    result: dict[str, Any] = {"n": len(seeds), "seeds": seeds, "runs": [f"seed-{seed}" for seed in seeds]}
+    first = summaries[0]
+    result |= {name: first[name] for name in SAME if all(summary.get(name) == first.get(name) for summary in summaries)
+               and name in first}  # fmt: skip
+    for part in ("final", "best"):
+        result[part] = _spreads([summary.get(part, {}) for summary in summaries])
+    timings = _spreads([{name: summary[name] for name in TIMINGS if name in summary} for summary in summaries])
+    return result | timings
+
+
+def _spreads(singles: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The spread of each field that is a number, or null for one that is not finite, in all of them."""
+    columns = {name: [single.get(name, "") for single in singles] for name in singles[0]}
+    return {
+        name: spread(values)
+        for name, values in columns.items()
+        if all(value is None or _is(value, (int, float)) for value in values) and any(v is not None for v in values)
+    }
+
+
+def figures(entry: Entry) -> dict[str, Any]:
+    """What the table says of an entry, as JSON values; None where there is nothing to say.
+
+    Losses are in nats, accuracies shares from 0 to 1, seconds those of a seed.
+    """
+    runs = entry.counted
+    last = [run.rows[-1] for run in runs]
+
+    def over_seeds(name: str) -> dict[str, Any] | None:
+        return spread([row[name] for row in last]) if last and all(name in row for row in last) else None
+
+    summaries = [run.summary for run in runs if run.summary is not None]
+    dataset = summaries[0].get("dataset") if summaries else None
+    images = dataset if isinstance(dataset, dict) else {}
+    return {
+        "name": entry.name,
+        "folder": str(entry.folder),
+        **{name: entry.config[name] for name in SETTINGS if name != "seed"},
+        "images": {split: images.get(f"{split}_images") for split in ("train", "val", "test")},
+        "seeds": [run.config["seed"] for run in runs],
+        "n": len(runs),
+        **{
+            name: over_seeds(name)
+            for name in ("train_loss", "val_accuracy", "test_accuracy", "images_per_second", "seconds")
+        },
+        "state": entry.state,
+    }
+
+
+def plus_minus(found: dict[str, Any] | None, form: Callable[[float], str], unit: str = "") -> str:
+    """``mean ± std``, each as ``form`` writes it; "-" for nothing and "nan" for what is not finite."""
+    if found is None:
+        return "-"
+    if found["mean"] is None:
+        return "nan"
+    return " ± ".join(form(found[part]) for part in ("mean", "std") if found[part] is not None) + unit
+
+
+def percent(value: float) -> str:
+    """A share as a percentage without its sign."""
+    return f"{100 * value:.2f}"
+
+
+def cells(found: dict[str, Any]) -> dict[str, str]:
+    """A row of the table for people, of :func:`figures`, by column."""
+    counts = ", ".join(f"{count:,} {split}" for split, count in found["images"].items() if _is(count, int))
+    seconds, pace = found["seconds"], found["images_per_second"]
+    row = {
+        "run": found["name"],
+        "arch": found["arch"],
+        "recipe": found["recipe"],
+        "data": found["dataset"] + (f" ({counts})" if counts else ""),
+        "epochs": str(found["epochs"]),
+        "seeds": str(found["n"]),
+        "batch": str(found["batch_size"]),
+        "lr": f"{found['lr']:g}",
+        "precision": found["precision"],
+        "train loss": plus_minus(found["train_loss"], "{:.4f}".format),
+        "val accuracy": plus_minus(found["val_accuracy"], percent, " %"),
+        "test accuracy": plus_minus(found["test_accuracy"], percent, " %"),
+        "images/s": f"{pace['mean']:,.0f}" if pace and pace["mean"] is not None else "-",
+        "time": duration(seconds["mean"]) if seconds and seconds["mean"] is not None else "-",
+        "state": found["state"],
+    }
+    # Names come from strangers' files: nothing that moves the cursor reaches the terminal.
+    return {column: "".join(c if c.isprintable() else "?" for c in text) for column, text in row.items()}
+
+
+def text_table(rows: Sequence[dict[str, str]]) -> str:
+    """The rows in columns; what all have in common is said once, above them."""
+    settings = ("arch", "recipe", "data", "epochs", "batch", "lr", "precision")
+    common = [name for name in settings if len({row[name] for row in rows}) == 1]
+    columns = [name for name in rows[0] if name not in common]
+    left = {"run", "state", *settings} - {"epochs", "batch", "lr"}
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in columns}
+
+    def line(row: dict[str, str]) -> str:
+        parts = [row[name].ljust(widths[name]) if name in left else row[name].rjust(widths[name]) for name in columns]
+        return "  ".join(parts).rstrip()
+
+    head = [", ".join(f"{name} {rows[0][name]}" for name in common), ""] if common else []
+    return "\n".join([*head, line({name: name for name in columns}), *map(line, rows)])
+
+
+def markdown_table(rows: Sequence[dict[str, str]]) -> str:
+    """The rows as a table in Markdown."""
+    lines = [
+        list(rows[0]),
+        ["---"] * len(rows[0]),
+        *([text.replace("|", r"\|") for text in row.values()] for row in rows),
+    ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(
+        prog="python -m jresnet.report",
+        description="Compare training runs in a table and a plot.",
+        epilog="Figures are those of the last epoch; of several seeds mean ± sample standard deviation over the finished "
+        "ones (over all at the same epoch where none is finished), images/s and time the mean of a seed. Exit code: 0; 1 "
+        "for folders that are no run's or have a damaged file; 2 for bad options.",
+    )
+    parser.add_argument(
+        "runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, finished or not, or of a run's seeds"
+    )
+    parser.add_argument(
+        "--plot", type=Path, default=Path("comparison.png"), metavar="FILE.png",
+        help="training loss and accuracy by epoch; a file that exists is replaced (default: comparison.png)",
+    )  # fmt: skip
+    parser.add_argument("--format", choices=("text", "markdown", "json"), default="text", help="of the table (text)")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    options = parser()
+    args = options.parse_args(argv)
+    if args.plot.suffix.lower() != ".png":
+        options.error(f"--plot writes PNG, so its file's name must end in .png, got {str(args.plot)!r}")
+    try:
+        entries = read_entries(args.runs)
+        found = [figures(entry) for entry in entries]
+        if args.format == "json":
+            print(json.dumps(found, indent=1))
         else:
-            print(text, file=self.stream, flush=True)
-        self.last = time.monotonic()
+            rows = [cells(row) for row in found]
+            print(text_table(rows) if args.format == "text" else markdown_table(rows))
+        sys.stdout.flush()
+        if not any(run.rows for entry in entries for run in entry.runs):
+            print("no plot: no run has an epoch behind it yet", file=sys.stderr)
+            return 0
+        plots.plot_runs({entry.name: [run.rows for run in entry.runs] for entry in entries}, args.plot)
+        print(f"plot     {args.plot}", file=sys.stderr)  # not among the lines of a table that goes to a file
+    except InputError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        return 1
+    except ImportError as error:
+        print(f"error: {error}: install what plots need with pip install 'jresnet[train]'", file=sys.stderr)
+        return 1
+    return 0
 
 
-def plot_curves(rows: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Loss and accuracy by epoch, for training and every split that was evaluated."""
-    import matplotlib.figure
-
-    figure = matplotlib.figure.Figure(figsize=(10, 4), layout="constrained")
-    loss_axes, accuracy_axes = figure.subplots(1, 2)
-    epochs = [row["epoch"] for row in rows]
-    for split in ("train", "val", "test"):
-        if rows and f"{split}_loss" in rows[-1]:
-            loss_axes.plot(epochs, [row[f"{split}_loss"] for row in rows], marker=".", label=split)
-            accuracy_axes.plot(epochs, [100 * row[f"{split}_accuracy"] for row in rows], marker=".", label=split)
-    loss_axes.set(xlabel="epoch", ylabel="cross-entropy (nats)", yscale="log")
-    accuracy_axes.set(xlabel="epoch", ylabel="top-1 accuracy (%)")
-    for axes in (loss_axes, accuracy_axes):
-        axes.grid(alpha=0.3)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        if epochs:
-            axes.legend()
-    figure.suptitle(title)
-    figure.savefig(path, dpi=120)
-
-
-def plot_confusion(
-    labels: np.ndarray, predictions: np.ndarray, classes: tuple[str, ...], path: Path, title: str
-) -> None:
-    """How often each class (row) was taken for each other one (column), as counts."""
-    import matplotlib.figure
-
-    counts = np.zeros((len(classes), len(classes)), int)
-    np.add.at(counts, (labels, predictions), 1)
-    figure = matplotlib.figure.Figure(figsize=(7, 6.5), layout="constrained")
-    axes = figure.subplots()
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    for (row, column), count in np.ndenumerate(counts):
-        if count:
-            color = "white" if shares[row, column] > 0.5 else "black"
-            axes.text(column, row, str(count), ha="center", va="center", fontsize=8, color=color)
-    ticks = range(len(classes))
-    axes.set_xticks(ticks, classes, rotation=45, ha="right")
-    axes.set_yticks(ticks, classes)
-    axes.set(xlabel="predicted", ylabel="true", title=title)
-    figure.savefig(path, dpi=120)
+if __name__ == "__main__":
+    sys.exit(main())

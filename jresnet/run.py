@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import platform
 import shlex
-import signal
 import sys
 import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import jax
@@ -20,148 +19,33 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-import jresnet.data
-from jresnet import factory, optim, recipes, report, train, weights, zoo
-from jresnet.augment import Pipeline
-from jresnet.checkpoint import Checkpoints
-from jresnet.data import Dataset, Split
+from jresnet import debug, devices, logs, plots, report, train, weights
+from jresnet.checkpoint import Checkpoints, Lock
+from jresnet.config import RunConfig, differences, read_config
+from jresnet.data import Dataset
+from jresnet.devices import Devices
 from jresnet.errors import InputError
 from jresnet.pretrained import Preprocessing
-from jresnet.resnet import Stem
+from jresnet.program import Program, describe
+from jresnet.stop import Interrupted, StopRequest
 
 FILES = ("config.json", "metrics.jsonl", "summary.json", "last.safetensors", "best.safetensors", "checkpoints")
-FETCHES = 10  # how often an epoch's metrics are brought to the host
+ROLLBACKS = 3  # how often a run goes back to its last checkpoint
+STRETCH = 2.0  # seconds of training between two looks: at metrics, signals and the clock
 
 
 class NonFiniteLoss(Exception):
     """The loss is NaN or infinite; the message names the step."""
 
 
-class Interrupted(Exception):
-    """A signal ended the run early, after its state was saved; the first argument is the signal's number."""
-
-
 @dataclass(frozen=True)
-class RunConfig:
-    """All that decides a run's outcome; ``config.json`` holds it."""
+class Options:
+    """What a run's outcome does not depend on."""
 
-    arch: str
-    dataset: str  # "cifar10" | "digits"
-    recipe: str  # the name of the row of recipes.RECIPES that the other fields come from, unless overridden
-    epochs: int
-    batch_size: int  # images
-    lr: float
-    momentum: float
-    nesterov: bool
-    weight_decay: float
-    milestones: tuple[float, ...]  # epochs
-    gamma: float
-    crop: str  # of augment.Pipeline
-    image_size: int  # pixels
-    flip: bool
-    imagenet_statistics: bool
-    stem: Stem  # of an ImageNet-type architecture
-    precision: str  # "float32" | "bfloat16"
-    limit_train: int | None  # first images only
-    limit_test: int | None
-    val_split: int  # last training images held out
-    seed: int
-
-    def pipeline(self) -> Pipeline:
-        """What happens to the images."""
-        mean, std = recipes.STATISTICS["imagenet" if self.imagenet_statistics else self.dataset]
-        return Pipeline(self.crop, self.image_size, self.flip, mean, std)
-
-    def check(self) -> None:
-        """Raises :class:`InputError` with everything that is out of range."""
-        zoo.find(self.arch)
-        least = {"epochs": 1, "batch_size": 1, "val_split": 0, "seed": 0, "limit_train": 1, "limit_test": 1}
-        least |= {"momentum": 0, "weight_decay": 0}
-        problems = [
-            f"{name} must be at least {bound}, got {value}"
-            for name, bound in least.items()
-            if (value := getattr(self, name)) is not None and value < bound
-        ]
-        problems += [
-            f"{name} must be above 0, got {getattr(self, name)}" for name in ("lr", "gamma") if getattr(self, name) <= 0
-        ]
-        problems += [f"momentum must be below 1, got {self.momentum}"] if self.momentum >= 1 else []
-        problems += ["nesterov needs a momentum above 0"] if self.nesterov and self.momentum == 0 else []
-        problems += [f"milestone {m:g} is not above 0" for m in self.milestones if m <= 0]
-        problems += ["seed must be below 2**32"] if self.seed >= 2**32 else []
-        problems += [f"unknown precision {self.precision!r}"] if self.precision not in ("float32", "bfloat16") else []
-        if problems:
-            raise InputError("; ".join(problems))
-
-
-def default_config(
-    *, recipe: str = "step", dataset: str = "cifar10", arch: str | None = None, **overrides: Any
-) -> RunConfig:
-    """The configuration of ``recipe`` on ``dataset``; an override of None means the recipe's own value.
-
-    Raises:
-        InputError: for an unknown recipe, dataset or architecture, or values out of range.
-    """
-    if recipe not in recipes.RECIPES:
-        raise InputError(f"unknown recipe {recipe!r}: there are {', '.join(recipes.RECIPES)}")
-    if dataset not in recipes.DATASETS:
-        raise InputError(f"unknown dataset {dataset!r}: there are {', '.join(recipes.DATASETS)}")
-    row = recipes.RECIPES[recipe]
-    row = dataclasses.replace(row, **recipes.DATASETS[dataset])
-    values = {**dataclasses.asdict(row), **{k: v for k, v in overrides.items() if v is not None}}
-    arch = arch or row.arch or "resnet34"
-    if zoo.find(arch).config.stem == "cifar":
-        values["stem"] = "cifar"
-    if overrides.get("milestones") is None:
-        values["milestones"] = recipes.milestones_in_epochs(row.milestones, values["epochs"])
-    values["milestones"] = tuple(float(m) for m in values["milestones"])
-    if values.get("precision") in (None, "auto"):
-        values["precision"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    fields = {field.name for field in dataclasses.fields(RunConfig)}
-    defaults = {"limit_train": None, "limit_test": None, "val_split": 0, "seed": 0}
-    chosen = {**defaults, **{k: v for k, v in values.items() if k in fields}}
-    config = RunConfig(**{**chosen, "arch": arch, "dataset": dataset, "recipe": recipe})
-    config.check()
-    return config
-
-
-def read_config(out: Path) -> RunConfig | None:
-    """The configuration of the run in ``out``; None where there is none.
-
-    Raises:
-        InputError: where its ``config.json`` is damaged.
-    """
-    path = out / "config.json"
-    try:
-        if not path.exists():
-            return None
-        values = json.loads(path.read_text())["run"]
-        return RunConfig(**{**values, "milestones": tuple(values["milestones"])})
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is no run's configuration ({error}): choose another --out") from error
-
-
-class StopRequest:
-    """Ctrl-C and SIGTERM as a question that the training loop asks; a second Ctrl-C interrupts at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    def __enter__(self) -> StopRequest:
-        self.before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def __call__(self) -> bool:
-        return self.signal is not None
+    checkpoint_minutes: float | None = 10.0  # between checkpoints within an epoch; None: only at its end
+    debug_nans: bool = False  # look for the layer where a non-finite loss comes from; slower
+    deterministic: bool = False  # for config.json: the flags are set before JAX starts
+    wandb: str | None = None  # project at Weights & Biases
 
 
 class Trainer:
@@ -172,42 +56,29 @@ class Trainer:
         data: the dataset, of :func:`load_data`.
         out: the folder for the results.
         stop: asked between steps; when it says yes the state is saved and the run ends.
+        program: of the same configuration but for the seed; a new one by default.
+        options: of the session.
 
     Raises:
         InputError: where data and configuration do not go together.
     """
 
-    def __init__(self, config: RunConfig, data: Dataset, out: Path, stop: StopRequest | None = None):
+    def __init__(
+        self,
+        config: RunConfig,
+        data: Dataset,
+        out: Path,
+        stop: StopRequest | None = None,
+        program: Program | None = None,
+        options: Options | None = None,
+    ):
         self.config, self.data, self.out = config, data, out
-        self.stop = stop or StopRequest()
-        self.progress = report.Progress()
-        self.device = jax.devices()[0]
-        self.splits = split_dataset(config, data)
-        images = len(self.splits["train"].labels)
-        if images < config.batch_size:
-            raise InputError(
-                f"a batch of {config.batch_size} is larger than the {images} training images: lower --batch-size"
-            )
-        self.steps_per_epoch = images // config.batch_size
-        self.total_steps = self.steps_per_epoch * config.epochs
-
-        dtype = jnp.bfloat16 if config.precision == "bfloat16" else None
-        model = factory.create(
-            config.arch, num_classes=len(data.classes), in_channels=3, stem=config.stem, dtype=dtype, seed=config.seed
-        )
-        self.schedule = optim.step_decay(config.lr, config.milestones, config.gamma, self.steps_per_epoch)
-        self.optimizer = optim.sgd(self.schedule, config.momentum, config.nesterov, config.weight_decay)
-        self.pipeline = config.pipeline()
-        self.graph, params, *_ = nnx.split(model, nnx.Param, nnx.BatchStat)
-        self.parameters = sum(value.size for value in jax.tree.leaves(params))
-        self.state = train.init(model, self.optimizer)
-        self.loop = train.steps_loop(
-            train.train_step(self.graph, self.optimizer, self.pipeline),
-            on_device=self.device.platform != "cpu",
-            stop=self.stop,
-            after_step=self.progress.step,
-        )
-        self.eval_step = jax.jit(train.eval_step(self.graph, self.pipeline))
+        self.stop, self.options = stop or StopRequest(), options or Options()
+        self.program = program or Program(config, data)
+        self.steps_per_epoch, self.total_steps = self.program.steps_per_epoch, self.program.total_steps
+        self.first = devices.is_first()
+        self.progress = logs.Progress(quiet=not self.first)
+        self.state = self.program.state(config.seed)
         self.order_key, self.image_key = jax.random.split(jax.random.key(config.seed))
         self.done = Done()
 
@@ -221,113 +92,199 @@ class Trainer:
             The contents of ``summary.json``.
 
         Raises:
-            InputError: where the folder cannot be used, or holds another run.
-            WeightsError: where the checkpoint to go on from is damaged.
+            InputError: where the folder cannot be used, is in use, or holds another run.
+            WeightsError: where no checkpoint to go on from is whole.
             NonFiniteLoss: the last good checkpoint is left alone.
             Interrupted: after a signal; the state is saved.
         """
-        check_out(self.config, self.out, resume)
-        try:
-            self.out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(
-                f"cannot use --out {self.out}: {error.strerror or error}; choose another folder"
-            ) from error
-        self._introduce()
-        with Checkpoints(self.out / "checkpoints") as checkpoints:
-            weights.write_atomically(self.out / "config.json", self._config_file())
-            found = checkpoints.restore(self.state) if resume else None
-            if found is not None:
-                self.state, progress = found
-                self.done = Done(**progress)
-                self.progress.say(f"resumed  at step {int(self.state.step):,} of {self.total_steps:,}")
-            elif resume:
-                self.progress.say("resumed  nothing: no checkpoint yet, so the run begins")
-            metrics = report.Metrics(self.out, self.done.epochs)
+        with contextlib.ExitStack() as stack:
+            if self.first:
+                make_folder(self.out)
+                stack.enter_context(Lock(self.out))
+                check_out(self.config, self.out, resume)
+                checkpoints = stack.enter_context(Checkpoints(self.out / "checkpoints"))
+                self._write_config()
+            else:
+                checkpoints = None
+            self._introduce()
+            if resume:
+                self._restore(checkpoints)
+            self.progress.say(self._compile())
+            wandb = self._wandb() if self.first and self.options.wandb else None
+            metrics = logs.Metrics(self.out, self.done.epochs, wandb) if self.first else None
+            stack.callback(lambda: metrics.close() if metrics else None)
+            stack.callback(self.progress.end)
             self.session = Session(self.done.step_seconds)
-            try:
-                while self.done.epochs < self.config.epochs:
+            self.saved_at = time.monotonic()
+            while self.done.epochs < self.config.epochs:
+                try:
                     self._train_epoch(checkpoints)
-                    self._end_epoch(metrics)
-                    checkpoints.save(self.state, dataclasses.asdict(self.done))
-            finally:
-                self.progress.end()
-                metrics.close()
-        return self._finish(metrics.rows)
+                    self._end_epoch(checkpoints, metrics)
+                except NonFiniteLoss as error:
+                    if self.config.on_nan == "stop" or self.done.rollbacks == ROLLBACKS:
+                        raise
+                    self._roll_back(checkpoints, error)
+                    if metrics:
+                        metrics.close()
+                        metrics = logs.Metrics(self.out, self.done.epochs, wandb)
+            if checkpoints:
+                checkpoints.wait()
+            return self._finish(metrics.rows if metrics else [])
 
     def _introduce(self) -> None:
-        config, say = self.config, self.progress.say
-        say(f"device   {self.device.device_kind} ({self.device.platform}), {config.precision}")
+        config, program, say = self.config, self.program, self.progress.say
+        where = program.devices
+        count = f"{where.count} x " if where.count > 1 else ""
+        processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        say(f"device   {count}{where.first.device_kind} ({where.platform}){processes}, {config.precision}")
         say(
-            f"network  {config.arch}, {config.stem} stem, {len(self.data.classes)} classes, {self.parameters:,} parameters"
+            f"network  {config.arch}, {config.stem} stem, {len(self.data.classes)} classes, "
+            f"{program.parameters:,} parameters"
         )
-        counts = ", ".join(f"{len(split.labels):,} {name}" for name, split in self.splits.items())
+        counts = ", ".join(f"{count:,} {name}" for name, count in program.images.items())
         say(f"data     {self.data.name}: {counts} images, from {self.data.source}")
         for note in self.data.notes:
             say(f"note     {note}")
-        milestones = ", ".join(f"{milestone:g}" for milestone in config.milestones) or "no epoch"
-        say(
-            f"recipe   {config.recipe}: {config.epochs} epochs of {self.steps_per_epoch} steps, batch {config.batch_size}, "
-            f"lr {config.lr:g} x{config.gamma:g} at {milestones}, momentum {config.momentum:g}"
-            f"{' (Nesterov)' if config.nesterov else ''}, weight decay {config.weight_decay:g} on all parameters, "
-            f"seed {config.seed}"
+        for line in describe(config, program):
+            say(line)
+
+    def _compile(self) -> str:
+        program = self.program
+        compiled = program.compile_seconds > 0
+        try:
+            program.compile(self.state, self._order(0), self._keys()[1], self.stop)
+        except Interrupted:
+            self.progress.say("stopped  while compiling: nothing is lost, --resume goes on")
+            raise
+        return "compiled already" if compiled else f"compiled in {program.compile_seconds:.1f} s"
+
+    def _keys(self) -> tuple[jax.Array, jax.Array]:
+        """The keys of order and augmentation: others after each rollback."""
+        keys = self.order_key, self.image_key
+        if self.done.rollbacks:
+            keys = tuple(jax.random.fold_in(key, self.done.rollbacks) for key in keys)  # type: ignore[assignment]
+        return keys[0], self.program.devices.replicate(keys[1])
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.asarray(
+            train.epoch_order(self._keys()[0], epoch, self.program.images["train"], self.config.batch_size)
         )
 
-    def _train_epoch(self, checkpoints: Checkpoints) -> None:
+    def _train_epoch(self, checkpoints: Checkpoints | None) -> None:
         """Takes the rest of the epoch that the state is in."""
-        config, done, session = self.config, self.done, self.session
+        config, done, session, program = self.config, self.done, self.session, self.program
         epoch = done.epochs
-        first = int(self.state.step) - epoch * self.steps_per_epoch
-        order = train.epoch_order(self.order_key, epoch, len(self.splits["train"].labels), config.batch_size)
-        self.progress.begin(epoch + 1, config.epochs, self.steps_per_epoch, first)
-        start = first
+        start = int(self.state.step) - epoch * self.steps_per_epoch
+        order, (_, image_key) = self._order(epoch), self._keys()
+        self.progress.begin(epoch + 1, config.epochs, self.steps_per_epoch, start)
+        alone = jax.process_count() == 1
         while start < self.steps_per_epoch:
-            end = min(self.steps_per_epoch, start + session.stretch(self.steps_per_epoch))
+            end = min(
+                self.steps_per_epoch, start + (1 if self.options.debug_nans else session.stretch(self.steps_per_epoch))
+            )
+            before = jax.tree.map(jnp.copy, self.state) if self.options.debug_nans else None
             began = time.perf_counter()
-            self.state, rows = self.loop(self.state, self.splits["train"], order, start, end, self.image_key)
+            self.state, rows = program.loop(
+                self.state, program.train_images, order, start, end, image_key,
+                stop=self.stop if alone else lambda: False, after_step=self.progress.step,
+            )  # fmt: skip
             taken = len(rows.loss)
-            seconds = time.perf_counter() - began
+            if program.loop.on_device:
+                self.progress.step(taken)
             bad = np.flatnonzero(~np.isfinite(rows.loss))
             if len(bad):
-                step = epoch * self.steps_per_epoch + start + int(bad[0])
-                raise NonFiniteLoss(
-                    f"the loss is {rows.loss[bad[0]]} at step {step} (epoch {epoch + 1}): the checkpoint before it, if "
-                    f"any, is whole in {self.out / 'checkpoints'}. A lower --lr or --precision float32 may help"
-                )
-            if self.device.platform != "cpu":
-                self.progress.step(taken)
-            session.count(taken, seconds)
+                reason = f"the loss is {rows.loss[bad[0]]}"
+                self._not_finite(reason, epoch * self.steps_per_epoch + start + int(bad[0]), before, order)
+            if before is not None and not self.program.finite(self.state):
+                self._not_finite("a weight is not finite", int(self.state.step) - 1, before, order)
+            session.count(taken, time.perf_counter() - began)
             done.step_seconds = session.step_seconds
-            done.seconds += seconds
+            done.seconds += time.perf_counter() - began
             done.loss_sum += float(rows.loss.astype(np.float64).sum())
             done.correct += int(rows.correct.sum())
             start += taken
-            if session.steps == 3:
+            if session.estimates():
                 self._estimate()
-            if self.stop():
+            if self._stops():
                 self._save_and_stop(checkpoints)
-            left = session.left(self.total_steps - int(self.state.step), self.steps_per_epoch)
-            accuracy = done.correct / (start * config.batch_size)
-            if session.steps > 1:  # the first one's time is mostly compilation
-                self.progress.show(done.loss_sum / start, accuracy, config.batch_size / session.step_seconds, left)
+            minutes = self.options.checkpoint_minutes
+            if minutes is not None and time.monotonic() - self.saved_at > 60 * minutes and start < self.steps_per_epoch:
+                self._save(checkpoints)
+            if session.step_seconds:
+                self.progress.show(
+                    done.loss_sum / start,
+                    done.correct / (start * config.batch_size),
+                    config.batch_size / session.step_seconds,
+                    self._left(),
+                    1 / (session.step_seconds * self.steps_per_epoch + session.eval_seconds),
+                    logs.device_memory(program.devices.first),
+                )
+
+    def _not_finite(self, reason: str, step: int, before: train.TrainState | None, order: np.ndarray) -> None:
+        """Raises :class:`NonFiniteLoss`, with the layer where the state before the step is at hand."""
+        message = f"{reason} at step {step} (epoch {step // self.steps_per_epoch + 1})"
+        if before is None:
+            message += (
+                f": the checkpoint before it, if any, is whole in {self.out / 'checkpoints'}. A lower --lr, --clip-norm or "
+                "--precision float32 may help, --on-nan rollback goes back by itself, --debug-nans names the layer"
+            )
+        else:
+            program, config = self.program, self.config
+            images, targets = jax.jit(
+                train.prepare(program.pipeline, program.steps_per_epoch, config.label_smoothing), static_argnums=4
+            )(
+                before.step,
+                program.train_images,
+                order[step % self.steps_per_epoch],
+                self._keys()[1],
+                len(self.data.classes),
+            )
+            model = nnx.merge(program.graph, *jax.tree.map(np.asarray, (before.params, before.batch_stats)))
+            found = debug.find_non_finite(model, *(jnp.asarray(np.asarray(part)) for part in (images, targets)))
+            message += "".join(
+                f"\n  {line}" for line in found or ["forward and backward pass are finite: the update is not"]
+            )
+        raise NonFiniteLoss(message)
+
+    def _stops(self) -> bool:
+        """Whether a signal ends the run here: in all processes at the same step, as soon as one has heard it."""
+        if jax.process_count() == 1:
+            return self.stop()
+        heard = devices.together(np.array([self.stop.signal or 0, self.session.step_seconds]))
+        self.session.step_seconds = float(heard[0][1])  # all must come to the same number of steps
+        signals = [int(number) for number, _ in heard if number]
+        self.stop.signal = self.stop.signal or (signals[0] if signals else None)
+        return bool(signals)
+
+    def _left(self) -> float:
+        return self.session.left(self.total_steps - int(self.state.step), self.steps_per_epoch)
 
     def _estimate(self) -> None:
         """Says how long the whole will take, once a step has been measured."""
-        session = self.session
-        left = session.left(self.total_steps - int(self.state.step), self.steps_per_epoch)
+        left = self._left()
         self.progress.say(
-            f"time     {session.step_seconds:.3g} s a step after {session.compile_seconds:.1f} s of compilation: about "
-            f"{report.duration(left)} to go, evaluation not counted"
+            f"time     {self.session.step_seconds:.3g} s a step: about {logs.duration(left)} to go, evaluation not counted"
         )
-        if left > 3600 and self.device.platform == "cpu":
+        if left > 3600 and self.program.devices.platform == "cpu":
             self.progress.say(
                 "         on a CPU that is long; shorter: --depth 20, --epochs N, --limit-train N, --dataset digits, or a "
                 "GPU (pip install 'jax[cuda13]')"
             )
 
-    def _save_and_stop(self, checkpoints: Checkpoints) -> None:
+    def _save(self, checkpoints: Checkpoints | None, score: float | None = None) -> None:
+        """Begins a checkpoint."""
+        if not self.program.finite(self.state):
+            step = int(self.state.step) - 1
+            self._not_finite("a weight is not finite after a finite loss", step, None, np.zeros(0))
+        if checkpoints:
+            checkpoints.save(self.state, dataclasses.asdict(self.done), score)
+        self.saved_at = time.monotonic()
+
+    def _save_and_stop(self, checkpoints: Checkpoints | None) -> None:
         self.progress.end()
-        checkpoints.save(self.state, dataclasses.asdict(self.done))
+        self._save(checkpoints)
+        if checkpoints:
+            checkpoints.wait()
         self._save_weights("last.safetensors", {})
         self.progress.say(
             f"stopped  at step {int(self.state.step):,} of {self.total_steps:,}, saved; the same command with "
@@ -335,103 +292,147 @@ class Trainer:
         )
         raise Interrupted(self.stop.signal)
 
-    def _end_epoch(self, metrics: report.Metrics) -> None:
+    def _restore(self, checkpoints: Checkpoints | None) -> None:
+        """Goes on from the newest whole checkpoint, or begins."""
+        found = checkpoints.restore(self.state) if checkpoints else None
+        for note in found.notes if found else ():
+            self.progress.say(f"note     {note}")
+        if devices.together(np.array([found is not None]))[0][0]:
+            if jax.process_count() > 1:  # process 0 has read it for all
+                text = json.dumps(found.progress).encode() if found else b""
+                values = (found.state if found else self.state), np.frombuffer(text.ljust(4096), np.uint8)
+                state, text = devices.from_first(values)
+                self.state, progress = self.program.devices.replicate(state), json.loads(bytes(text))
+            else:
+                assert found is not None
+                self.state, progress = found.state, found.progress
+            self.done = Done(**progress)
+            self.progress.say(f"resumed  at step {int(self.state.step):,} of {self.total_steps:,}")
+        else:
+            self.progress.say("resumed  nothing: no checkpoint yet, so the run begins")
+
+    def _roll_back(self, checkpoints: Checkpoints | None, error: NonFiniteLoss) -> None:
+        """Goes back to the last checkpoint, or to the beginning, and on in another order."""
+        self.progress.end()
+        rollbacks = self.done.rollbacks + 1
+        self.progress.say(f"rollback {rollbacks} of {ROLLBACKS}: {str(error).partition(':')[0]}")
+        if checkpoints:
+            checkpoints.wait()
+        self.state, self.done = self.program.state(self.config.seed), Done()
+        self._restore(checkpoints)
+        self.done.rollbacks = rollbacks
+
+    def _end_epoch(self, checkpoints: Checkpoints | None, metrics: logs.Metrics | None) -> None:
         """Evaluates, reports, and keeps the best weights."""
-        config, done = self.config, self.done
+        config, done, program = self.config, self.done, self.program
         self.progress.end()
         began = time.perf_counter()
         step = int(self.state.step)
         epoch = step // self.steps_per_epoch
-        results = {name: self._evaluate(name) for name in self.splits if name != "train"}
+        stop = self.stop if jax.process_count() == 1 else (lambda: False)
+        results = {name: program.evaluate(self.state, name, stop) for name in program.splits if name != "train"}
+        if None in results.values():
+            self._save_and_stop(checkpoints)
+        found = {name: result for name, result in results.items() if result}
         self.session.eval_seconds = time.perf_counter() - began
         done.seconds += self.session.eval_seconds
         row: dict[str, Any] = {
             "epoch": epoch,
             "step": step,
-            "lr": float(self.schedule(step - 1)),
+            "lr": float(program.schedule(step - 1)),
             "train_loss": done.loss_sum / self.steps_per_epoch,
             "train_accuracy": done.correct / (self.steps_per_epoch * config.batch_size),
         }
-        for name, result in results.items():
+        for name, result in found.items():
             row |= {f"{name}_loss": result.loss, f"{name}_accuracy": result.accuracy}
         row |= {"images_per_second": config.batch_size / self.session.step_seconds, "seconds": done.seconds}
-        metrics.add(row)
-        found = {
-            name: f"{name} loss {result.loss:.4f}, accuracy {100 * result.accuracy:.2f} %"
-            for name, result in results.items()
-        }
+        if metrics:
+            metrics.add(row)
+        splits = "; ".join(
+            f"{name} loss {result.loss:.4f}, accuracy {100 * result.accuracy:.2f} %" for name, result in found.items()
+        )
         self.progress.say(
             f"epoch {epoch}/{config.epochs}: train loss {row['train_loss']:.4f}, accuracy "
-            f"{100 * row['train_accuracy']:.2f} %; {'; '.join(found.values())}; {row['images_per_second']:.0f} images/s, "
-            f"{report.duration(self.session.left(self.total_steps - step, self.steps_per_epoch))} left"
+            f"{100 * row['train_accuracy']:.2f} %; {splits}; {row['images_per_second']:.0f} images/s, "
+            f"{logs.duration(self._left())} left"
         )
-        accuracy = results[self._judge].accuracy
+        accuracy = found[self._judge].accuracy
         if accuracy > done.best_accuracy:
             done.best_accuracy, done.best_epoch = accuracy, epoch
             self._save_weights("best.safetensors", row)
         done.epochs, done.loss_sum, done.correct = epoch, 0.0, 0
+        self._save(checkpoints, accuracy)
 
     @property
     def _judge(self) -> str:
         """The split on which the best epoch is chosen."""
-        return "val" if "val" in self.splits else "test"
-
-    def _evaluate(self, name: str) -> train.Evaluation:
-        return train.evaluate(self.eval_step, self.state, self.splits[name], self.config.batch_size)
+        return "val" if "val" in self.program.splits else "test"
 
     def _save_weights(self, name: str, row: dict[str, Any]) -> None:
-        config = self.config
+        if not self.first:
+            return
+        config, pipeline = self.config, self.program.pipeline
         resize = round(config.image_size * 8 / 7) if config.crop == "resized" else None
-        preprocessing = Preprocessing(resize, config.image_size, self.pipeline.mean, self.pipeline.std)
         weights.save(
             self.out / name,
-            train.model_of(self.graph, self.state),
+            train.model_of(self.program.graph, self.state),
             config.arch,
             source=f"trained by jresnet on {self.data.name}",
             step=str(int(self.state.step)),
-            preprocessing=preprocessing.to_json(),
+            preprocessing=Preprocessing(resize, config.image_size, pipeline.mean, pipeline.std).to_json(),
             categories=json.dumps(self.data.classes),
             metrics=json.dumps(row),
         )
 
     def _finish(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Writes the last weights, the plots and the summary."""
-        config, done = self.config, self.done
-        test = self._evaluate("test")
+        test = self.program.evaluate(self.state, "test")
+        assert test is not None
+        if not self.first:
+            return {}
+        config, done, program = self.config, self.done, self.program
         self._save_weights("last.safetensors", rows[-1])
+        held = program.splits["test"]
         title = f"{config.arch} on {self.data.name}, recipe {config.recipe}"
-        report.plot_curves(rows, self.out / "curves.png", title)
-        report.plot_confusion(
-            np.asarray(self.splits["test"].labels), test.predictions, self.data.classes, self.out / "confusion.png",
-            f"{title}: {100 * test.accuracy:.2f} % of {len(test.predictions):,} test images, last epoch",
-        )  # fmt: skip
+        scored = f"{title}: {100 * test.accuracy:.2f} % of {len(held.labels):,} test images, last epoch"
+        plots.plot_curves(rows, self.out / "curves.png", title)
+        plots.plot_confusion(held.labels, test.predictions, self.data.classes, self.out / "confusion.png", scored)
+        plots.plot_worst(
+            held.images, held.labels, test.predictions, test.losses, self.data.classes, self.out / "worst.png", scored
+        )
         best = rows[done.best_epoch - 1]
         chosen_on = {
             "val": f"the {config.val_split} training images held out for validation",
             "test": "the test images themselves, which flatters it: quote the final accuracy",
         }[self._judge]
+        measured = ("train_", "val_", "test_")
         summary = {
             "arch": config.arch,
-            "parameters": self.parameters,
+            "recipe": config.recipe,
+            "parameters": program.parameters,
             "dataset": {
                 "name": self.data.name,
                 "source": self.data.source,
                 "notes": self.data.notes,
                 "verified": self.data.verified,
                 "digest": self.data.digest,
-                **{f"{name}_images": len(split.labels) for name, split in self.splits.items()},
+                **{f"{name}_images": count for name, count in program.images.items()},
             },
-            "final": {"epoch": config.epochs, "test_loss": test.loss, "test_accuracy": test.accuracy},
-            "best": {key: best[key] for key in best if key == "epoch" or key.startswith(("val_", "test_"))},
+            "final": {key: rows[-1][key] for key in rows[-1] if key == "epoch" or key.startswith(measured)}
+            | {"test_loss": test.loss, "test_accuracy": test.accuracy},
+            "best": {key: best[key] for key in best if key == "epoch" or key.startswith(measured[1:])},
             "best_chosen_on": chosen_on,
+            "test_accuracy_by_class": plots.per_class_accuracy(held.labels, test.predictions, self.data.classes),
+            "rollbacks": done.rollbacks,
             "seconds": done.seconds,
-            "compile_seconds": self.session.compile_seconds,
+            "compile_seconds": program.compile_seconds,
             "images_per_second": rows[-1]["images_per_second"],
-            "device": f"{self.device.device_kind} ({self.device.platform})",
+            "device": f"{program.devices.first.device_kind} ({program.devices.platform})",
+            "devices": program.devices.count,
+            "processes": jax.process_count(),
             "precision": config.precision,
             "seed": config.seed,
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("jresnet", "jax", "jaxlib", "flax", "optax", "numpy")},
+            "versions": versions(),
             "command": shlex.join(sys.argv),
         }
         weights.write_atomically(self.out / "summary.json", json.dumps(summary, indent=1).encode())
@@ -442,81 +443,141 @@ class Trainer:
         self.progress.say(f"results  {self.out}")
         return summary
 
-    def _config_file(self) -> bytes:
-        values = {"run": dataclasses.asdict(self.config), "command": shlex.join(sys.argv)}
-        return json.dumps(values, indent=1).encode()
+    def _write_config(self) -> None:
+        write_config(self.out, self.config, options=dataclasses.asdict(self.options))
+
+    def _wandb(self) -> logs.WandB:
+        assert self.options.wandb is not None
+        return logs.WandB(self.options.wandb, self.out.name, dataclasses.asdict(self.config), self.out)
 
 
 @dataclass
 class Done:
     """What a checkpoint keeps of a run beside its state; JSON values."""
 
-    epochs: int = (
-        0  # trained, evaluated and in metrics.jsonl; a signal may fall between the last step and the evaluation
-    )
+    # trained, evaluated and in metrics.jsonl; a signal may fall between the last step and the evaluation
+    epochs: int = 0
     loss_sum: float = 0.0  # of the steps taken in the current epoch
     correct: int = 0  # images of those steps that were classified rightly
     best_accuracy: float = -1.0  # share, on the split that judges
     best_epoch: int = 0
     step_seconds: float = 0.0  # what a step took lately
-    seconds: float = 0.0  # training and evaluation, over all sessions, compilation included
+    seconds: float = 0.0  # training and evaluation, over all sessions, compilation not included
+    rollbacks: int = 0
 
 
 class Session:
-    """The pace of this process: what compilation, a step and an evaluation take."""
+    """The pace of this process: what a step and an evaluation take."""
 
     def __init__(self, step_seconds: float) -> None:
-        self.steps = 0  # taken in this session
-        self.compile_seconds = 0.0
         self.step_seconds = step_seconds  # as the session before measured it, until this one has
         self.eval_seconds = 0.0
-        self._timed_steps, self._timed_seconds = 0, 0.0
+        self._looks, self._steps, self._seconds = 0, 0, 0.0
 
     def stretch(self, steps_per_epoch: int) -> int:
-        """How many steps to take before the next look: one that compiles, two to measure, then a tenth of an epoch."""
-        return {0: 1, 1: 2}.get(self.steps, -(-steps_per_epoch // FETCHES))
+        """How many steps to take before the next look: one to measure, then a tenth of an epoch or ``STRETCH`` seconds."""
+        if self._looks == 0:
+            return 1
+        return max(1, min(-(-steps_per_epoch // 10), int(STRETCH / max(self.step_seconds, 1e-6))))
 
     def count(self, steps: int, seconds: float) -> None:
         """``steps`` were taken in ``seconds``."""
-        if self.steps == 0:
-            self.compile_seconds = self.step_seconds = seconds
-        else:
-            self._timed_steps, self._timed_seconds = self._timed_steps + steps, self._timed_seconds + seconds
-            if self.steps == 1:
-                self.compile_seconds -= seconds / max(steps, 1)
-            self.step_seconds = self._timed_seconds / max(self._timed_steps, 1)
-        self.steps += steps
+        self._looks += 1
+        if self._looks == 2:  # the first step is slower: memory is allocated
+            self._steps, self._seconds = 0, 0.0
+        self._steps, self._seconds = self._steps + steps, self._seconds + seconds
+        self.step_seconds = self._seconds / max(self._steps, 1)
+
+    def estimates(self) -> bool:
+        """Whether this is the moment to say how long the run will take."""
+        return self._looks == 2
 
     def left(self, steps: int, steps_per_epoch: int) -> float:
         """Seconds that ``steps`` more will take, with their evaluations."""
         return steps * self.step_seconds + steps / steps_per_epoch * self.eval_seconds
 
 
-def load_data(config: RunConfig, data_dir: Path | None) -> Dataset:
-    """The configured dataset; raises DataError and DownloadError as :mod:`jresnet.data` says."""
-    if config.dataset == "digits":
-        return jresnet.data.load_digits()
-    return jresnet.data.load_cifar10(data_dir)
+def fit_seeds(
+    config: RunConfig,
+    data: Dataset,
+    out: Path,
+    runs: int,
+    resume: bool = False,
+    stop: StopRequest | None = None,
+    where: Devices | None = None,
+    options: Options | None = None,
+) -> dict[str, Any]:
+    """Runs of the seeds ``config.seed``, ``config.seed + 1``, ..., one after the other, compiled once.
 
+    Each is a run of its own in ``out/seed-N``; ``out/summary.json`` holds mean and standard deviation. One after the other
+    since kernels that differ by seed become grouped convolutions under ``jax.vmap`` (scripts/measure_runs.py).
 
-def split_dataset(config: RunConfig, data: Dataset) -> dict[str, train.Images]:
-    """``train``, ``test`` and, with a validation split, ``val`` on the device; the test images are last.
+    Args:
+        config: of the first.
+        data: the dataset, of :func:`load_data`.
+        out: the folder for the folders.
+        runs: how many.
+        resume: go on with those that are not finished.
+        stop: as for :class:`Trainer`.
+        where: as for :class:`Program`.
+        options: as for :class:`Trainer`.
 
-    The validation images are the last ``val_split`` training images (for 5,000 of CIFAR-10 the sizes of He et al.);
-    the limits take the first images of what is then left.
+    Returns:
+        The contents of ``summary.json``.
+
+    Raises:
+        InputError: see :meth:`Trainer.fit`, as for the other exceptions.
     """
-    kept = len(data.train.labels) - config.val_split
-    if kept < 1:
-        raise InputError(f"--val-split {config.val_split} leaves none of the {len(data.train.labels)} training images")
+    first = devices.is_first()
+    with contextlib.ExitStack() as stack:
+        if first:
+            make_folder(out)
+            stack.enter_context(Lock(out))
+            check_out(config, out, resume)
+            write_config(out, config, runs=runs)
+        program = Program(config, data, where)
+        summaries = []
+        for seed in range(config.seed, config.seed + runs):
+            folder = out / f"seed-{seed}"
+            finished = (folder / "summary.json").exists() if first else False
+            if resume and devices.together(np.array([finished]))[0][0]:
+                summaries.append(json.loads((folder / "summary.json").read_text()) if first else {})
+                continue
+            again = dataclasses.replace(config, seed=seed)
+            trainer = Trainer(again, data, folder, stop, program, options)
+            trainer.progress.say(f"run      seed {seed}, {len(summaries) + 1} of {runs}")
+            summaries.append(trainer.fit(resume=resume))
+        if not first:
+            return {}
+        summary = report.summarise(summaries)
+        weights.write_atomically(out / "summary.json", json.dumps(summary, indent=1).encode())
+        accuracy = summary["final"]["test_accuracy"]
+        spread = f" ± {100 * accuracy['std']:.2f}" if runs > 1 else ""
+        logs.Progress().say(
+            f"all      {100 * accuracy['mean']:.2f}{spread} % of the test images, mean"
+            f"{' ± standard deviation' * (runs > 1)} of {runs} seeds; {out}"
+        )
+        return summary
 
-    def on_device(split: Split, part: slice) -> train.Images:
-        return train.Images(jnp.asarray(split.images[part]), jnp.asarray(split.labels[part], jnp.int32))
 
-    splits = {"train": on_device(data.train, slice(0, min(kept, config.limit_train or kept)))}
-    if config.val_split:
-        splits["val"] = on_device(data.train, slice(kept, None))
-    splits["test"] = on_device(data.test, slice(0, config.limit_test))
-    return splits
+def versions() -> dict[str, str]:
+    """What a run was made with."""
+    names = ("jresnet", "jax", "jaxlib", "flax", "optax", "numpy")
+    return {"python": platform.python_version()} | {name: version(name) for name in names}
+
+
+def make_folder(out: Path) -> None:
+    """Makes the folder for results; InputError where that cannot be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot use --out {out}: {error.strerror or error}; choose another folder") from error
+
+
+def write_config(out: Path, config: RunConfig, **more: Any) -> None:
+    """Writes ``config.json``."""
+    values = {"run": dataclasses.asdict(config), **more, "command": shlex.join(sys.argv)}
+    weights.write_atomically(out / "config.json", json.dumps(values, indent=1).encode())
 
 
 def check_out(config: RunConfig, out: Path, resume: bool) -> None:
@@ -531,10 +592,6 @@ def check_out(config: RunConfig, out: Path, resume: bool) -> None:
         raise InputError(
             f"--out {out} already holds a run ({', '.join(taken)}): add --resume, or choose another folder"
         )
-    changed = [
-        f"{field.name} was {getattr(before, field.name)!r}, now {getattr(config, field.name)!r}"
-        for field in dataclasses.fields(config)
-        if before is not None and getattr(before, field.name) != getattr(config, field.name)
-    ]
+    changed = differences(before, config) if before else []
     if changed:
         raise InputError(f"--resume goes on with the run in {out} as it was begun, but {'; '.join(changed)}")

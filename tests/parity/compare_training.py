@@ -53,10 +53,13 @@ class Batch(NamedTuple):
     labels: np.ndarray  # int64 [B]
 
 
-class Unchanged:
+class Unchanged(Pipeline):
     """A pipeline for images that are already augmented."""
 
-    def train(self, key: jax.Array, images: jax.Array) -> jax.Array:
+    def __init__(self) -> None:
+        super().__init__("pad", 32, "none", (), ())
+
+    def train(self, key: jax.Array, images: jax.Array, turned: jax.Array | None = None) -> jax.Array:
         return images
 
 
@@ -84,8 +87,10 @@ def draw_batches(split: data.Split, steps: int, batch_size: int, seed: int) -> l
 
 def train_jresnet(model: ResNet, batches: list[Batch]) -> Run:
     """The run of jresnet's own training step, from the parameters of ``model``."""
-    optimizer = optim.sgd(RECIPE.lr, RECIPE.momentum, RECIPE.nesterov, RECIPE.weight_decay)
-    step = jax.jit(train.train_step(nnx.graphdef(model), optimizer, Unchanged()))  # type: ignore[arg-type]
+    optimizer = optim.optimizer(
+        "sgd", RECIPE.lr, momentum=RECIPE.momentum, nesterov=RECIPE.nesterov, weight_decay=RECIPE.weight_decay
+    )
+    step = jax.jit(train.train_step(nnx.graphdef(model), optimizer, Unchanged()))
     state = train.init(model, optimizer)
     everything = np.arange(len(batches[0].labels))
     run = Run(np.zeros(len(batches)), {})

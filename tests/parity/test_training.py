@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import MultiStepLR
 
 from convert import keymap, torch2flax
 from jresnet import optim, train, zoo
+from jresnet.augment import Pipeline
 from jresnet.layers import global_average_pool
 
 EXACT = 1e-10  # relative L2 error of a tensor; rounding alone gives 1e-16 to 5e-13
@@ -40,10 +41,13 @@ def case(arch: str, nesterov: bool = True) -> Any:
     return pytest.param(arch, nesterov, marks=[pytest.mark.slow] if arch in LARGE else [])
 
 
-class Unchanged:
+class Unchanged(Pipeline):
     """A pipeline that hands the images on: both frameworks see the same ones, in float64."""
 
-    def train(self, key: jax.Array, images: jax.Array) -> jax.Array:
+    def __init__(self) -> None:
+        super().__init__("pad", 32, "none", (), ())
+
+    def train(self, key: jax.Array, images: jax.Array, turned: jax.Array | None = None) -> jax.Array:
         return images
 
 
@@ -173,14 +177,15 @@ def test_ten_training_steps(arch: str, nesterov: bool) -> None:
             add_outputs(errors, model, reference, images[0], training)
 
         schedule = optim.step_decay(LR, (MILESTONE,), GAMMA, steps_per_epoch=1)
-        optimizer = optax.chain(keep_gradients(), optim.sgd(schedule, MOMENTUM, nesterov, WEIGHT_DECAY))
+        sgd = optim.optimizer("sgd", schedule, momentum=MOMENTUM, nesterov=nesterov, weight_decay=WEIGHT_DECAY)
+        optimizer = optax.chain(keep_gradients(), sgd)
         step = jax.jit(train.train_step(nnx.graphdef(model), optimizer, Unchanged()), donate_argnums=0)
         state = train.init(model, optimizer)
         split = train.Images(jnp.asarray(np.concatenate(images)), jnp.asarray(np.concatenate(labels)))
 
         reference.train()
-        sgd = torch.optim.SGD(reference.parameters(), LR, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=nesterov)
-        scheduler = MultiStepLR(sgd, [MILESTONE], GAMMA)
+        torch_sgd = torch.optim.SGD(reference.parameters(), LR, MOMENTUM, weight_decay=WEIGHT_DECAY, nesterov=nesterov)
+        scheduler = MultiStepLR(torch_sgd, [MILESTONE], GAMMA)
         parameters = dict(reference.named_parameters())
 
         def wanted(path: str, tensors: dict[str, torch.Tensor]) -> np.ndarray:
@@ -189,9 +194,9 @@ def test_ten_training_steps(arch: str, nesterov: bool) -> None:
         for i, indices in enumerate(np.arange(labels.size).reshape(labels.shape)):
             state, metrics = step(state, split, jnp.asarray(indices), jax.random.key(0))
             loss = F.cross_entropy(reference(nchw(images[i])), torch.from_numpy(labels[i]))
-            sgd.zero_grad()
+            torch_sgd.zero_grad()
             loss.backward()
-            sgd.step()
+            torch_sgd.step()
             scheduler.step()
             errors.add("losses", f"step {i + 1}", metrics.loss, loss.item())
             if i == 0:
@@ -201,7 +206,7 @@ def test_ten_training_steps(arch: str, nesterov: bool) -> None:
                 for path, value in by_path(state.opt_state[0]).items():
                     errors.add("gradients", path, value, expected[path], scale_of_gradient(arch, path, expected))
 
-        momenta = {key: sgd.state[parameter]["momentum_buffer"] for key, parameter in parameters.items()}
+        momenta = {key: torch_sgd.state[parameter]["momentum_buffer"] for key, parameter in parameters.items()}
         for path, value in by_path(optax.tree_utils.tree_get(state.opt_state, "trace")).items():
             errors.add("momenta", path, value, wanted(path, momenta))
         for path, value in by_path(state.params).items():

@@ -1,0 +1,198 @@
+"""What a configuration comes to, whatever the seed: images on the devices, compiled functions, lines for people."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import jresnet.data
+from jresnet import devices, factory, optim, train
+from jresnet.config import RunConfig
+from jresnet.data import Dataset, Split
+from jresnet.devices import Devices
+from jresnet.errors import InputError
+from jresnet.resnet import ResNet
+from jresnet.stop import Interrupted, StopRequest
+
+
+class Program:
+    """What the runs of a configuration share whatever their seed: the images on the devices and the compiled functions.
+
+    Args:
+        config: what to do.
+        data: the dataset, of :func:`load_data`.
+        where: the devices; all of this process by default.
+
+    Raises:
+        InputError: where data, configuration and devices do not go together.
+    """
+
+    def __init__(self, config: RunConfig, data: Dataset, where: Devices | None = None):
+        self.config, self.data = config, data
+        self.devices = where or devices.find()
+        self.splits = split_dataset(config, data)
+        images = len(self.splits["train"].labels)
+        problems = []
+        if images < config.batch_size:
+            problems.append(f"a batch of {config.batch_size} is larger than the {images} training images")
+        if config.batch_size % self.devices.count:
+            problems.append(f"a batch of {config.batch_size} cannot be cut into {self.devices.count} equal parts")
+        if problems:
+            raise InputError("; ".join(problems) + ": change --batch-size" + (" or --devices" if problems[1:] else ""))
+        self.images = {name: len(split.labels) for name, split in self.splits.items()}
+        self.steps_per_epoch = images // config.batch_size
+        self.total_steps = self.steps_per_epoch * config.epochs
+        self.schedule = optim.schedule(
+            config.schedule, config.lr, config.epochs, self.steps_per_epoch, warmup_epochs=config.warmup_epochs,
+            milestones=config.milestones, gamma=config.gamma,
+        )  # fmt: skip
+        self.optimizer = optim.optimizer(
+            config.optimizer, self.schedule, momentum=config.momentum, nesterov=config.nesterov,
+            weight_decay=config.weight_decay, decoupled_decay=config.decoupled_decay, decay_norms=config.decay_norms,
+            clip_norm=config.clip_norm,
+        )  # fmt: skip
+        self.pipeline = config.pipeline()
+        training = self.splits["train"]
+        self.train_images = train.Images(*self.devices.replicate((training.images, training.labels)))
+        self.graph, params, *_ = nnx.split(self.model(config.seed), nnx.Param, nnx.BatchStat)
+        self.parameters = sum(value.size for value in jax.tree.leaves(params))
+        self.compile_seconds = 0.0
+        self.loop = train.StepsLoop(
+            train.train_step(
+                self.graph, self.optimizer, self.pipeline, steps_per_epoch=self.steps_per_epoch,
+                label_smoothing=config.label_smoothing, ema=config.ema, devices=self.devices, bn=config.bn,
+            ),
+            self.devices,
+        )  # fmt: skip
+        self.eval_step: Any = jax.jit(train.eval_step(self.graph, self.pipeline), out_shardings=self.devices.whole)
+        self.finite = jax.jit(_finite, out_shardings=self.devices.whole)
+
+    def model(self, seed: int) -> ResNet:
+        """The network with a seed's initial parameters."""
+        config = self.config
+        return factory.create(
+            config.arch,
+            num_classes=len(self.data.classes),
+            in_channels=3,
+            stem=config.stem,
+            dtype=jnp.bfloat16 if config.precision == "bfloat16" else None,
+            seed=seed,
+            zero_init_residual=config.zero_init_residual,
+        )
+
+    def state(self, seed: int) -> train.TrainState:
+        """The state before the first step, on the devices."""
+        return self.devices.replicate(train.init(self.model(seed), self.optimizer, average=self.config.ema > 0))
+
+    def compile(self, state: train.TrainState, order: np.ndarray, key: jax.Array, stop: StopRequest) -> None:
+        """Compiles what training and evaluation call, once for all seeds.
+
+        In a thread of its own: compilation takes up to minutes, in which Python would not hear a signal.
+
+        Raises:
+            Interrupted: the thread may still be compiling.
+        """
+        if self.compile_seconds:
+            return
+        began = time.perf_counter()
+        failures: list[BaseException] = []
+
+        def work() -> None:
+            try:
+                self.loop.compile(state, self.train_images, order, key)
+                batch, _ = next(train.batches(self.splits["test"], self.config.batch_size, self.devices))
+                self.eval_step = self.eval_step.lower(train.evaluated(state), batch).compile()
+            except BaseException as error:
+                failures.append(error)
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(0.1)
+            if stop() and jax.process_count() == 1:
+                raise Interrupted(stop.signal)
+        if failures:
+            raise failures[0]
+        self.compile_seconds = time.perf_counter() - began
+
+    def evaluate(
+        self, state: train.TrainState, name: str, stop: Callable[[], bool] = lambda: False
+    ) -> train.Evaluation | None:
+        """The figures of a split; None where ``stop`` said so."""
+        weights = train.evaluated(state)
+        return train.evaluate(self.eval_step, weights, self.splits[name], self.config.batch_size, self.devices, stop)
+
+
+def _finite(state: train.TrainState) -> jax.Array:
+    """Whether all floating-point values are finite."""
+    floats = [value for value in jax.tree.leaves(state) if jnp.issubdtype(value.dtype, jnp.floating)]
+    return jnp.stack([jnp.isfinite(value).all() for value in floats]).all()
+
+
+def describe(config: RunConfig, program: Program) -> list[str]:
+    """What a recipe comes to, in lines for people."""
+    milestones = ", ".join(f"{milestone:g}" for milestone in config.milestones) or "no epoch"
+    schedules = {
+        "step": f"lr {config.lr:g} x{config.gamma:g} at {milestones}",
+        "cosine": f"lr {config.lr:g} falling to 0 as a cosine",
+        "onecycle": f"lr {config.lr:g} falling to 0 linearly",
+    }
+    warmup = f" after {config.warmup_epochs:g} epochs of warm-up" if config.warmup_epochs else ""
+    decay = "none" if config.weight_decay == 0 else (
+        f"{config.weight_decay:g}{' decoupled' if config.decoupled_decay or config.optimizer == 'adamw' else ''} on "
+        f"{'all parameters' if config.decay_norms else 'kernels only, not on BN and biases'}"
+    )  # fmt: skip
+    extras = [
+        f"label smoothing {config.label_smoothing:g}" if config.label_smoothing else "",
+        f"average of weights with decay {config.ema:g}" if config.ema else "",
+        f"gradients clipped at norm {config.clip_norm:g}" if config.clip_norm else "",
+        "last BN scale of each block from 0" if config.zero_init_residual else "",
+        {"none": "no flip", "random": "", "alternate": "alternating flip"}[config.flip],
+        f"random erasing {config.random_erasing:g}" if config.random_erasing else "",
+        f"mixup {config.mixup:g}" if config.mixup else "",
+        f"cutmix {config.cutmix:g}" if config.cutmix else "",
+        "BatchNorm on each device's part of the batch" if config.bn == "per-device" else "",
+    ]
+    more = ", ".join(extra for extra in extras if extra)
+    return [
+        f"recipe   {config.recipe}: {config.epochs} epochs of {program.steps_per_epoch} steps, batch {config.batch_size}, "
+        f"seed {config.seed}",
+        f"         {config.optimizer}, {schedules[config.schedule]}{warmup}, momentum {config.momentum:g}"
+        f"{' (Nesterov)' if config.nesterov else ''}, weight decay {decay}",
+        *([f"         {more}"] if more else []),
+    ]
+
+
+def load_data(config: RunConfig, data_dir: Path | None) -> Dataset:
+    """The configured dataset; raises DataError and DownloadError as :mod:`jresnet.data` says."""
+    if config.dataset == "digits":
+        return jresnet.data.load_digits()
+    return jresnet.data.load_cifar10(data_dir)
+
+
+def split_dataset(config: RunConfig, data: Dataset) -> dict[str, Split]:
+    """``train``, ``test`` and, with a validation split, ``val``; the test images are last.
+
+    The validation images are the last ``val_split`` training images (for 5,000 of CIFAR-10 the sizes of He et al.);
+    the limits take the first images of what is then left.
+    """
+    kept = len(data.train.labels) - config.val_split
+    if kept < 1:
+        raise InputError(f"--val-split {config.val_split} leaves none of the {len(data.train.labels)} training images")
+
+    def part(split: Split, which: slice) -> Split:
+        return Split(split.images[which], split.labels[which])
+
+    splits = {"train": part(data.train, slice(0, min(kept, config.limit_train or kept)))}
+    if config.val_split:
+        splits["val"] = part(data.train, slice(kept, None))
+    splits["test"] = part(data.test, slice(0, config.limit_test))
+    return splits

@@ -1,0 +1,65 @@
+"""Run by test_devices.py with simulated devices: trains a few steps on some of them, and prints what came of it as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jresnet import augment, data, devices, optim, train
+from jresnet.resnet import ResNet, ResNetConfig
+
+TINY = ResNetConfig("basic", (1, 1), (4, 8), num_classes=10, stem="cifar", shortcut="pad")
+
+
+def main(settings: dict) -> dict:
+    if "coordinator" in settings:
+        devices.connect(settings["coordinator"], settings["processes"], settings["process_id"])
+    where = devices.find(settings.get("devices"))
+    draw = np.random.default_rng(0)
+    labels = np.arange(64, dtype=np.int32) % 10
+    images = (draw.uniform(0, 200, (10, 1, 1, 3))[labels] + draw.uniform(0, 50, (64, 8, 8, 3))).astype(np.uint8)
+    pipeline = augment.Pipeline(
+        "pad", 8, "alternate", (0.5,) * 3, (0.25,) * 3, random_erasing=0.5, mixup=0.5, cutmix=1.0
+    )
+    model = ResNet(TINY, rngs=nnx.Rngs(0))
+    optimizer = optim.optimizer("sgd", 0.05, nesterov=True, weight_decay=5e-4, clip_norm=1.0)
+    graph = nnx.graphdef(model)
+    step = train.train_step(
+        graph, optimizer, pipeline, steps_per_epoch=4, label_smoothing=0.1, ema=0.9, devices=where,
+        bn=settings.get("bn", "global"),
+    )  # fmt: skip
+    loop = train.StepsLoop(step, where, on_device=settings.get("on_device"))
+    state = where.replicate(train.init(model, optimizer, average=True))
+    split = train.Images(*where.replicate((images, labels)))
+    key = where.replicate(jax.random.key(1))
+    loop.compile(state, split, np.zeros((4, 16), np.int32), key)
+    text = loop._compiled.as_text()
+    losses: list[float] = []
+    for epoch in range(2):
+        order = np.asarray(train.epoch_order(jax.random.key(0), epoch, 64, 16))
+        state, metrics = loop(state, split, order, 0, 4, key)
+        losses += metrics.loss.tolist()
+    found = train.evaluate(
+        jax.jit(train.eval_step(graph, pipeline), out_shardings=where.whole), train.evaluated(state),
+        data.Split(images[:50], labels[:50]), 16, where,
+    )  # fmt: skip
+    assert found is not None
+    return {
+        "devices": where.count,
+        "losses": losses,
+        "state": [np.asarray(leaf).astype(np.float64).ravel().tolist() for leaf in jax.tree.leaves(state)],
+        "sums": "all-reduce" in text,  # over the devices
+        "parts": f"[{16 // where.count},8,8,4]" in text,  # activations of a device's part of the batch
+        "eval_loss": found.loss,
+        "predictions": found.predictions.tolist(),
+    }
+
+
+if __name__ == "__main__":
+    given = json.loads(sys.argv[1])
+    with jax.enable_x64(given.get("x64", False)):
+        print(json.dumps(main(given)))

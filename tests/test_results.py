@@ -1,0 +1,260 @@
+"""The README's table of accuracies: made from results/, refused where those contradict themselves. Numbers are made up."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from conftest import REPOSITORY, command
+from test_report import edit, make_run, make_seeds
+
+README = "# x\n\n<!-- results -->\nold\n<!-- /results -->\n\nmore | text\n"
+TORCH = {"python": "3.11.7", "torch": "2.13.0"}
+OPTIONS = (
+    "--title", "ResNet-20, fast, 3 epochs", "--images", "CIFAR-10, 45k/5k, validation", "--metric", "val_accuracy",
+    "--hardware", "2-core AMD EPYC (AVX2)",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def results() -> ModuleType:
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("results_script", REPOSITORY / "scripts" / "results.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def root(results: ModuleType, tmp_path: Path) -> Path:
+    """A repository with two rows that are compared with each other, and a folder that is no row."""
+    root = tmp_path / "repository"
+    (root / "results" / "training_parity").mkdir(parents=True)
+    (root / "README.md").write_text(README)
+    ours = make_seeds(tmp_path / "ours", [0.7, 0.72, 0.77], planned=3)
+    theirs = make_seeds(tmp_path / "theirs", [0.71, 0.73], versions=TORCH)
+    (ours / "seed-0" / "last.safetensors").write_bytes(b"weights")
+    add = (*OPTIONS, "--metric", "test_accuracy", "--images", "CIFAR-10, first 1,000 test images")
+    assert results.main(["add", str(ours), "fast", "--framework", "jresnet", "--peer", "fast-torch", *add], root) == 0
+    add = (*OPTIONS, "--framework", "PyTorch", "--command", "python train_torch.py | cat", "--peer", "fast")
+    assert results.main(["add", str(theirs), "fast-torch", *add], root) == 0
+    return root
+
+
+def table(root: Path) -> list[list[str]]:
+    """The README's rows by cell, without head and dashes."""
+    lines = [
+        line for line in (root / "README.md").read_text().split("<!-- /results -->")[0].splitlines() if "|" in line
+    ]
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines if line.startswith("|")]
+    assert len({len(row) for row in rows}) == 1
+    return rows[2:]
+
+
+def test_the_table(results: ModuleType, root: Path) -> None:
+    assert results.main([], root) == 0
+    text = (root / "README.md").read_text()
+    assert text.startswith("# x\n\n<!-- results -->\n| run | framework |")
+    assert text.endswith("</details>\n<!-- /results -->\n\nmore | text\n")
+    title, hardware = "ResNet-20, fast, 3 epochs", "2-core AMD EPYC (AVX2), float32"
+    # The standard deviation of 0.70, 0.72, 0.77 is sqrt(0.0013), that of 0.71, 0.73 sqrt(0.0002); the losses have the same.
+    jax, torch = "Python 3.11.7, jax 0.10.1, flax 0.12.8", "Python 3.11.7, torch 2.13.0"
+    assert table(root) == [
+        [title, "jresnet", "CIFAR-10, 45k/5k, validation", "72.00 ± 3.61 %", "3", "1.3967 ± 0.0361", hardware, jax,
+         "[fast](results/fast)"],
+        [title, "jresnet", "CIFAR-10, first 1,000 test images", "73.00 ± 3.61 %", "3", "1.3967 ± 0.0361", hardware, jax,
+         "[fast](results/fast)"],
+        [title, "PyTorch", "CIFAR-10, 45k/5k, validation", "71.00 ± 1.41 %", "2", "1.3867 ± 0.0141", hardware, torch,
+         "[fast-torch](results/fast-torch)"],
+    ]  # fmt: skip
+    # sqrt(13 / 3 + 2 / 2) = 2.31 points; each pair once, and only where both have the metric
+    differences = [line for line in text.splitlines() if "difference of the means" in line]
+    assert differences == [
+        f"* {title}, jresnet (n = 3) less {title}, PyTorch (n = 2), CIFAR-10, 45k/5k, validation: difference of the means "
+        "+1.00 ± standard error 2.31 points"
+    ]
+    assert "* ResNet-20, fast, 3 epochs, jresnet: `train.py --runs 3`" in text
+    assert "* ResNet-20, fast, 3 epochs, PyTorch: `python train_torch.py | cat`" in text
+
+
+def test_check(results: ModuleType, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert results.main(["--check"], root) == 1
+    out, err = capsys.readouterr()
+    assert "-old\n" in out
+    assert "+| ResNet-20, fast, 3 epochs | jresnet |" in out
+    assert "run python scripts/results.py" in err
+    assert (root / "README.md").read_text() == README
+    assert results.main([], root) == 0
+    written = (root / "README.md").read_text()
+    assert results.main(["--check"], root) == results.main([], root) == 0
+    assert (root / "README.md").read_text() == written
+    edit(root / "README.md", "72.00", "73.00")
+    assert results.main(["--check"], root) == 1
+
+
+def test_one_seed_and_no_row(results: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(README)
+    assert results.main([], tmp_path) == 0
+    assert (tmp_path / "README.md").read_text() == README.replace("old\n", "")
+    one = make_run(tmp_path / "one", [0.3, 0.5, 0.7], seed=4)
+    for name, peer in (("a", ()), ("b", ("--peer", "a"))):
+        assert results.main(["add", str(one), name, "--framework", "jresnet", *OPTIONS, *peer], tmp_path) == 0
+    assert (tmp_path / "results/a/seed-4/summary.json").exists()
+    assert results.main([], tmp_path) == 0
+    assert table(tmp_path)[0][3:6] == ["69.00 %", "1", "1.3667"]
+    assert "+0.00 points; one seed has no standard error" in (tmp_path / "README.md").read_text()
+
+
+def test_add_copies_only_small_files(root: Path) -> None:
+    row = root / "results" / "fast"
+    names = {str(path.relative_to(row)) for path in row.rglob("*") if path.is_file()}
+    seeds = {f"seed-{n}/{name}" for n in range(3) for name in ("config.json", "metrics.jsonl", "summary.json")}
+    assert names == {"row.json", "summary.json", *seeds}
+    assert json.loads((row / "row.json").read_text()) == {
+        "title": "ResNet-20, fast, 3 epochs", "framework": "jresnet",
+        "metrics": [{"metric": "val_accuracy", "images": "CIFAR-10, 45k/5k, validation"},
+                    {"metric": "test_accuracy", "images": "CIFAR-10, first 1,000 test images"}],
+        "n": 3, "command": "train.py --runs 3", "hardware": "2-core AMD EPYC (AVX2)", "peer": "fast-torch",
+    }  # fmt: skip
+    other = json.loads((root / "results" / "fast-torch" / "row.json").read_text())
+    assert (other["metric"], other["images"]) == ("val_accuracy", "CIFAR-10, 45k/5k, validation")
+    assert row.stat().st_mode & 0o777 == (root / "results").stat().st_mode & 0o777
+
+
+def test_add_refuses(results: ModuleType, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def add(run: Path, name: str, *more: str) -> str:
+        before = {path: path.stat().st_mtime_ns for path in (root / "results").rglob("*")}
+        assert results.main(["add", str(run), name, "--framework", "jresnet", *OPTIONS, *more], root) == 1
+        assert {path: path.stat().st_mtime_ns for path in (root / "results").rglob("*")} == before
+        return capsys.readouterr().err
+
+    good = tmp_path / "ours"
+    assert "--force replaces it" in add(good, "fast")
+    assert "NAME must be letters" in add(good, "../x")
+    assert "is no folder" in add(tmp_path / "missing", "x")
+    half = make_seeds(tmp_path / "half", [0.7, 0.8], planned=3)
+    assert "is not finished (2 of 3 seeds finished)" in add(half, "x")
+    assert "is not finished (epoch 1 of 3)" in add(make_run(tmp_path / "epoch", [0.3], finished=False), "x")
+    liar = make_seeds(tmp_path / "liar", [0.7, 0.8])
+    edit(liar / "seed-1" / "summary.json", '"val_accuracy": 0.79', '"val_accuracy": 0.80')
+    assert "results/x/seed-1: summary.json: final val_accuracy is 0.8, but 0.79, in metrics.jsonl" in add(liar, "x")
+    torch = make_seeds(tmp_path / "torch", [0.7], versions=TORCH)
+    assert "says jresnet, and the seeds' versions have no jax, flax" in add(torch, "x")
+    apart = make_seeds(tmp_path / "apart", [0.7, 0.8])
+    edit(apart / "seed-1" / "summary.json", '"command": "train.py', '"command": "other.py')
+    assert "give one with --command" in add(apart, "x")
+    with pytest.raises(SystemExit):
+        results.main(["add", str(good), "x", "--framework", "jresnet", *OPTIONS, "--metric", "val_accuracy"], root)
+
+
+def test_force_replaces(results: ModuleType, root: Path, tmp_path: Path) -> None:
+    other = make_seeds(tmp_path / "other", [0.9, 0.9])
+    assert results.main(["add", str(other), "fast", "--framework", "jresnet", *OPTIONS, "--force"], root) == 0
+    assert not (root / "results/fast/seed-2").exists()
+    assert results.main([], root) == 0
+    assert table(root)[0][3] == "89.00 ± 0.00 %"
+    assert {path.name for path in (root / "results").iterdir()} == {"fast", "fast-torch", "training_parity"}
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("seed-1/summary.json", '"test_accuracy": 0.72', '"test_accuracy": 0.721', "summary.json: final test_accuracy is 0.721"),
+        ("seed-1/summary.json", '"train_loss": ', '"train_losses": ', "seed-1: summary.json: final has no train_loss"),
+        ("seed-1/summary.json", '"best": {"epoch": 3', '"best": {"epoch": 2', "seed-1: summary.json: best val_accuracy is"),
+        ("seed-1/summary.json", '"best": {"epoch": 3', '"best": {"epoch": 4', "summary.json: best is of epoch 4 of 3"),
+        ("seed-1/summary.json", '"final": {"epoch": 3', '"final": {"epoch": 2', "summary.json: final is of epoch 2 of 3"),
+        ("seed-1/summary.json", '"seed": 1', '"seed": 2', "seed-1: summary.json is of seed 2"),
+        ("seed-1/summary.json", '"digest": "ed25"', '"digest": "ffff"', "results/fast: the seeds' data differ"),
+        ("seed-1/summary.json", '"digest": "ed25", ', "", "seed-1: summary.json: dataset has no digest"),
+        ("seed-1/summary.json", '"jax": "0.10.1"', '"jax": "0.12"', "results/fast: the seeds' versions differ"),
+        ("seed-1/summary.json", '"best": {', '"worst": {', "seed-1: summary.json has no best"),
+        ("seed-1/metrics.jsonl", '"val_accuracy": 0.71', '"val_accuracy": 0.81', "final val_accuracy is 0.71, but 0.81"),
+        ("seed-1/config.json", '"lr": 0.1', '"lr": 0.2', "seed-1 differs from seed-0 in lr"),
+        ("seed-1/config.json", '"seed": 1', '"seed": 3', "seed-1 has seed 3"),
+        ("seed-1/config.json", '"run"', '"ran"', 'it has no "run"'),
+        ("summary.json", '"mean": 0.73', '"mean": 0.74', "results/fast/summary.json: final.test_accuracy.mean is 0.74"),
+        ("summary.json", '"n": 3', '"n": 4', "results/fast/summary.json: n is 4, but 3"),
+        ("row.json", '"n": 3', '"n": 5', "results/fast/row.json says n = 5, and there are 3 seeds"),
+        ("row.json", '"title"', '"titel"', "row.json: unknown field 'titel'"),
+        ("row.json", '"title": "ResNet-20', r'"title": "\nResNet-20', "title must be text of one line"),
+        ("row.json", '"val_accuracy"', '"val_loss"', "metric must be val_accuracy or test_accuracy, got 'val_loss'"),
+        ("row.json", '"jresnet"', '"PyTorch"', "row.json says PyTorch, and the seeds' versions have no torch"),
+        ("row.json", '"jresnet"', '"JAX"', "framework must be jresnet or PyTorch, got 'JAX'"),
+        ("row.json", '"metrics"', '"peers"', "unknown field 'peers'"),
+        ("row.json", '"peer": "fast-torch"', '"peer": "missing"', "results/fast: its peer 'missing' is no row"),
+        ("row.json", '"peer": "fast-torch"', '"peer": "fast"', "results/fast and its peer 'fast' share no metric"),
+        ("row.json", "45k/5k", "45k/6k", "results/fast and its peer 'fast-torch' share no metric of the same images"),
+    ],
+)  # fmt: skip
+def test_what_contradicts_itself(
+    results: ModuleType, root: Path, capsys: pytest.CaptureFixture[str], file: str, old: str, new: str, message: str
+) -> None:
+    edit(root / "results" / "fast" / file, old, new)
+    for arguments in ([], ["--check"]):
+        assert results.main(arguments, root) == 1
+        out, err = capsys.readouterr()
+        assert message in err
+        assert all(line.startswith("error: ") for line in err.splitlines())
+        assert out == ""
+    assert (root / "README.md").read_text() == README
+
+
+def test_files_that_are_missing_or_do_not_belong(
+    results: ModuleType, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row, other = root / "results" / "fast", root / "results" / "fast-torch"
+    shutil.rmtree(row / "seed-2")
+    assert results.main([], root) == 1
+    assert "results/fast/summary.json: n is 3, but 2" in capsys.readouterr().err
+    for file in (row / "seed-0/config.json", row / "seed-1/metrics.jsonl", row / "summary.json", other / "row.json"):
+        file.unlink()
+    (row / "seed-0" / "last.safetensors").write_bytes(b"x")
+    (row / "curves.png").write_bytes(b"a picture may")
+    assert results.main([], root) == 1
+    assert capsys.readouterr().err.splitlines() == [
+        "error: results/fast has no summary.json", "error: results/fast has no seed-0/config.json",
+        "error: results/fast has no seed-1/metrics.jsonl",
+        "error: results/fast: seed-0/last.safetensors does not belong there", "error: results/fast-torch has no row.json",
+    ]  # fmt: skip
+
+
+def test_peers_of_other_data(results: ModuleType, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in (0, 1):
+        edit(root / f"results/fast-torch/seed-{seed}/summary.json", '"digest": "ed25"', '"digest": "ffff"')
+    assert results.main([], root) == 1
+    assert "are of different data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["no marks", "<!-- /results -->\n<!-- results -->\n", README + README])
+def test_a_readme_without_its_marks(
+    results: ModuleType, root: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    (root / "README.md").write_text(text)
+    assert results.main([], root) == 1
+    assert "README.md needs one line <!-- results -->" in capsys.readouterr().err
+    assert (root / "README.md").read_text() == text
+
+
+def test_rounding_is_no_contradiction(results: ModuleType) -> None:
+    values: dict[str, Any] = {"a": [1 / 3, None], "b": {"c": "x"}}
+    assert results._differences(values, {"a": [1 / 3 + 1e-8, None], "b": {"c": "x"}}) == []
+    assert results._differences(values, {"a": [0.3334, 1], "b": {"c": "y", "d": 0}}) == [
+        "a[0] is 0.3334, but 0.3333333333333333", "a[1] is 1, but None", "b.c is y, but x", "b.d is 0, but None",
+    ]  # fmt: skip
+
+
+def test_the_repositorys_own_table() -> None:
+    """The README says what results/ says, once it has a table."""
+    if "<!-- results -->" not in (REPOSITORY / "README.md").read_text():
+        pytest.skip("the README has no table of results yet")
+    done = command("scripts/results.py", "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
