@@ -76,6 +76,7 @@ class Values:
         return f"{nans or infinities:,} of {self.size:,} values {'NaN' if nans else 'infinite'}"
 
 
+@jax.jit
 def _measure(x: jax.Array) -> Values:
     x = jax.lax.stop_gradient(x)
     numbers = jnp.isnan(x).sum(), jnp.isinf(x).sum(), jnp.abs(jnp.where(jnp.isfinite(x), x, 0)).max()

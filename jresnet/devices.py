@@ -7,6 +7,7 @@ communication. Several processes form one mesh of all their devices once :func:`
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 from dataclasses import dataclass
 from typing import Any
@@ -132,6 +133,20 @@ def together(values: Any) -> list[Any]:
     from jax.experimental import multihost_utils
 
     return list(np.asarray(multihost_utils.process_allgather(np.asarray(values))))
+
+
+def meet(place: str) -> None:
+    """Waits until every process has come to ``place``, up to an hour.
+
+    The first collective gives the others only 30 s on the CPU (gloo), while compilation may take one of them longer.
+    """
+    if jax.process_count() == 1:
+        return
+    with contextlib.suppress(ImportError, AttributeError):  # no public function waits without a collective
+        from jax._src import distributed
+
+        client: Any = distributed.global_state.client
+        client.wait_at_barrier(place, timeout_in_ms=3_600_000)
 
 
 def from_first(values: Any) -> Any:

@@ -121,6 +121,7 @@ class Program:
                 raise Interrupted(stop.signal)
         if failures:
             raise failures[0]
+        devices.meet("compiled")
         self.compile_seconds = time.perf_counter() - began
 
     def evaluate(

@@ -99,9 +99,10 @@ class Trainer:
         """
         with contextlib.ExitStack() as stack:
             if self.first:
+                check_out(self.config, self.out, resume)  # before anything is written
                 make_folder(self.out)
                 stack.enter_context(Lock(self.out))
-                check_out(self.config, self.out, resume)
+                check_out(self.config, self.out, resume)  # another run may just have ended
                 checkpoints = stack.enter_context(Checkpoints(self.out / "checkpoints"))
                 self._write_config()
             else:
@@ -531,9 +532,9 @@ def fit_seeds(
     first = devices.is_first()
     with contextlib.ExitStack() as stack:
         if first:
+            check_out(config, out, resume)
             make_folder(out)
             stack.enter_context(Lock(out))
-            check_out(config, out, resume)
             write_config(out, config, runs=runs)
         program = Program(config, data, where)
         summaries = []

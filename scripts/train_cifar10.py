@@ -220,6 +220,13 @@ def main(argv: list[str] | None = None) -> int:
     except (InputError, run.NonFiniteLoss, OSError) as error:  # OSError: a disk that fills up during the run
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        import jax
+
+        if jax.process_count() == 1:
+            raise
+        print(f"error: the processes lost each other: start all again with --resume\n{error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -15,9 +15,7 @@ from jresnet.resnet import ResNet, ResNetConfig
 TINY = ResNetConfig("basic", (1, 1), (4, 8), num_classes=10, stem="cifar", shortcut="pad")
 
 
-def main(settings: dict) -> dict:
-    if "coordinator" in settings:
-        devices.connect(settings["coordinator"], settings["processes"], settings["process_id"])
+def check(settings: dict) -> dict:
     where = devices.find(settings.get("devices"))
     draw = np.random.default_rng(0)
     labels = np.arange(64, dtype=np.int32) % 10
@@ -26,6 +24,8 @@ def main(settings: dict) -> dict:
         "pad", 8, "alternate", (0.5,) * 3, (0.25,) * 3, random_erasing=0.5, mixup=0.5, cutmix=1.0
     )
     model = ResNet(TINY, rngs=nnx.Rngs(0))
+    if settings.get("x64"):
+        nnx.update(model, jax.tree.map(lambda value: value.astype("float64"), nnx.state(model)))
     optimizer = optim.optimizer("sgd", 0.05, nesterov=True, weight_decay=5e-4, clip_norm=1.0)
     graph = nnx.graphdef(model)
     step = train.train_step(
@@ -37,7 +37,8 @@ def main(settings: dict) -> dict:
     split = train.Images(*where.replicate((images, labels)))
     key = where.replicate(jax.random.key(1))
     loop.compile(state, split, np.zeros((4, 16), np.int32), key)
-    text = loop._compiled.as_text()
+    text = loop._compiled.as_text()  # type: ignore[attr-defined]
+    devices.meet(f"compiled {settings}")
     losses: list[float] = []
     for epoch in range(2):
         order = np.asarray(train.epoch_order(jax.random.key(0), epoch, 64, 16))
@@ -61,5 +62,8 @@ def main(settings: dict) -> dict:
 
 if __name__ == "__main__":
     given = json.loads(sys.argv[1])
-    with jax.enable_x64(given.get("x64", False)):
-        print(json.dumps(main(given)))
+    if "connect" in given:
+        devices.connect(*given["connect"])
+    for settings in given["settings"]:
+        with jax.enable_x64(settings.get("x64", False)):
+            print("\n" + json.dumps(check(settings)), flush=True)

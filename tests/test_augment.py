@@ -29,12 +29,88 @@ def test_random_crop_cuts_windows_of_the_padded_image(pixels: np.ndarray) -> Non
     assert counts.max() < 512 / 9 * 2
 
 
-def test_random_flip_mirrors_half(pixels: np.ndarray) -> None:
-    views = np.asarray(augment.random_flip(jax.random.key(2), pixels))
+def mirrored(pixels: np.ndarray, views: np.ndarray) -> np.ndarray:
     kept = (views == pixels).all((1, 2, 3))
-    mirrored = (views == pixels[:, :, ::-1]).all((1, 2, 3))
-    assert (kept ^ mirrored).all()
-    assert 0.4 < mirrored.mean() < 0.6
+    turned = (views == pixels[:, :, ::-1]).all((1, 2, 3))
+    assert (kept ^ turned).all()
+    return turned
+
+
+def test_a_random_flip_mirrors_half(pixels: np.ndarray) -> None:
+    pipeline = augment.Pipeline("pad", 40, "random", (0.0,) * 3, (1.0,) * 3)  # the whole padded image: no random crop
+    views = np.asarray(pipeline.train(jax.random.key(2), pixels))[:, 4:-4, 4:-4] * 255
+    assert 0.4 < mirrored(pixels, np.round(views)).mean() < 0.6
+
+
+def test_an_alternating_flip_shows_both_sides_in_two_epochs(pixels: np.ndarray) -> None:
+    indices, key = jnp.arange(512) + 7000, jax.random.key(5)
+    epochs = [np.asarray(augment.alternate(key, indices, epoch)) for epoch in range(3)]
+    assert 0.4 < epochs[0].mean() < 0.6
+    np.testing.assert_array_equal(epochs[0], ~epochs[1])
+    np.testing.assert_array_equal(epochs[0], epochs[2])
+    np.testing.assert_array_equal(augment.alternate(key, indices[::-1], 0), epochs[0][::-1])  # the image's own coin
+    np.testing.assert_array_equal(mirrored(pixels, np.asarray(augment.mirror(pixels, epochs[0]))), epochs[0])
+
+
+def test_random_erasing_is_torchvisions() -> None:
+    """Areas of 2 to 33 %, ratios of 0.3 to 3.3, anywhere; as torchvision.transforms.RandomErasing draws them."""
+    images = jnp.ones((4096, 64, 64, 2))
+    erased = np.asarray(augment.random_erasing(jax.random.key(0), images, 0.75)) == 0
+    assert (erased[..., 0] == erased[..., 1]).all()
+    hit = erased.any((1, 2, 3))
+    assert 0.72 < hit.mean() < 0.78
+    boxes = erased[hit][..., 0]
+    heights, widths = boxes.any(2).sum(1), boxes.any(1).sum(1)
+    area = boxes.sum((1, 2))
+    np.testing.assert_array_equal(area, heights * widths)
+    assert 0.015 < area.min() / 4096 < 0.03
+    assert 0.30 < area.max() / 4096 < 0.35
+    assert 0.16 < area.mean() / 4096 < 0.19  # uniform
+    assert 0.25 < (heights / widths).min() < 0.4
+    assert 2.5 < (heights / widths).max() < 4.2
+    assert boxes[:, 0].any()
+    assert boxes[:, -1].any()
+    assert boxes[:, :, 0].any()
+    assert boxes[:, :, -1].any()
+
+
+TARGETS = jax.nn.one_hot(jnp.arange(6), 6)
+SHADES = jnp.broadcast_to(jnp.arange(6.0)[:, None, None, None], (6, 32, 32, 3))  # image i is i everywhere
+
+
+def test_mixup_mixes_images_as_targets() -> None:
+    shares = []
+    for seed in range(50):
+        images, targets = augment.mixup(jax.random.key(seed), SHADES, TARGETS, 0.4)
+        share = float(targets[0, 0])
+        np.testing.assert_allclose(targets.sum(1), 1, rtol=1e-6)
+        np.testing.assert_allclose(targets[1, 4], 1 - share, atol=1e-6)
+        np.testing.assert_allclose(images[1], share * 1 + (1 - share) * 4, rtol=1e-5)
+        shares.append(share)
+    assert np.mean(np.abs(np.array(shares) - 0.5) > 0.4) > 0.3  # Beta(0.4, 0.4) lies at the ends
+
+
+def test_cutmix_mixes_targets_by_area() -> None:
+    areas = []
+    for seed in range(50):
+        images, targets = augment.cutmix(jax.random.key(seed), SHADES, TARGETS, 1.0)
+        pasted = np.asarray(images[0, :, :, 0] == 5)
+        assert (np.asarray(images[0, :, :, 0])[~pasted] == 0).all()
+        assert pasted.sum() == pasted.any(1).sum() * pasted.any(0).sum()  # one rectangle
+        np.testing.assert_allclose(targets[0, 5], pasted.mean(), atol=1e-6)
+        np.testing.assert_allclose(targets.sum(1), 1, rtol=1e-6)
+        areas.append(pasted.mean())
+    assert min(areas) < 0.1
+    assert max(areas) > 0.6
+
+
+def test_mixup_and_cutmix_take_turns() -> None:
+    pipeline = augment.Pipeline("pad", 32, "none", (0.5,) * 3, (0.2,) * 3, mixup=1.0, cutmix=1.0)
+    mixed = [np.asarray(pipeline.mix(jax.random.key(seed), SHADES, TARGETS)[0][0]) for seed in range(40)]
+    cut = sum(np.isin(image, (0, 5)).all() for image in mixed)
+    assert 10 < cut < 30
+    plain = augment.Pipeline("pad", 32, "none", (0.5,) * 3, (0.2,) * 3)
+    assert plain.mix(jax.random.key(0), SHADES, TARGETS) == (SHADES, TARGETS)
 
 
 def test_normalise() -> None:
@@ -82,7 +158,7 @@ def test_random_resized_crop_draws_areas_and_ratios() -> None:
 
 @pytest.mark.parametrize("crop", ["pad", "resized"])
 def test_pipelines_are_functions_of_the_key(pixels: np.ndarray, crop: str) -> None:
-    pipeline = augment.Pipeline(crop, 32 if crop == "pad" else 48, True, (0.5,) * 3, (0.2,) * 3)
+    pipeline = augment.Pipeline(crop, 32 if crop == "pad" else 48, "random", (0.5,) * 3, (0.2,) * 3)
     one, same, other = (jax.jit(pipeline.train)(jax.random.key(k), pixels[:8]) for k in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert not np.array_equal(one, other)

@@ -409,7 +409,7 @@ def test_a_failed_save_is_told_at_the_next_save(
         with pytest.raises(
             InputError, match=r"cannot write a checkpoint into .*No space left.*The one of step 4 is whole"
         ) as info:
-            checkpoints.save(state(12), progress(12))
+            checkpoints.save(state(8), progress(8))
         assert isinstance(info.value.__cause__, OSError)
         checkpoints.wait()  # told once
         found = checkpoints.restore(state(0))

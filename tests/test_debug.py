@@ -169,6 +169,15 @@ def test_a_gradient_with_respect_to_a_layers_input() -> None:
     ), line
 
 
+def test_the_images_gradient_is_nobodys() -> None:
+    """Training does not compute it."""
+    model = network(PLAIN)
+    images, targets = batch()
+    model.conv1.kernel[...] = model.conv1.kernel[...] * 1e37
+    model.bn1.scale[...] = model.bn1.scale[...] * 1e6
+    assert find_non_finite(model, images * np.float32(1e-36), targets) == []
+
+
 def test_a_gradient_with_respect_to_a_parameter() -> None:
     model = network()
     block = model.layer1[0]

@@ -260,10 +260,13 @@ def test_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> No
     stream = io.StringIO()
     progress = Progress(stream, memory="host memory")
     progress.begin(2, 9, 100, 0)
-    for now in (59, 61, 100, 122):
+    printed = []
+    for now in (59, 61, 120, 122):
         clock.now = now
         progress.step()
         progress.show(*FIGURES)
+        printed.append(len(stream.getvalue().splitlines()))
+    assert printed == [0, 1, 1, 2]
     progress.show(*FIGURES[:4])
     progress.end()
     progress.say("the end")
@@ -299,6 +302,25 @@ class Terminal(io.TextIOWrapper):
             os.close(self.master)
 
 
+def screen(content: str) -> list[str]:
+    """The lines that stand on a terminal in the end."""
+    lines, at, column = [""], 0, 0
+    for part in re.split(r"(\r|\n|\x1b\[A)", content):
+        if part == "\r":
+            column = 0
+        elif part == "\n":
+            at += 1
+            lines += [""] * (at == len(lines))
+        elif part == "\x1b[A":
+            at -= 1
+        else:
+            assert "\x1b" not in part
+            before = lines[at].ljust(column)
+            lines[at] = before[:column] + part + before[column + len(part) :]
+            column += len(part)
+    return [line.rstrip() for line in lines if line.strip()]
+
+
 @pytest.mark.parametrize("columns", [60, 80, 120])
 def test_the_bar_fits_the_terminal(columns: int) -> None:
     with Terminal(columns) as terminal:
@@ -311,18 +333,18 @@ def test_the_bar_fits_the_terminal(columns: int) -> None:
             content += terminal.drawn()
         progress.say("a line above")
         content += terminal.drawn()
-        parts = re.split(r"[\r\n]+|\x1b\[A", content)
-        assert max(map(len, parts)) <= columns
-        full = [part for part in parts if part.startswith("epoch 100/200: 100%|")]
-        assert full
+        assert max(map(len, re.split(r"[\r\n]+|\x1b\[A", content))) <= columns
+        above, bar, figures = screen(content)
+        assert above == "a line above"
+        assert bar.startswith("epoch 100/200: 100%|")
+        assert figures == "loss 0.2500, accuracy 45.6 %, 21346 images/s, 0.021 epochs/s"[: columns - 1]
         if columns >= 80:
-            assert full[-1].endswith("| 50000/50000, 23 h 53 min left, device memory 3.0 GiB")
-            assert any(
-                part.rstrip() == "loss 0.2500, accuracy 45.6 %, 21346 images/s, 0.021 epochs/s" for part in parts
-            )
-        assert "a line above" in parts
+            assert bar.endswith("| 50000/50000, 23 h 53 min left, device memory 3.0 GiB")
         progress.end()
-        assert not re.search(r"\w", re.split(r"[\r\n]+", terminal.drawn())[-1])  # nothing is left behind
+        content += terminal.drawn()
+        assert screen(content) == ["a line above"]
+        progress.say("and one below")
+        assert screen(content + terminal.drawn()) == ["a line above", "and one below"]
 
 
 def test_quiet_prints_nothing() -> None:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jresnet import optim, recipes
@@ -26,3 +29,68 @@ def test_recipes_milestones() -> None:
     assert recipes.milestones_in_epochs((0.5, 0.75), 3) == (1.5, 2.25)
     assert recipes.milestones_in_epochs(10, 30) == (10, 20)
     assert recipes.milestones_in_epochs(10, 5) == ()
+
+
+def rates(kind: str, **options) -> np.ndarray:
+    schedule = optim.schedule(kind, 2.0, epochs=4, steps_per_epoch=5, **options)
+    return np.array([float(schedule(step)) for step in range(20)])
+
+
+def test_one_cycle_is_a_triangle() -> None:
+    expected = [0.5, 1.0, 1.5, 2.0, *(2 - 2 * np.arange(16) / 16)]
+    np.testing.assert_allclose(rates("onecycle", warmup_epochs=0.8), expected, rtol=1e-6)
+
+
+def test_a_cosine_falls_to_zero() -> None:
+    found = rates("cosine", warmup_epochs=0.4)
+    np.testing.assert_allclose(found[:3], [1.0, 2.0, 2.0], rtol=1e-6)
+    np.testing.assert_allclose(found[2:], 1 + np.cos(np.pi * np.arange(18) / 18), rtol=1e-5, atol=1e-6)
+
+
+def test_milestones_count_from_the_start_of_the_run_in_spite_of_a_warm_up() -> None:
+    found = rates("step", warmup_epochs=1, milestones=(2, 3), gamma=0.5)
+    np.testing.assert_allclose(found[:5], [0.4, 0.8, 1.2, 1.6, 2.0], rtol=1e-6)
+    np.testing.assert_allclose(found[[5, 9, 10, 14, 15, 19]], [2, 2, 1, 1, 0.5, 0.5], rtol=1e-6)
+    np.testing.assert_allclose(rates("step", warmup_epochs=0.2, milestones=(2,))[0], 2.0)
+
+
+PARAMS = {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full((2,), 3.0)}
+
+
+def update(kind: str, gradient: float, steps: int = 1, **options) -> dict[str, np.ndarray]:
+    """The parameters' change after some steps of one gradient at learning rate 0.1."""
+    optimizer = optim.optimizer(kind, 0.1, **options)
+    params, state = PARAMS, optimizer.init(PARAMS)
+    for _ in range(steps):
+        gradients = jax.tree.map(lambda p: jnp.full_like(p, gradient), params)
+        updates, state = optimizer.update(gradients, state, params)
+        params = optax.apply_updates(params, updates)
+    return jax.tree.map(lambda new, old: np.asarray(new - old), params, PARAMS)
+
+
+def test_decay_spares_what_is_no_kernel() -> None:
+    change = update("sgd", 0.0, weight_decay=0.5, decay_norms=False)
+    np.testing.assert_allclose(change["kernel"], -0.15, rtol=1e-6)
+    np.testing.assert_array_equal(change["bias"], 0)
+    np.testing.assert_allclose(update("sgd", 0.0, weight_decay=0.5)["bias"], -0.15, rtol=1e-6)
+
+
+def test_decoupled_decay_gathers_no_momentum() -> None:
+    coupled, decoupled = (
+        update("sgd", 0.0, 2, weight_decay=0.5, decoupled_decay=flag)["kernel"] for flag in (False, True)
+    )
+    np.testing.assert_allclose(decoupled, 3 * 0.95**2 - 3, rtol=1e-5)
+    np.testing.assert_allclose(coupled, -0.1 * (1.5 + (0.9 * 1.5 + 0.5 * 2.85)), rtol=1e-5)
+
+
+def test_clipping_counts_all_parameters_together() -> None:
+    change = update("sgd", 10.0, clip_norm=1.0, momentum=0.0)  # six values of 10: a norm of 24.5
+    length = np.sqrt(sum((value**2).sum() for value in change.values()))
+    assert length == pytest.approx(0.1, rel=1e-5)
+    np.testing.assert_allclose(update("sgd", 0.1, clip_norm=1.0)["bias"], -0.01, rtol=1e-5)
+
+
+def test_adamw_decays_outside_its_moments() -> None:
+    change = update("adamw", 1e-3, weight_decay=0.1)
+    np.testing.assert_allclose(change["kernel"], -0.1 * (1 + 0.1 * 3), rtol=1e-4)
+    np.testing.assert_allclose(update("adamw", 1e-3, weight_decay=0.1, decay_norms=False)["bias"], -0.1, rtol=1e-4)

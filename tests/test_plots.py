@@ -42,22 +42,28 @@ def is_png(path: Path) -> bool:
     return path.read_bytes().startswith(b"\x89PNG") and [path] == list(path.parent.iterdir())
 
 
+def boxes(figure: Figure, texts: list) -> list[tuple[str, Any]]:
+    """Where each text stands, in pixels."""
+    if not isinstance(figure.canvas, FigureCanvasAgg):
+        FigureCanvasAgg(figure).draw()
+    return [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text()]
+
+
 def overlaps(figure: Figure, texts: list) -> list[tuple[str, str]]:
     """Pairs of texts whose boxes share some area."""
-    FigureCanvasAgg(figure).draw()
-    boxes = [(text.get_text(), text.get_window_extent().shrunk(0.98, 0.98)) for text in texts if text.get_text()]
+    found = [(text, box.shrunk(0.98, 0.98)) for text, box in boxes(figure, texts)]
     return [
-        (a, b) for i, (a, box) in enumerate(boxes) for b, other in boxes[:i]
+        (a, b) for i, (a, box) in enumerate(found) for b, other in found[:i]
         if min(box.x1, other.x1) > max(box.x0, other.x0) and min(box.y1, other.y1) > max(box.y0, other.y0)
     ]  # fmt: skip
 
 
 def outside(figure: Figure, texts: list) -> list[str]:
     """Texts that the picture's edge cuts."""
-    FigureCanvasAgg(figure).draw()
     width, height = figure.bbox.width + 1, figure.bbox.height + 1
-    boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text()]
-    return [text for text, box in boxes if box.x0 < -1 or box.y0 < -1 or box.x1 > width or box.y1 > height]
+    return [
+        text for text, box in boxes(figure, texts) if box.x0 < -1 or box.y0 < -1 or box.x1 > width or box.y1 > height
+    ]
 
 
 def test_curves(drawn: list[Figure], tmp_path: Path) -> None:

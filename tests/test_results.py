@@ -167,7 +167,7 @@ def test_force_replaces(results: ModuleType, root: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("file", "old", "new", "message"),
     [
-        ("seed-1/summary.json", '"test_accuracy": 0.72', '"test_accuracy": 0.721', "summary.json: final test_accuracy is 0.721"),
+        ("seed-1/summary.json", '"test_accuracy": 0.72', '"test_accuracy": 0.721', "final test_accuracy is 0.721, but 0.72"),
         ("seed-1/summary.json", '"train_loss": ', '"train_losses": ', "seed-1: summary.json: final has no train_loss"),
         ("seed-1/summary.json", '"best": {"epoch": 3', '"best": {"epoch": 2', "seed-1: summary.json: best val_accuracy is"),
         ("seed-1/summary.json", '"best": {"epoch": 3', '"best": {"epoch": 4', "summary.json: best is of epoch 4 of 3"),

@@ -16,16 +16,19 @@ import pytest
 from conftest import REPOSITORY, command
 
 import jresnet
-from jresnet import recipes, report, run, weights
-from jresnet.errors import InputError, WeightsError
+from jresnet import logs, recipes, run, weights
+from jresnet.config import RunConfig, default_config
+from jresnet.errors import InputError
 from jresnet.pretrained import Preprocessing
+from jresnet.program import load_data
+from jresnet.stop import Interrupted, StopRequest
 
 SCRIPT = "scripts/train_cifar10.py"
 # Small enough for a test: 4 steps an epoch on 64 digits.
 SHORT = ("--depth", "20", "--dataset", "digits", "--limit-train", "64", "--limit-test", "40", "--batch-size", "16")
 
 
-def config(**changes) -> run.RunConfig:
+def config(**changes) -> RunConfig:
     short = {
         "arch": "resnet20_cifar",
         "dataset": "digits",
@@ -34,12 +37,12 @@ def config(**changes) -> run.RunConfig:
         "batch_size": 16,
         "epochs": 2,
     }
-    return run.default_config(**{**short, **changes})
+    return default_config(**{**short, **changes})
 
 
-def trainer(out: Path, stop: run.StopRequest | None = None, **changes) -> run.Trainer:
+def trainer(out: Path, stop: StopRequest | None = None, **changes) -> run.Trainer:
     chosen = config(**changes)
-    return run.Trainer(chosen, run.load_data(chosen, None), out, stop)
+    return run.Trainer(chosen, load_data(chosen, None), out, stop)
 
 
 def values_of(path: Path) -> dict[str, np.ndarray]:
@@ -71,7 +74,7 @@ def test_digits_reach_95_per_cent(tmp_path: Path) -> None:
 def test_a_runs_folder_holds_everything(finished: Path) -> None:
     assert {path.name for path in finished.iterdir()} == {
         "config.json", "metrics.jsonl", "summary.json", "last.safetensors", "best.safetensors", "checkpoints",
-        "curves.png", "confusion.png", "tensorboard",
+        "curves.png", "confusion.png", "worst.png", "tensorboard", "lock",
     }  # fmt: skip
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2]
@@ -81,22 +84,24 @@ def test_a_runs_folder_holds_everything(finished: Path) -> None:
     } <= rows[0].keys()  # fmt: skip
     summary = json.loads((finished / "summary.json").read_text())
     assert {
-        "arch", "parameters", "dataset", "final", "best", "best_chosen_on", "seconds", "compile_seconds",
-        "images_per_second", "device", "precision", "seed", "versions", "command",
+        "arch", "recipe", "parameters", "dataset", "final", "best", "best_chosen_on", "test_accuracy_by_class", "rollbacks",
+        "seconds", "compile_seconds", "images_per_second", "device", "devices", "precision", "seed", "versions", "command",
     } <= summary.keys()  # fmt: skip
     assert summary["parameters"] == 269_722
     assert len(summary["dataset"]["digest"]) == 64
     assert "held out for validation" in summary["best_chosen_on"]
     assert summary["best"]["val_accuracy"] == max(row["val_accuracy"] for row in rows)
     assert summary["final"]["test_accuracy"] == rows[-1]["test_accuracy"]
-    for name in ("curves.png", "confusion.png"):
+    assert summary["final"]["val_accuracy"] == rows[-1]["val_accuracy"]
+    assert list(summary["test_accuracy_by_class"]) == list("0123456789")
+    for name in ("curves.png", "confusion.png", "worst.png"):
         assert (finished / name).read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_weights_load_and_classify_as_the_run_says(finished: Path) -> None:
     model = jresnet.create("resnet20_cifar", weights=finished / "last.safetensors")
     chosen = config(val_split=100)
-    test = run.load_data(chosen, None).test
+    test = load_data(chosen, None).test
     logits = model(chosen.pipeline().evaluate(test.images[:40]))
     accuracy = float((np.asarray(logits).argmax(1) == test.labels[:40]).mean())
     assert accuracy == json.loads((finished / "summary.json").read_text())["final"]["test_accuracy"]
@@ -132,7 +137,7 @@ def test_a_run_is_a_function_of_its_seed(finished: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize("stop_after", [2, 4, 7])
 def test_a_resumed_run_ends_where_an_undisturbed_one_does(finished: Path, tmp_path: Path, stop_after: int) -> None:
     """Bit for bit, also from the middle of an epoch."""
-    out, stop = tmp_path / "out", run.StopRequest()
+    out, stop = tmp_path / "out", StopRequest()
     first = trainer(out, stop, val_split=100)
     steps = []
 
@@ -142,10 +147,7 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does(finished: Path, tmp_pa
             stop.signal = signal.SIGTERM
 
     first.progress.step = after_step  # type: ignore[method-assign]
-    first.loop = run.train.steps_loop(
-        run.train.train_step(first.graph, first.optimizer, first.pipeline), False, stop=stop, after_step=after_step
-    )
-    with pytest.raises(run.Interrupted):
+    with pytest.raises(Interrupted):
         first.fit()
     assert weights.load(out / "last.safetensors")
     assert not (out / "summary.json").exists()
@@ -188,7 +190,7 @@ def test_signals_save_and_exit(tmp_path: Path, number: int, code: int) -> None:
     assert list((out / "checkpoints").iterdir())
     resumed = trainer(out, epochs=50)
     resumed.stop.signal = number  # go no further than the checkpoint
-    with pytest.raises(run.Interrupted):
+    with pytest.raises(Interrupted):
         resumed.fit(resume=True)
     assert int(resumed.state.step) >= 4
 
@@ -202,18 +204,27 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     assert not (out / "last.safetensors").exists()
 
 
+def break_after(trainer: run.Trainer, step: int, times: int = 1) -> None:
+    """Makes the loss NaN in the next stretch that ends after ``step``, ``times`` times."""
+    loop, left = trainer.program.loop, [times]
+
+    class Breaking:
+        on_device, compile = loop.on_device, loop.compile
+
+        def __call__(self, *arguments, **options):
+            state, metrics = loop(*arguments, **options)
+            if int(state.step) > step and left[0]:
+                left[0] -= 1
+                metrics.loss[-1] = np.nan
+            return state, metrics
+
+    trainer.program.loop = Breaking()  # type: ignore[assignment]
+
+
 def test_a_nan_leaves_the_last_good_checkpoint_alone(tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = trainer(out, epochs=3)
-    loop = first.loop
-
-    def breaking(state, split, order, start, end, key):
-        state, metrics = loop(state, split, order, start, end, key)
-        if int(state.step) > 4:
-            metrics.loss[-1] = np.nan
-        return state, metrics
-
-    first.loop = breaking
+    break_after(first, 4)
     with pytest.raises(run.NonFiniteLoss, match=r"the loss is nan at step [4-7] \(epoch 2\)"):
         first.fit()
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["4"]
@@ -221,24 +232,97 @@ def test_a_nan_leaves_the_last_good_checkpoint_alone(tmp_path: Path) -> None:
     assert np.isfinite(summary["final"]["test_loss"])
 
 
-def test_an_altered_checkpoint_is_refused(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    trainer(out, epochs=1).fit()
-    blobs = sorted((out / "checkpoints" / "4" / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
-    content = bytearray(blobs[-1].read_bytes())
-    content[len(content) // 2] ^= 1
-    blobs[-1].write_bytes(content)
-    with pytest.raises(WeightsError, match=r"checkpoints/4 (was altered|cannot be restored)"):
-        trainer(out, epochs=1).fit(resume=True)
+def test_rollback_goes_back_and_on_in_another_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = trainer(tmp_path / "out", epochs=3, on_nan="rollback")
+    break_after(first, 4, times=2)
+    summary = first.fit()
+    said = capsys.readouterr().out
+    assert "rollback 1 of 3: the loss is nan at step" in said
+    assert "rollback 2 of 3" in said
+    assert "resumed  at step 4 of 12" in said
+    assert summary["rollbacks"] == 2
+    assert [row["epoch"] for row in logs.read_metrics(tmp_path / "out" / "metrics.jsonl")] == [1, 2, 3]
+    undisturbed = trainer(tmp_path / "other", epochs=3).fit()
+    assert summary["final"]["train_loss"] != undisturbed["final"]["train_loss"]
 
 
-def test_a_checkpoint_that_is_cut(tmp_path: Path) -> None:
+def test_rollback_gives_up_after_three(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = trainer(tmp_path / "out", epochs=2, on_nan="rollback")
+    break_after(first, 0, times=9)  # before any checkpoint: it begins again
+    with pytest.raises(run.NonFiniteLoss):
+        first.fit()
+    assert capsys.readouterr().out.count("rollback ") == 3
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+    first = trainer(tmp_path / "out", epochs=2)
+    first.program.finite = lambda state: int(state.step) < 8  # type: ignore[assignment]
+    with pytest.raises(run.NonFiniteLoss, match="a weight is not finite after a finite loss at step 7"):
+        first.fit()
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["4"]
+
+
+def test_debug_nans_names_the_layer(tmp_path: Path) -> None:
+    chosen = config(epochs=1)
+    first = run.Trainer(chosen, load_data(chosen, None), tmp_path / "out", options=run.Options(debug_nans=True))
+    params = first.state.params
+    params["layer2"][1]["bn2"]["scale"][...] = params["layer2"][1]["bn2"]["scale"][...].at[3].set(np.inf)
+    with pytest.raises(run.NonFiniteLoss, match=r"at step 0 \(epoch 1\)\n  .*layer2\.1\.bn2"):
+        first.fit()
+
+
+def test_checkpoints_by_the_minute(tmp_path: Path) -> None:
+    chosen = config(epochs=1)
+    options = run.Options(checkpoint_minutes=0)
+    first = run.Trainer(chosen, load_data(chosen, None), tmp_path / "out", options=options)
+    saved = []
+    save = run.Checkpoints.save
+
+    def noting(self, state, progress, score=None):
+        saved.append((int(state.step), score is not None))
+        save(self, state, progress, score)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.Checkpoints, "save", noting)
+        first.fit()
+    assert saved == [(1, False), (2, False), (3, False), (4, True)]
+
+
+def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+    with run.Lock(tmp_path), pytest.raises(InputError, match=r"another run is using .* \(process \d+"):
+        trainer(tmp_path).fit()
+
+
+def test_a_signal_while_compiling(tmp_path: Path) -> None:
+    first = trainer(tmp_path / "out")
+    first.stop.signal = signal.SIGTERM
+    with pytest.raises(Interrupted):
+        first.fit()
+    assert not (tmp_path / "out" / "last.safetensors").exists()
+    assert trainer(tmp_path / "out").fit(resume=True)["final"]["epoch"] == 2
+
+
+def test_several_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = config(epochs=1, recipe="fast", lr=0.05, seed=3)
+    data = load_data(chosen, None)
     out = tmp_path / "out"
-    trainer(out, epochs=1).fit()
-    blobs = sorted((out / "checkpoints" / "4" / "state").rglob("d/*"), key=lambda path: path.stat().st_size)
-    os.truncate(blobs[-1], blobs[-1].stat().st_size // 2)
-    with pytest.raises(WeightsError, match="checkpoints/4 cannot be restored"):
-        trainer(out, epochs=1).fit(resume=True)
+    summary = run.fit_seeds(chosen, data, out, 2)
+    assert capsys.readouterr().out.count("compiled in") == 1
+    assert (summary["n"], summary["seeds"]) == (2, [3, 4])
+    values = [json.loads((out / f"seed-{n}" / "summary.json").read_text())["final"]["test_accuracy"] for n in (3, 4)]
+    assert summary["final"]["test_accuracy"]["values"] == values
+    assert summary["final"]["test_accuracy"]["mean"] == pytest.approx(np.mean(values))
+    assert summary["final"]["test_accuracy"]["std"] == pytest.approx(np.std(values, ddof=1))
+    trainer(tmp_path / "single", epochs=1, recipe="fast", lr=0.05, seed=4).fit()
+    single, one_of_two = (values_of(tmp_path / name / "last.safetensors") for name in ("single", "out/seed-4"))
+    assert all(np.array_equal(single[name], one_of_two[name]) for name in single)
+
+    (out / "seed-4" / "summary.json").unlink()
+    again = run.fit_seeds(chosen, data, out, 2, resume=True)  # the finished one is left alone
+    assert again["final"]["test_accuracy"] == summary["final"]["test_accuracy"]
+    assert capsys.readouterr().out.count("done  ") == 1
+    with pytest.raises(InputError, match="already holds a run"):
+        run.fit_seeds(chosen, data, out, 2)
 
 
 @pytest.mark.parametrize(
@@ -247,8 +331,22 @@ def test_a_checkpoint_that_is_cut(tmp_path: Path) -> None:
         (["--depth", "35"], 2, "unknown --depth 35: there are 18, 20, 32, 34"),
         (["--depth", "20", "--arch", "resnet18"], 2, "not allowed with"),
         (["--arch", "resnet2O_cifar"], 1, "unknown architecture 'resnet2O_cifar': did you mean resnet"),
-        (["--recipe", "fasst"], 1, "unknown recipe 'fasst': there are step, blog"),
-        (["--epochs", "0", "--lr", "-1", "--momentum", "1"], 1, "epochs must be at least 1, got 0; lr must be above 0"),
+        (["--recipe", "fasst"], 2, "invalid choice: 'fasst'"),
+        (
+            ["--epochs", "0", "--lr", "-1", "--momentum", "1"],
+            1,
+            "epochs must be at least 1, got 0; lr must be at least 0",
+        ),
+        (["--schedule", "cosine", "--milestones", "5"], 1, "milestones belong to --schedule step, not cosine"),
+        (["--warmup-epochs", "120"], 1, "milestone 100 lies in the warm-up"),
+        (
+            ["--ema", "1", "--label-smoothing", "2"],
+            1,
+            "label_smoothing must be from 0 to 1, got 2.0; ema must be below 1",
+        ),
+        (["--runs", "0", "--checkpoint-minutes", "-1"], 2, "--runs must be at least 1, got 0; --checkpoint-minutes"),
+        (["--devices", "1000", "--dataset", "digits"], 1, "--devices 1000: this machine has"),
+        (["--distributed", "auto", "--process-id", "0"], 2, "finds --coordinator, --num-processes and --process-id by"),
         (["--epochs", "many"], 2, "invalid int value"),
         (["--resume"], 2, "--resume needs --out"),
         (["--dataset", "digits", "--batch-size", "2000"], 1, "a batch of 2000 is larger than the 1437 training images"),
@@ -294,7 +392,9 @@ def test_help_names_units_and_defaults() -> None:
     for option in (
         "--depth", "--arch", "--recipe", "--epochs", "--batch-size", "--lr", "--momentum", "--weight-decay", "--milestones",
         "--gamma", "--nesterov", "--no-nesterov", "--precision", "--data-dir", "--dataset", "--limit-train", "--limit-test",
-        "--val-split", "--seed", "--out", "--resume",
+        "--val-split", "--seed", "--out", "--resume", "--label-smoothing", "--ema", "--mixup", "--cutmix",
+        "--random-erasing", "--clip-norm", "--warmup-epochs", "--schedule", "--optimizer", "--runs", "--on-nan",
+        "--debug-nans", "--deterministic", "--checkpoint-minutes", "--devices", "--bn", "--coordinator", "--distributed",
     ):  # fmt: skip
         assert option in done.stdout
     assert "50, 101 or 152 (Bottleneck blocks)" in done.stdout
@@ -305,12 +405,12 @@ def test_every_architecture_trains_on_cifar10s_shape(tmp_path: Path) -> None:
     for changes in ({"arch": "resnet18_d2l"}, {"arch": "resnet34_projection", "recipe": "blog", "image_size": 32}):
         chosen = config(limit_train=4, limit_test=4, batch_size=2, epochs=1, **changes)
         out = tmp_path / chosen.arch
-        summary = run.Trainer(chosen, run.load_data(chosen, None), out).fit()
+        summary = run.Trainer(chosen, load_data(chosen, None), out).fit()
         assert np.isfinite(summary["final"]["test_loss"])
 
 
 def test_the_blogs_recipe() -> None:
-    blog = run.default_config(recipe="blog")
+    blog = default_config(recipe="blog")
     assert (blog.arch, blog.stem, blog.image_size, blog.batch_size, blog.lr, blog.epochs) == (
         "resnet34_projection", "imagenet", 224, 64, 1e-3, 100,
     )  # fmt: skip
@@ -320,18 +420,53 @@ def test_the_blogs_recipe() -> None:
 
 
 def test_the_step_recipe() -> None:
-    step = run.default_config()
+    step = default_config()
     assert (step.arch, step.stem, step.epochs, step.batch_size, step.lr, step.weight_decay, step.gamma) == (
         "resnet34", "cifar", 200, 128, 0.1, 5e-4, 0.1,
     )  # fmt: skip
     assert step.nesterov
     assert step.milestones == (100, 150)
-    assert run.default_config(epochs=10).milestones == (5, 7.5)
-    assert run.default_config(epochs=10, milestones=[3]).milestones == (3,)
+    assert default_config(epochs=10).milestones == (5, 7.5)
+    assert default_config(epochs=10, milestones=[3]).milestones == (3,)
+
+
+def test_the_fast_recipe() -> None:
+    fast = default_config(recipe="fast", arch="resnet18")
+    assert (fast.epochs, fast.batch_size, fast.schedule, fast.warmup_epochs, fast.flip) == (
+        20,
+        512,
+        "onecycle",
+        4,
+        "alternate",
+    )
+    assert fast.label_smoothing > 0
+    assert fast.ema > 0
+    assert fast.zero_init_residual
+    assert not fast.decay_norms
+    assert fast.milestones == ()
+
+
+def test_another_optimizer_or_schedule_brings_its_own_values() -> None:
+    adamw = default_config(optimizer="adamw", schedule="onecycle")
+    assert (adamw.lr, adamw.weight_decay, adamw.nesterov, adamw.warmup_epochs, adamw.milestones) == (
+        1e-3,
+        1e-2,
+        False,
+        40,
+        (),
+    )
+    assert default_config(optimizer="adamw", lr=0.01).lr == 0.01
+    assert default_config(recipe="fast", schedule="step").milestones == (10, 15)
+
+
+def test_the_run_says_what_decays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for recipe, expected in (("step", "on all parameters"), ("fast", "on kernels only, not on BN and biases")):
+        trainer(tmp_path / recipe, recipe=recipe, epochs=1, limit_train=16)._introduce()
+        assert f"weight decay 0.0005 {expected}" in capsys.readouterr().out
 
 
 def test_statistics_are_the_datas() -> None:
-    pixels = run.load_data(config(), None).train.images / 255
+    pixels = load_data(config(), None).train.images / 255
     mean, std = recipes.STATISTICS["digits"]
     np.testing.assert_allclose(pixels.mean((0, 1, 2)), mean, atol=5e-4)
     np.testing.assert_allclose(pixels.std((0, 1, 2)), std, atol=5e-4)
@@ -339,14 +474,14 @@ def test_statistics_are_the_datas() -> None:
 
 def test_durations_read_well() -> None:
     expected = {0.2: "0 s", 59.6: "1 min", 95: "1 min 35 s", 3600: "1 h", 3661: "1 h 1 min", 900_000: "10 d 10 h"}
-    assert {seconds: report.duration(seconds) for seconds in expected} == expected
+    assert {seconds: logs.duration(seconds) for seconds in expected} == expected
 
 
 def test_config_is_checked_from_python_too() -> None:
     with pytest.raises(InputError, match="unknown dataset 'mnist'"):
-        run.default_config(dataset="mnist")
+        default_config(dataset="mnist")
     with pytest.raises(InputError, match="unknown precision 'float16'"):
-        run.default_config(precision="float16")
+        default_config(precision="float16")
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
