@@ -101,7 +101,9 @@ class Trainer:
             if self.first:
                 check_out(self.config, self.out, resume)  # before anything is written
                 make_folder(self.out)
-                stack.enter_context(Lock(self.out))
+                lock = stack.enter_context(Lock(self.out))
+                if lock.note:
+                    self.progress.say(f"note     {lock.note}")
                 check_out(self.config, self.out, resume)  # another run may just have ended
                 checkpoints = stack.enter_context(Checkpoints(self.out / "checkpoints"))
                 self._write_config()

@@ -106,9 +106,11 @@ def test_one_seed_and_no_row(results: ModuleType, tmp_path: Path) -> None:
     assert (tmp_path / "README.md").read_text() == README.replace("old\n", "")
     one = make_run(tmp_path / "one", [0.3, 0.5, 0.7], seed=4)
     for name, peer in (("a", ()), ("b", ("--peer", "a"))):
-        assert results.main(["add", str(one), name, "--framework", "jresnet", *OPTIONS, *peer], tmp_path) == 0
+        add = [option.replace("fast", "step | warm-up") for option in (*OPTIONS, *peer)]
+        assert results.main(["add", str(one), name, "--framework", "jresnet", *add], tmp_path) == 0
     assert (tmp_path / "results/a/seed-4/summary.json").exists()
     assert results.main([], tmp_path) == 0
+    assert table(tmp_path)[0][0] == r"ResNet-20, step \| warm-up, 3 epochs"
     assert table(tmp_path)[0][3:6] == ["69.00 %", "1", "1.3667"]
     assert "+0.00 points; one seed has no standard error" in (tmp_path / "README.md").read_text()
 

@@ -202,11 +202,12 @@ class Training:
 
     @torch.no_grad()
     def _average(self, decay: float) -> None:
-        """As torch's AveragedModel, which would overwrite the initial weights by the first step's, and takes longer."""
-        pair = (
-            [*m.parameters(), *(b for b in m.buffers() if b.is_floating_point())] for m in (self.averaged, self.model)
+        """As torch's AveragedModel with buffers, whose first update would drop the initial weights."""
+        averages, values = (
+            [*network.parameters(), *(buffer for buffer in network.buffers() if buffer.is_floating_point())]
+            for network in (self.averaged, self.model)
+            if network is not None
         )
-        averages, values = pair
         torch._foreach_lerp_(averages, values, 1 - decay)
 
     @torch.no_grad()
