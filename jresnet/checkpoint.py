@@ -56,21 +56,21 @@ class Checkpoints:
         folder: made where it is missing; what an interrupted save left in it is removed.
 
     Raises:
-        InputError: where the folder cannot be made.
+        InputError: where the folder cannot be made or read.
     """
 
     def __init__(self, folder: Path):
+        self.folder = folder
+        # Orbax logs a traceback in each of its threads that a failed write ends, and advice of its own; errors are raised.
+        self._quiet = lambda record: "orbax" not in Path(record.pathname).parts
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self._open()
         except OSError as error:
             raise InputError(
                 f"cannot keep checkpoints in {folder}: {error.strerror or error}; choose another folder"
             ) from error
-        self.folder = folder
-        # Orbax logs a traceback in each of its threads that a failed write ends, and advice of its own; errors are raised.
-        self._quiet = lambda record: "orbax" not in Path(record.pathname).parts
         logging.getLogger("absl").addFilter(self._quiet)
-        self._open()
 
     def _open(self) -> None:
         """(Re)reads what is in the folder."""
@@ -83,6 +83,8 @@ class Checkpoints:
             create=False,  # not to be had together with active_processes
             preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(KEPT), self._best]),
             lightweight_initialize=True,  # else a damaged file in any checkpoint makes the constructor raise
+            # Else a folder that cannot be made leaves threads behind that wait 300 s for it, and the process with them.
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
             multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}),
         )
         self._manager = ocp.CheckpointManager(self.folder.resolve(), options=options)
@@ -124,7 +126,7 @@ class Checkpoints:
             "step": step,
             "score": score,
             "layout": _layout(state),
-            "digest": _digest(packed),
+            "digest": _digest(packed.data),
             "progress": progress,
         }
         text = json.dumps(about)
@@ -133,12 +135,10 @@ class Checkpoints:
             about=ocp.args.JsonSave({"text": text, "digest": _digest(text.encode())}),
         )
         with self._writing():
-            # Orbax reports these too, but after it has filled the disk or begun coroutines that nobody awaits.
+            # Orbax would report it too, but after it has filled the disk.
             needed, free = packed.nbytes + 2**20, shutil.disk_usage(self.folder).free
             if free < needed:
                 raise OSError(f"it takes {needed:,} bytes and the disk has {free:,} free")
-            if not os.access(self.folder, os.W_OK):
-                raise OSError("no permission, or a read-only disk")
             self._best.note(step, score)
             self._manager.save(step, args=items, force=True)  # whenever asked, not when Orbax's policies find it due
 
@@ -158,7 +158,8 @@ class Checkpoints:
         except Exception as error:  # OSError, ValueError, RuntimeError: whatever ended one of Orbax's threads
             with contextlib.suppress(Exception):
                 self._manager.close()
-            self._open()  # removes what is half-written, and knows again of those that were to make room for it
+            with contextlib.suppress(OSError):  # else what was known before the failure has to do
+                self._open()  # removes what is half-written, and knows again of those that were to make room for it
             steps = self._manager.all_steps()
             advice = "There is none before it: mend the cause and begin again"
             if steps:
@@ -221,7 +222,7 @@ class Checkpoints:
         like = {"bytes": np.broadcast_to(np.uint8(0), size)}
         items = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))
         packed = items["state"]["bytes"]
-        if _digest(packed) != wanted:
+        if _digest(packed.data) != wanted:
             raise WeightsError("its arrays were altered after they were written")
         return packed
 
@@ -326,5 +327,5 @@ def _place(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
-def _digest(content: bytes | np.ndarray) -> str:
+def _digest(content: bytes | memoryview) -> str:
     return hashlib.sha256(content).hexdigest()

@@ -118,7 +118,7 @@ class WandB:
             from wandb import Error, init  # type: ignore[import-not-found]
         except ImportError as error:  # also where a run's own folder wandb/ is taken for the package
             raise InputError(
-                "Weights & Biases is not installed: pip install wandb, or leave out the option that asks for it"
+                f"Weights & Biases cannot be used ({error}): pip install --upgrade wandb, or leave out what asks for it"
             ) from error
         path = folder / "wandb-id"
         if not path.exists():  # before the run begins, so that one that is killed at once goes on as well

@@ -17,12 +17,7 @@ from typing import Any, NamedTuple
 
 from jresnet import plots
 from jresnet.errors import InputError
-from jresnet.logs import LARGEST, Metrics, Progress, duration, finite, read_metrics
-from jresnet.plots import plot_confusion, plot_curves
-
-# Metrics and the like under their old address; to go.
-__all__ = ["Entry", "Metrics", "Progress", "Run", "duration", "main", "plot_confusion", "plot_curves", "read_entry",
-           "read_json", "read_run", "spread", "summarise"]  # fmt: skip
+from jresnet.logs import LARGEST, duration, finite, read_metrics
 
 # What a table says of config.json's "run", and its types.
 SETTINGS: dict[str, type | tuple[type, ...]] = {

@@ -77,7 +77,8 @@ class Trainer:
         self.program = program or Program(config, data)
         self.steps_per_epoch, self.total_steps = self.program.steps_per_epoch, self.program.total_steps
         self.first = devices.is_first()
-        self.progress = logs.Progress(quiet=not self.first)
+        memory = "host memory" if self.program.devices.platform == "cpu" else "device memory"
+        self.progress = logs.Progress(quiet=not self.first, memory=memory)
         self.state = self.program.state(config.seed)
         self.order_key, self.image_key = jax.random.split(jax.random.key(config.seed))
         self.done = Done()
@@ -128,8 +129,7 @@ class Trainer:
                         raise
                     self._roll_back(checkpoints, error)
                     if metrics:
-                        metrics.close()
-                        metrics = logs.Metrics(self.out, self.done.epochs, wandb)
+                        metrics.rewind(self.done.epochs)
             if checkpoints:
                 checkpoints.wait()
             return self._finish(metrics.rows if metrics else [])
@@ -451,7 +451,8 @@ class Trainer:
 
     def _wandb(self) -> logs.WandB:
         assert self.options.wandb is not None
-        return logs.WandB(self.options.wandb, self.out.name, dataclasses.asdict(self.config), self.out)
+        name = f"{self.out.parent.name}/{self.out.name}"  # a seed's folder alone is seed-0 in every run
+        return logs.WandB(self.options.wandb, name, dataclasses.asdict(self.config), self.out)
 
 
 @dataclass

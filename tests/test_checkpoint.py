@@ -229,8 +229,8 @@ def test_what_a_killed_save_left_is_removed(two: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(two, tmp_path / "checkpoints"))
     (folder / "12.orbax-checkpoint-tmp").mkdir()
     (folder / "12.orbax-checkpoint-tmp" / "half").write_text("half")
-    write(folder, 12)
-    assert steps(folder) == [4, 8, 12]
+    write(folder, 16)
+    assert steps(folder) == [4, 8, 16]
 
 
 # Damage.
@@ -365,6 +365,7 @@ def test_what_is_no_checkpoint(two: Path, tmp_path: Path) -> None:
     (folder / "007").mkdir()
     (folder / "90").write_text("a file")
     (folder / "12").mkdir()
+    (folder / "8" / "_CHECKPOINT_METADATA").write_text('{"init_timestamp_nsecs": "soon"}')  # which nobody reads
     with Checkpoints(folder) as checkpoints:
         found = checkpoints.restore(state(0))
     assert found is not None
@@ -486,7 +487,8 @@ DISKS = {  # what is done once a first checkpoint is whole, and what is said
         "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))",
         "File too large",
     ),
-    "read-only": ("folder.chmod(0o500)", "no permission, or a read-only disk"),
+    "read-only": ("folder.chmod(0o500)", "Permission denied"),
+    "locked away": ("folder.chmod(0)", "Permission denied"),
     "taken away": ("shutil.rmtree(folder)", "No such file or directory"),
 }
 
@@ -523,6 +525,7 @@ try:
 except InputError as error:
     print(error)
 if folder.exists():
+    folder.chmod(0o700)
     with Checkpoints(folder) as checkpoints:
         found = checkpoints.restore(state(0, 100_000))
         assert same(found.state, state(found.step, 100_000)) and not found.notes
@@ -531,7 +534,9 @@ if folder.exists():
     program = [sys.executable, "-c", script, str(tmp_path)]
     if disk == "full":
         program = [*in_a_small_disk(tmp_path), *program]
-    if disk == "read-only" and os.geteuid() == 0:  # root may write everywhere, unless it gives its capabilities away
+    if (
+        disk in ("read-only", "locked away") and os.geteuid() == 0
+    ):  # root may write everywhere, unless it gives its capabilities away
         program = ["setpriv", "--inh-caps=-all", "--bounding-set=-all", *program]
     done = subprocess.run(program, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -680,8 +685,8 @@ def test_a_second_run_is_refused_until_the_first_is_gone(tmp_path: Path, how: st
 
 
 def test_a_lock_is_released_and_names_its_holder(tmp_path: Path) -> None:
-    for _ in range(2):
-        with Lock(tmp_path):
+    for lock in [Lock(tmp_path), Lock(tmp_path)]:
+        with lock:
             with pytest.raises(InputError, match=f"process {os.getpid()} on "), Lock(tmp_path):
                 pass
             done = command("-c", HOLDER, tmp_path, "alone")

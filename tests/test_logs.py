@@ -234,10 +234,10 @@ def test_wandb_hears_how_the_run_ended(server: dict[str, list], tmp_path: Path) 
 
 def test_wandb_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(InputError, match="pip install wandb"):
+    with pytest.raises(InputError, match="pip install --upgrade wandb"):
         WandB("project", "name", {}, tmp_path)
     monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))  # W&B's own folder wandb/, taken for a package
-    with pytest.raises(InputError, match="pip install wandb"):
+    with pytest.raises(InputError, match="pip install --upgrade wandb"):
         WandB("project", "name", {}, tmp_path)
     assert not list(tmp_path.iterdir())
 

@@ -317,6 +317,7 @@ def test_several_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     single, one_of_two = (values_of(tmp_path / name / "last.safetensors") for name in ("single", "out/seed-4"))
     assert all(np.array_equal(single[name], one_of_two[name]) for name in single)
 
+    capsys.readouterr()
     (out / "seed-4" / "summary.json").unlink()
     again = run.fit_seeds(chosen, data, out, 2, resume=True)  # the finished one is left alone
     assert again["final"]["test_accuracy"] == summary["final"]["test_accuracy"]
