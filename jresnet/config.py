@@ -134,7 +134,9 @@ def default_config(
     for name, table in (("optimizer", recipes.OPTIMIZERS), ("schedule", recipes.SCHEDULES)):
         if given.get(name, row[name]) != row[name]:
             row |= table.get(given[name], {})
-    values = row | recipes.DATASETS[dataset] | given
+    smaller = recipes.DATASETS[dataset]
+    row["lr"] *= smaller.get("batch_size", row["batch_size"]) / row["batch_size"]
+    values = row | smaller | given
     values["arch"] = arch = arch or row["arch"] or "resnet34"
     if zoo.find(arch).config.stem == "cifar":
         values["stem"] = "cifar"

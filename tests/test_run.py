@@ -356,7 +356,7 @@ def test_several_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         (["--dataset", "digits", "--depth", "20", "--out", "{file}/x"], 1, "cannot use --out"),
         (["--dataset", "digits", "--out", "{run}"], 1, "already holds a run (config.json"),
         (["--out", "{run}", "--resume", "--depth", "32"], 1, "arch was 'resnet20_cifar', now 'resnet32_cifar'"),
-        (["--out", "{run}", "--resume", "--lr", "0.2", "--seed", "5"], 1, "lr was 0.1, now 0.2; seed was 0, now 5"),
+        (["--out", "{run}", "--resume", "--lr", "0.2", "--seed", "5"], 1, "lr was 0.025, now 0.2; seed was 0, now 5"),
         (["--out", "{broken}", "--resume"], 1, "is no run's configuration"),
     ],
 )
@@ -445,6 +445,14 @@ def test_the_fast_recipe() -> None:
     assert fast.zero_init_residual
     assert not fast.decay_norms
     assert fast.milestones == ()
+
+
+def test_a_datasets_smaller_batch_brings_a_smaller_rate() -> None:
+    assert [default_config(dataset="digits", recipe=name).lr for name in ("step", "fast")] == pytest.approx(
+        [0.025, 0.025]
+    )
+    assert default_config(dataset="digits", lr=0.1).lr == 0.1
+    assert default_config(batch_size=32).lr == 0.1  # the user's own batch says nothing of the rate
 
 
 def test_another_optimizer_or_schedule_brings_its_own_values() -> None:

@@ -173,11 +173,12 @@ def survive(folder: Path, kills: int, epochs: int) -> list[str]:
     return story
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_three_times(tmp_path: Path) -> None:
     print("\n".join(survive(tmp_path, kills=3, epochs=8)))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_is_killed_twenty_times(tmp_path: Path) -> None:
     story = survive(tmp_path, kills=20, epochs=60)
     print("\n".join(story))
