@@ -63,7 +63,7 @@ class Devices:
         return jax.make_array_from_callback(array.shape, layout, lambda index: array[index])
 
     def replicate(self, tree: Any) -> Any:
-        """A tree of arrays, whole on every device."""
+        """A tree of arrays, whole on every device; an array that lies there already is the same one, not a copy."""
         return jax.tree.map(lambda value: self.put(value, self.whole), tree)
 
 

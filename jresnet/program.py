@@ -47,6 +47,10 @@ class Program:
             problems.append(f"a batch of {config.batch_size} cannot be cut into {self.devices.count} equal parts")
         if problems:
             raise InputError("; ".join(problems) + ": change --batch-size" + (" or --devices" if problems[1:] else ""))
+        devices.meet("data")
+        digests = devices.together(np.frombuffer(bytes.fromhex(data.digest)[:8], np.uint8))
+        if any((digest != digests[0]).any() for digest in digests):
+            raise InputError("the processes have read different images: give each the same, with --data-dir")
         self.images = {name: len(split.labels) for name, split in self.splits.items()}
         self.steps_per_epoch = images // config.batch_size
         self.total_steps = self.steps_per_epoch * config.epochs

@@ -271,6 +271,12 @@ def test_debug_nans_names_the_layer(tmp_path: Path) -> None:
         first.fit()
 
 
+def test_deterministic_is_a_flag_that_xla_knows(tmp_path: Path) -> None:
+    done = command(SCRIPT, *SHORT, "--epochs", 1, "--deterministic", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["options"]["deterministic"]
+
+
 def test_checkpoints_by_the_minute(tmp_path: Path) -> None:
     chosen = config(epochs=1)
     options = run.Options(checkpoint_minutes=0)
