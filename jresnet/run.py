@@ -5,12 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import platform
 import shlex
-import sys
 import time
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jresnet import debug, devices, logs, plots, report, train, weights
+from jresnet import debug, devices, folder, logs, report, train, weights
 from jresnet.checkpoint import Checkpoints, Lock
-from jresnet.config import RunConfig, differences, read_config
+from jresnet.config import RunConfig
 from jresnet.data import Dataset
 from jresnet.devices import Devices
-from jresnet.errors import InputError
-from jresnet.pretrained import Preprocessing
 from jresnet.program import Program, describe
 from jresnet.stop import Interrupted, StopRequest
 
-FILES = ("config.json", "metrics.jsonl", "summary.json", "last.safetensors", "best.safetensors", "checkpoints")
 ROLLBACKS = 3  # how often a run goes back to its last checkpoint
 STRETCH = 2.0  # seconds of training between two looks: at metrics, signals and the clock
 
@@ -100,14 +94,14 @@ class Trainer:
         """
         with contextlib.ExitStack() as stack:
             if self.first:
-                check_out(self.config, self.out, resume)  # before anything is written
-                make_folder(self.out)
+                folder.check(self.config, self.out, resume)  # before anything is written
+                folder.make(self.out)
                 lock = stack.enter_context(Lock(self.out))
                 if lock.note:
                     self.progress.say(f"note     {lock.note}")
-                check_out(self.config, self.out, resume)  # another run may just have ended
+                folder.check(self.config, self.out, resume)  # another run may just have ended
                 checkpoints = stack.enter_context(Checkpoints(self.out / "checkpoints"))
-                self._write_config()
+                folder.write_config(self.out, self.config, options=dataclasses.asdict(self.options))
             else:
                 checkpoints = None
             self._introduce()
@@ -372,20 +366,8 @@ class Trainer:
         return "val" if "val" in self.program.splits else "test"
 
     def _save_weights(self, name: str, row: dict[str, Any]) -> None:
-        if not self.first:
-            return
-        config, pipeline = self.config, self.program.pipeline
-        resize = round(config.image_size * 8 / 7) if config.crop == "resized" else None
-        weights.save(
-            self.out / name,
-            train.model_of(self.program.graph, self.state),
-            config.arch,
-            source=f"trained by jresnet on {self.data.name}",
-            step=str(int(self.state.step)),
-            preprocessing=Preprocessing(resize, config.image_size, pipeline.mean, pipeline.std).to_json(),
-            categories=json.dumps(self.data.classes),
-            metrics=json.dumps(row),
-        )
+        if self.first:
+            folder.save_weights(self.out / name, self.program, self.state, row)
 
     def _finish(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Writes the last weights, the plots and the summary."""
@@ -393,61 +375,16 @@ class Trainer:
         assert test is not None
         if not self.first:
             return {}
-        config, done, program = self.config, self.done, self.program
+        done = self.done
         self._save_weights("last.safetensors", rows[-1])
-        held = program.splits["test"]
-        title = f"{config.arch} on {self.data.name}, recipe {config.recipe}"
-        scored = f"{title}: {100 * test.accuracy:.2f} % of {len(held.labels):,} test images, last epoch"
-        plots.plot_curves(rows, self.out / "curves.png", title)
-        plots.plot_confusion(held.labels, test.predictions, self.data.classes, self.out / "confusion.png", scored)
-        plots.plot_worst(
-            held.images, held.labels, test.predictions, test.losses, self.data.classes, self.out / "worst.png", scored
-        )
-        best = rows[done.best_epoch - 1]
-        chosen_on = {
-            "val": f"the {config.val_split} training images held out for validation",
-            "test": "the test images themselves, which flatters it: quote the final accuracy",
-        }[self._judge]
-        measured = ("train_", "val_", "test_")
-        summary = {
-            "arch": config.arch,
-            "recipe": config.recipe,
-            "parameters": program.parameters,
-            "dataset": {
-                "name": self.data.name,
-                "source": self.data.source,
-                "notes": self.data.notes,
-                "verified": self.data.verified,
-                "digest": self.data.digest,
-                **{f"{name}_images": count for name, count in program.images.items()},
-            },
-            "final": {key: rows[-1][key] for key in rows[-1] if key == "epoch" or key.startswith(measured)}
-            | {"test_loss": test.loss, "test_accuracy": test.accuracy},
-            "best": {key: best[key] for key in best if key == "epoch" or key.startswith(measured[1:])},
-            "best_chosen_on": chosen_on,
-            "test_accuracy_by_class": plots.per_class_accuracy(held.labels, test.predictions, self.data.classes),
-            "rollbacks": done.rollbacks,
-            "seconds": done.seconds,
-            "compile_seconds": program.compile_seconds,
-            "images_per_second": rows[-1]["images_per_second"],
-            "device": f"{program.devices.first.device_kind} ({program.devices.platform})",
-            "devices": program.devices.count,
-            "processes": jax.process_count(),
-            "precision": config.precision,
-            "seed": config.seed,
-            "versions": versions(),
-            "command": shlex.join(sys.argv),
-        }
-        weights.write_atomically(self.out / "summary.json", json.dumps(summary, indent=1).encode())
+        more = {"rollbacks": done.rollbacks, "seconds": done.seconds, "seed": self.config.seed}
+        summary = folder.finish(self.out, self.program, rows, test, self._judge, rows[done.best_epoch - 1], more)
         self.progress.say(
             f"done     {100 * test.accuracy:.2f} % of {len(test.predictions):,} test images after the last epoch; best "
-            f"{100 * done.best_accuracy:.2f} % in epoch {done.best_epoch}, chosen on {chosen_on}"
+            f"{100 * done.best_accuracy:.2f} % in epoch {done.best_epoch}, chosen on {summary['best_chosen_on']}"
         )
         self.progress.say(f"results  {self.out}")
         return summary
-
-    def _write_config(self) -> None:
-        write_config(self.out, self.config, options=dataclasses.asdict(self.options))
 
     def _wandb(self) -> logs.WandB:
         assert self.options.wandb is not None
@@ -535,20 +472,20 @@ def fit_seeds(
     first = devices.is_first()
     with contextlib.ExitStack() as stack:
         if first:
-            check_out(config, out, resume)
-            make_folder(out)
+            folder.check(config, out, resume)
+            folder.make(out)
             stack.enter_context(Lock(out))
-            write_config(out, config, runs=runs)
+            folder.write_config(out, config, runs=runs)
         program = Program(config, data, where)
         summaries = []
         for seed in range(config.seed, config.seed + runs):
-            folder = out / f"seed-{seed}"
-            finished = (folder / "summary.json").exists() if first else False
+            seed_out = out / f"seed-{seed}"
+            finished = (seed_out / "summary.json").exists() if first else False
             if resume and devices.together(np.array([finished]))[0][0]:
-                summaries.append(json.loads((folder / "summary.json").read_text()) if first else {})
+                summaries.append(json.loads((seed_out / "summary.json").read_text()) if first else {})
                 continue
             again = dataclasses.replace(config, seed=seed)
-            trainer = Trainer(again, data, folder, stop, program, options)
+            trainer = Trainer(again, data, seed_out, stop, program, options)
             trainer.progress.say(f"run      seed {seed}, {len(summaries) + 1} of {runs}")
             summaries.append(trainer.fit(resume=resume))
         if not first:
@@ -562,40 +499,3 @@ def fit_seeds(
             f"{' ± standard deviation' * (runs > 1)} of {runs} seeds; {out}"
         )
         return summary
-
-
-def versions() -> dict[str, str]:
-    """What a run was made with."""
-    names = ("jresnet", "jax", "jaxlib", "flax", "optax", "numpy")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
-
-
-def make_folder(out: Path) -> None:
-    """Makes the folder for results; InputError where that cannot be."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot use --out {out}: {error.strerror or error}; choose another folder") from error
-
-
-def write_config(out: Path, config: RunConfig, **more: Any) -> None:
-    """Writes ``config.json``."""
-    values = {"run": dataclasses.asdict(config), **more, "command": shlex.join(sys.argv)}
-    weights.write_atomically(out / "config.json", json.dumps(values, indent=1).encode())
-
-
-def check_out(config: RunConfig, out: Path, resume: bool) -> None:
-    """Checks that the folder is free or, where it is to be resumed, holds this very run.
-
-    Raises:
-        InputError: otherwise; a difference in the configuration is listed field by field.
-    """
-    before = read_config(out)
-    taken = [name for name in FILES if (out / name).exists()]
-    if taken and not resume:
-        raise InputError(
-            f"--out {out} already holds a run ({', '.join(taken)}): add --resume, or choose another folder"
-        )
-    changed = differences(before, config) if before else []
-    if changed:
-        raise InputError(f"--resume goes on with the run in {out} as it was begun, but {'; '.join(changed)}")

@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
     # After the options: --help and mistakes in them answer at once.
     try:
-        from jresnet import config, devices, program, run
+        from jresnet import config, devices, folder, program, run
         from jresnet.errors import InputError
         from jresnet.stop import Interrupted, StopRequest
     except ImportError as error:
@@ -206,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
         runs = args.runs or (config.read_runs(args.out) if before else None)
         out = args.out or Path("runs") / f"{chosen.arch}-{chosen.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
         if devices.is_first():
-            run.check_out(chosen, out, args.resume)
+            folder.check(chosen, out, args.resume)
         session = run.Options(args.checkpoint_minutes, args.debug_nans, args.deterministic, args.wandb)
         where = devices.find(args.devices)
         with StopRequest() as stop:
