@@ -27,7 +27,7 @@ def find_non_finite(model: ResNet, images: Float[Array, "n h w c"], targets: Flo
     The places are looked at in the order of the computation: images and targets; parameters; the output of each layer and
     block; the mean cross-entropy; the updated running statistics; then, from the loss back, the gradients that each layer
     makes of its output's. The optimizer's update is not part of it. The step runs compiled, as in training, since XLA
-    rounds differently where it fuses; that takes about as long as compiling a training step.
+    rounds differently where it fuses; it compiles about twice as long.
 
     Args:
         model: left as it is, its running statistics too.
