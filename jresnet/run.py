@@ -451,7 +451,8 @@ def fit_seeds(
     """Runs of the seeds ``config.seed``, ``config.seed + 1``, ..., one after the other, compiled once.
 
     Each is a run of its own in ``out/seed-N``; ``out/summary.json`` holds mean and standard deviation. One after the other
-    since kernels that differ by seed become grouped convolutions under ``jax.vmap`` (scripts/measure_runs.py).
+    since at once, under ``jax.vmap``, kernels that differ by seed become grouped convolutions: half as fast or less on a CPU
+    (scripts/measure_runs.py).
 
     Args:
         config: of the first.
