@@ -202,10 +202,10 @@ class Trainer:
             start += taken
             if session.estimates():
                 self._estimate()
-            if self._stops():
+            stops, due = self._agreed()
+            if stops:
                 self._save_and_stop(checkpoints)
-            minutes = self.options.checkpoint_minutes
-            if minutes is not None and time.monotonic() - self.saved_at > 60 * minutes and start < self.steps_per_epoch:
+            if due and start < self.steps_per_epoch:
                 self._save(checkpoints)
             if session.step_seconds:
                 self.progress.show(
@@ -243,15 +243,20 @@ class Trainer:
             )
         raise NonFiniteLoss(message)
 
-    def _stops(self) -> bool:
-        """Whether a signal ends the run here: in all processes at the same step, as soon as one has heard it."""
+    def _agreed(self) -> tuple[bool, bool]:
+        """Whether a signal ends the run here, and whether a checkpoint is due: in all processes at the same step.
+
+        Any process may have heard the signal; the clock is the first one's.
+        """
+        minutes = self.options.checkpoint_minutes
+        due = minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
         if jax.process_count() == 1:
-            return self.stop()
-        heard = devices.together(np.array([self.stop.signal or 0, self.session.step_seconds]))
-        self.session.step_seconds = float(heard[0][1])  # all must come to the same number of steps
-        signals = [int(number) for number, _ in heard if number]
+            return self.stop(), due
+        heard = devices.together(np.array([self.stop.signal or 0, due, self.session.step_seconds]))
+        _, due, self.session.step_seconds = heard[0].tolist()  # the next stretch must be as long for all
+        signals = [int(number) for number, *_ in heard if number]
         self.stop.signal = self.stop.signal or (signals[0] if signals else None)
-        return bool(signals)
+        return bool(signals), bool(due)
 
     def _left(self) -> float:
         return self.session.left(self.total_steps - int(self.state.step), self.steps_per_epoch)
