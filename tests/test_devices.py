@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, command
 
-from jresnet import config, devices, program, run
+from jresnet import config, devices, program
 from jresnet.errors import InputError
 
 CHECK = "tests/devices_check.py"
@@ -165,4 +165,3 @@ def test_half_of_what_names_a_process_is_refused() -> None:
 def test_one_process_is_the_first_and_alone() -> None:
     assert devices.is_first()
     assert [value.tolist() for value in devices.together(np.array([3, 4]))] == [[3, 4]]
-    assert run.devices is devices
