@@ -408,12 +408,15 @@ def test_help_names_units_and_defaults() -> None:
 
 
 def test_every_architecture_trains_on_cifar10s_shape(tmp_path: Path) -> None:
-    """Rows with one input channel or the ImageNet stem by default, and the blog's recipe at a small size."""
-    for changes in ({"arch": "resnet18_d2l"}, {"arch": "resnet34_projection", "recipe": "blog", "image_size": 32}):
-        chosen = config(limit_train=4, limit_test=4, batch_size=2, epochs=1, **changes)
+    """Rows with one input channel or the ImageNet stem by default, and the blog's recipe at a small size.
+
+    64 pixels leave layer4 four values an image: BatchNorm over a batch of two single pixels divides by almost nothing.
+    """
+    for changes in ({"arch": "resnet18_d2l"}, {"arch": "resnet34_projection", "recipe": "blog", "image_size": 64}):
+        chosen = config(limit_train=8, limit_test=4, batch_size=4, epochs=1, **changes)
         out = tmp_path / chosen.arch
         summary = run.Trainer(chosen, load_data(chosen, None), out).fit()
-        assert np.isfinite(summary["final"]["test_loss"])
+        assert summary["final"]["test_loss"] < 100, chosen.arch
 
 
 def test_the_blogs_recipe() -> None:
