@@ -19,6 +19,8 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
+from jresnet.cpu import convolve, convolve_to_train
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
@@ -56,55 +58,12 @@ def param(init: Init, shape: tuple[int, ...], rngs: nnx.Rngs | None) -> nnx.Para
     return nnx.Param(init(rngs.params(), shape) if rngs else jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
-def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int) -> jax.Array:
-    """NHWC by HWIO, with ``padding`` zeros on every side."""
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=(stride, stride),
-        padding=((padding, padding), (padding, padding)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-    )
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def convolve_to_train(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int) -> jax.Array:
-    """:func:`convolve` with the kernel's gradient summed over pieces of the batch that stay in a CPU's cache.
-
-    XLA's CPU compiler turns that gradient into one convolution whose window is the whole image and whose channels are
-    the whole batch, and walks through memory once for each. In pieces, a step of resnet20_cifar at batch 128 takes 0.8
-    instead of 2.1 s, of resnet18 at batch 64 3.1 instead of 8.1 s (2 cores with AVX2, jax 0.10.1). The price is that
-    forward-mode differentiation (``jax.jvp``) does not reach through a model in training on the CPU.
-    """
-    return convolve(x, kernel, stride, padding, groups)
-
-
-def _convolve_forward(x, kernel, stride, padding, groups):
-    return convolve(x, kernel, stride, padding, groups), (x, kernel)
-
-
-def _convolve_backward(stride, padding, groups, saved, dy):
-    x, kernel = saved
-    (dx,) = jax.linear_transpose(lambda x: convolve(x, kernel, stride, padding, groups), x)(dy)
-    # Half a megabyte of input a piece; more than eight pieces cost more compilation than they save time.
-    size = max(2**19 // (4 * math.prod(x.shape[1:])), -(-len(x) // 8), 1)
-    pieces = [
-        jax.linear_transpose(lambda k, part=part: convolve(x[part], k, stride, padding, groups), kernel)(dy[part])[0]
-        for part in (slice(start, start + size) for start in range(0, len(x), size))
-    ]
-    return dx, sum(pieces[1:], pieces[0])
-
-
-convolve_to_train.defvjp(_convolve_forward, _convolve_backward)
-
-
 class Conv(nnx.Module):
     """2-D convolution (cross-correlation), as ``torch.nn.Conv2d`` with zero padding.
 
     ``[N, H, W, in_channels] -> [N, H', W', out_channels]`` with ``H' = (H + 2 * padding - kernel_size) // stride + 1``.
     The kernel is ``[kernel_size, kernel_size, in_channels // groups, out_channels]``. ``train`` changes how the gradient
-    is computed on the CPU, not what it is (see :func:`convolve_to_train`).
+    is computed on the CPU, not what it is (see :mod:`jresnet.cpu`).
     """
 
     def __init__(

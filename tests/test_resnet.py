@@ -12,7 +12,8 @@ from conftest import randomise
 from flax import nnx
 
 import jresnet
-from jresnet.layers import BatchNorm, Conv, Linear, convolve, convolve_to_train, kaiming_normal, max_pool
+from jresnet.cpu import convolve, convolve_to_train
+from jresnet.layers import BatchNorm, Conv, Linear, kaiming_normal, max_pool
 
 
 @pytest.fixture(scope="module")

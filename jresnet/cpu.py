@@ -1,0 +1,172 @@
+"""Convolutions for training on a CPU: XLA's forward pass with gradients of our own.
+
+XLA's CPU compiler runs a forward convolution near the speed of a matrix product, but turns its gradients into convolutions
+that fit that code badly: the kernel's gradient has the whole image as its window and the whole batch as its channels, and a
+strided convolution's input gradient multiplies by the zeros between the pixels. What is done instead, all in plain JAX:
+
+===============  ==============================  ==========================================================================
+gradient         of                              computed as
+===============  ==============================  ==========================================================================
+kernel           1x1                             one matrix product of pixels, after the stride's slice
+kernel           3x3 at stride 1, 16 pixels up   pieces of the batch: x shifted along the rows by a matrix product with dy
+                                                 shifted along the columns, so that neither is copied nine times
+kernel           any other                       pieces of the batch: all shifts of x side by side by a matrix product
+input            stride 1                        XLA's own: a convolution with the kernel turned round
+input            stride above 1                  one small convolution for each phase of the stride
+either           groups above 1                  the kernel in up to eight pieces of the batch by XLA, the input by XLA
+===============  ==============================  ==========================================================================
+
+A piece's shifted copies stay in the cache; the pieces run in a loop, so that compilation does not grow with their number.
+Sums of a kernel's gradient are kept in float32 at least. The price is that forward-mode differentiation (``jax.jvp``) does
+not reach through a model in training on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+PIECE = 2**21  # bytes of shifted copies at a time: beyond the second-level cache, well inside the third
+SPLIT_ROWS = 16  # rows from which shifting both operands pays: it computes two rows more
+
+
+def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int) -> jax.Array:
+    """NHWC by HWIO, with ``padding`` zeros on every side, by XLA alone."""
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(stride, stride),
+        padding=((padding, padding), (padding, padding)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def convolve_to_train(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int) -> jax.Array:
+    """:func:`convolve` with the gradients of the table above."""
+    return convolve(x, kernel, stride, padding, groups)
+
+
+def _forward(x, kernel, stride, padding, groups):
+    return convolve(x, kernel, stride, padding, groups), (x, kernel)
+
+
+def _backward(stride, padding, groups, saved, dy):
+    x, kernel = saved
+    if groups > 1:
+        dx = _by_xla_input(x, kernel, dy, stride, padding, groups)
+        dk = _by_xla_kernel(x, kernel, dy, stride, padding, groups)
+    else:
+        dx = _phases(x, kernel, dy, stride, padding)
+        dk = _kernel_gradient(x, kernel, dy, stride, padding)
+    return dx, dk.astype(kernel.dtype)
+
+
+convolve_to_train.defvjp(_forward, _backward)
+
+
+def _by_xla_input(x, kernel, dy, stride, padding, groups):
+    return jax.linear_transpose(lambda x: convolve(x, kernel, stride, padding, groups), x)(dy)[0]
+
+
+def _by_xla_kernel(x, kernel, dy, stride, padding, groups):
+    # Half a megabyte of input a piece; more than eight pieces cost more compilation than they save time.
+    size = max(2**19 // (4 * math.prod(x.shape[1:])), -(-len(x) // 8), 1)
+    pieces = [
+        jax.linear_transpose(lambda k, part=part: convolve(x[part], k, stride, padding, groups), kernel)(dy[part])[0]
+        for part in (slice(start, start + size) for start in range(0, len(x), size))
+    ]
+    return sum(pieces[1:], pieces[0])
+
+
+def _phases(x, kernel, dy, stride, padding):
+    """The input's gradient: pixels of one phase (row and column modulo the stride) meet every stride-th tap alone."""
+    if stride == 1:
+        return _by_xla_input(x, kernel, dy, stride, padding, 1)
+    n, *size, channels = x.shape
+    taps = kernel.swapaxes(2, 3)[::-1, ::-1]  # the transposed convolution's kernel, turned round
+    rows = []
+    for row in range(stride):
+        columns = []
+        for column in range(stride):
+            parts, pads = [], []
+            for axis, phase in enumerate((row, column)):
+                first = (phase + padding) % stride  # the first tap that meets this phase
+                count = -(-(kernel.shape[axis] - first) // stride)
+                shift = (phase + padding - first) // stride  # dx[a] = sum over m of dy[a + shift - m] tap[m]
+                length = -(-size[axis] // stride)
+                last = kernel.shape[axis] - 1 - first  # in the kernel turned round
+                parts.append(slice(last % stride, last + 1, stride) if count > 0 else slice(0, 0))
+                pads.append((count - 1 - shift, length - 1 + shift - (dy.shape[1 + axis] - 1)))
+            sub = taps[parts[0], parts[1]]
+            if sub.size:
+                y = lax.conv_general_dilated(dy, sub, (1, 1), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            else:
+                y = jnp.zeros((n, *(-(-s // stride) for s in size), channels), dy.dtype)
+            columns.append(y)
+        rows.append(jnp.stack(columns, 3))
+    both = jnp.stack(rows, 2)  # [n, h, stride, w, stride, channels]
+    return both.reshape(n, both.shape[1] * stride, both.shape[3] * stride, channels)[:, : size[0], : size[1]]
+
+
+def _kernel_gradient(x, kernel, dy, stride, padding):
+    k, _, channels, out = kernel.shape
+    wide = jnp.promote_types(kernel.dtype, jnp.float32)
+    if k == 1 and padding == 0:
+        return _product(x[:, ::stride, ::stride], dy, wide).reshape(kernel.shape)
+    split = stride == 1 and k == 3 and padding == 1 and x.shape[1] >= SPLIT_ROWS
+    shifts = _both_shifted if split else _x_shifted
+    copies = k * (channels + out) if split else k * k * channels
+    images = _images_in_a_piece(len(x), copies * math.prod(dy.shape[1:3]) * x.dtype.itemsize)
+    # Image i of every piece belongs to the same stretch of the batch, so that a batch cut over devices stays where it is.
+    xs, dys = (a.reshape(images, len(x) // images, *a.shape[1:]) for a in (x, dy))
+
+    def add(i, total):
+        piece = [lax.dynamic_index_in_dim(a, i, 1, keepdims=False) for a in (xs, dys)]
+        return total + shifts(*piece, k, stride, padding, wide)
+
+    return lax.fori_loop(0, len(x) // images, add, jnp.zeros(kernel.shape, wide))
+
+
+def _images_in_a_piece(batch: int, bytes_an_image: int) -> int:
+    """The largest divisor of the batch that fits, in whole numbers a device."""
+    devices = jax.device_count() if batch % jax.device_count() == 0 else 1
+    each = batch // devices
+    most = max(PIECE // bytes_an_image // devices, 1)
+    return devices * max(d for d in range(1, each + 1) if each % d == 0 and d <= most)
+
+
+def _product(a, b, dtype):
+    """[..., i] and [..., j] -> [j, i] or [i, j] summed over all pixels, as [i, j]."""
+    a, b = (v.reshape(-1, v.shape[-1]) for v in (a, b))
+    return lax.dot_general(b, a, (((0,), (0,)), ((), ())), preferred_element_type=dtype).T
+
+
+def _x_shifted(x, dy, k, stride, padding, dtype):
+    """Every tap's view of x side by side, [pixels, k k channels], by dy, [pixels, out]."""
+    height, width = (stride * (size - 1) + 1 for size in dy.shape[1:3])
+    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    views = [x[:, i : i + height : stride, j : j + width : stride] for i in range(k) for j in range(k)]
+    # Without the barrier XLA computes the copies inside the product, element by element.
+    views = lax.optimization_barrier(jnp.concatenate(views, -1))
+    return _product(views, dy, dtype).reshape(k, k, x.shape[-1], dy.shape[-1])
+
+
+def _both_shifted(x, dy, k, stride, padding, dtype):
+    """x shifted along its rows by dy shifted along its columns: three copies of each, and one product gives all nine taps.
+
+    Tap (i, j) sums x[r, c + j] dy[r - i, c] over rows r of the padded x and columns c, where dy is zero outside its rows.
+    """
+    height, width = dy.shape[1:3]
+    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    dy = jnp.pad(dy, ((0, 0), (k - 1, k - 1), (0, 0), (0, 0)))
+    xs = jnp.concatenate([x[:, :, j : j + width] for j in range(k)], -1)
+    dys = jnp.concatenate([dy[:, k - 1 - i : k - 1 - i + x.shape[1]] for i in range(k)], -1)
+    xs, dys = lax.optimization_barrier((xs, dys))
+    taps = _product(xs, dys, dtype).reshape(k, x.shape[-1], k, dy.shape[-1])  # [j, channel, i, out]
+    return taps.transpose(2, 0, 1, 3)
