@@ -1,8 +1,8 @@
-"""Convolutions for training on a CPU: XLA's forward pass with gradients of our own.
+"""Convolution and batch normalisation for training on a CPU, with gradients of our own, all in plain JAX.
 
-XLA's CPU compiler runs a forward convolution near the speed of a matrix product, but turns its gradients into convolutions
-that fit that code badly: the kernel's gradient has the whole image as its window and the whole batch as its channels, and a
-strided convolution's input gradient multiplies by the zeros between the pixels. What is done instead, all in plain JAX:
+**Convolution.** XLA's CPU compiler runs a forward convolution near the speed of a matrix product, but turns its gradients
+into convolutions that fit that code badly: the kernel's gradient has the whole image as its window and the whole batch as
+its channels, and a strided convolution's input gradient multiplies by the zeros between the pixels. What is done instead:
 
 ===============  ==============================  ==========================================================================
 gradient         of                              computed as
@@ -17,8 +17,13 @@ either           groups above 1                  the kernel in up to eight piece
 ===============  ==============================  ==========================================================================
 
 A piece's shifted copies stay in the cache; the pieces run in a loop, so that compilation does not grow with their number.
-Sums of a kernel's gradient are kept in float32 at least. The price is that forward-mode differentiation (``jax.jvp``) does
-not reach through a model in training on the CPU.
+Sums of a kernel's gradient are kept in float32 at least.
+
+**Batch normalisation.** A sum over N, H and W of something computed on the way runs on one core and pixel by pixel, since
+XLA gives each core a part of the result and the result is one row of channels. Summed over H first, everything is read in
+order by all cores. Differentiated by JAX the two passes of the variance become six sums; the rule here has two.
+
+The price is that forward-mode differentiation (``jax.jvp``) does not reach through a model in training on the CPU.
 """
 
 from __future__ import annotations
@@ -122,15 +127,20 @@ def _kernel_gradient(x, kernel, dy, stride, padding):
     split = stride == 1 and k == 3 and padding == 1 and x.shape[1] >= SPLIT_ROWS
     shifts = _both_shifted if split else _x_shifted
     copies = k * (channels + out) if split else k * k * channels
-    images = _images_in_a_piece(len(x), copies * math.prod(dy.shape[1:3]) * x.dtype.itemsize)
-    # Image i of every piece belongs to the same stretch of the batch, so that a batch cut over devices stays where it is.
-    xs, dys = (a.reshape(images, len(x) // images, *a.shape[1:]) for a in (x, dy))
+    batch = len(x)
+    images = _images_in_a_piece(batch, copies * math.prod(dy.shape[1:3]) * x.dtype.itemsize)
+    devices = jax.device_count()
+    if devices > 1:  # pieces are taken across the devices' stretches of the batch, so that each image stays where it is
+        x, dy = (a.reshape(images, len(a) // images, *a.shape[1:]) for a in (x, dy))
 
     def add(i, total):
-        piece = [lax.dynamic_index_in_dim(a, i, 1, keepdims=False) for a in (xs, dys)]
+        if devices > 1:
+            piece = [lax.dynamic_index_in_dim(a, i, 1, keepdims=False) for a in (x, dy)]
+        else:  # no reshape: XLA would compute x and dy anew in that shape
+            piece = [lax.dynamic_slice_in_dim(a, i * images, images) for a in (x, dy)]
         return total + shifts(*piece, k, stride, padding, wide)
 
-    return lax.fori_loop(0, len(x) // images, add, jnp.zeros(kernel.shape, wide))
+    return lax.fori_loop(0, batch // images, add, jnp.zeros(kernel.shape, wide))
 
 
 def _images_in_a_piece(batch: int, bytes_an_image: int) -> int:
@@ -162,7 +172,7 @@ def _both_shifted(x, dy, k, stride, padding, dtype):
 
     Tap (i, j) sums x[r, c + j] dy[r - i, c] over rows r of the padded x and columns c, where dy is zero outside its rows.
     """
-    height, width = dy.shape[1:3]
+    width = dy.shape[2]
     x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     dy = jnp.pad(dy, ((0, 0), (k - 1, k - 1), (0, 0), (0, 0)))
     xs = jnp.concatenate([x[:, :, j : j + width] for j in range(k)], -1)
@@ -170,3 +180,55 @@ def _both_shifted(x, dy, k, stride, padding, dtype):
     xs, dys = lax.optimization_barrier((xs, dys))
     taps = _product(xs, dys, dtype).reshape(k, x.shape[-1], k, dy.shape[-1])  # [j, channel, i, out]
     return taps.transpose(2, 0, 1, 3)
+
+
+def inverse_sqrt(x: jax.Array) -> jax.Array:
+    """1 / sqrt(x) to rounding.
+
+    XLA turns that, however it is written, into an approximation that is off by 1e-7 on the CPU: the same way for every
+    pixel of a channel, so that nothing averages it out, and the logits of resnet56_cifar are twice as far from float64's
+    as PyTorch's. One Newton step (f(r) = 1/r² - x) brings it back to rounding.
+    """
+    r = lax.rsqrt(x)
+    return r + lax.stop_gradient(0.5 * r * (1 - x * r * r))  # the derivative is rsqrt's own
+
+
+def _sum(x):
+    """[N, H, W, C] -> [C]; the barrier keeps XLA from joining the two sums again."""
+    return lax.optimization_barrier(x.sum(1)).sum((0, 1))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3,))
+def normalize_to_train(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``x`` normalised over N, H and W, and the batch's mean and biased variance, which carry no gradient.
+
+    Sums and statistics are of the wider of the input's dtype and float32.
+    """
+    return _normalize_forward(x, scale, bias, eps)[0]
+
+
+def _normalize_forward(x, scale, bias, eps):
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    n = math.prod(x.shape[:-1])
+    mean = _sum(wide) / n
+    # Two passes: E[x²] - E[x]² cancels where the mean is large against the deviation.
+    var = _sum(jnp.square(wide - mean)) / n
+    inverse = inverse_sqrt(var + eps)
+    y = (wide - mean) * (inverse * scale) + bias
+    return (y.astype(x.dtype), mean, var), (x, scale, mean, inverse)
+
+
+def _normalize_backward(eps, saved, upstream):
+    x, scale, mean, inverse = saved
+    dy = upstream[0].astype(mean.dtype)
+    n = math.prod(x.shape[:-1])
+    centred = x.astype(mean.dtype) - mean
+    dbias = _sum(dy)
+    dscale = _sum(dy * centred) * inverse
+    dx = (dy - dbias / n - centred * (inverse * dscale / n)) * (inverse * scale)
+    return dx.astype(x.dtype), dscale.astype(scale.dtype), dbias.astype(scale.dtype)
+
+
+normalize_to_train.defvjp(_normalize_forward, _normalize_backward)

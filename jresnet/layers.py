@@ -19,7 +19,7 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
-from jresnet.cpu import convolve, convolve_to_train
+from jresnet.cpu import convolve, convolve_to_train, inverse_sqrt, normalize_to_train
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -92,15 +92,17 @@ class Conv(nnx.Module):
         return y if self.bias is None else y + self.bias[...].astype(dtype)
 
 
-def inverse_sqrt(x: jax.Array) -> jax.Array:
-    """1 / sqrt(x) to rounding.
+def _normalize(x, mean, var, scale, bias, eps):
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return ((wide - mean) * (inverse_sqrt(var + eps) * scale) + bias).astype(x.dtype)
 
-    XLA turns that, however it is written, into an approximation that is off by 1e-7 on the CPU: the same way for every
-    pixel of a channel, so that nothing averages it out, and the logits of resnet56_cifar are twice as far from float64's
-    as PyTorch's. One Newton step (f(r) = 1/r² - x) brings it back to rounding.
-    """
-    r = lax.rsqrt(x)
-    return r + lax.stop_gradient(0.5 * r * (1 - x * r * r))  # the derivative is rsqrt's own
+
+def _normalize_batch(x, scale, bias, eps):
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean = wide.mean((0, 1, 2))
+    # Two passes: E[x²] - E[x]² cancels where the mean is large against the deviation.
+    var = jnp.square(wide - mean).mean((0, 1, 2))
+    return _normalize(x, mean, var, scale, bias, eps), mean, var
 
 
 class BatchNorm(nnx.Module):
@@ -124,23 +126,20 @@ class BatchNorm(nnx.Module):
         self.momentum, self.eps = momentum, eps
 
     def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n h w c"]:
-        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        if train:
-            n = math.prod(x.shape[:-1])
-            if n < 2:
-                raise ValueError(
-                    f"training needs more than one value per channel, got activations of shape {x.shape}: "
-                    "use a larger batch or larger images"
-                )
-            mean = wide.mean((0, 1, 2))
-            # Two passes: E[x²] - E[x]² cancels where the mean is large against the deviation.
-            var = jnp.square(wide - mean).mean((0, 1, 2))
-            self._update(self.mean, mean)
-            self._update(self.var, var * (n / (n - 1)))
-        else:
-            mean, var = self.mean[...], self.var[...]
-        y = (wide - mean) * (inverse_sqrt(var + self.eps) * self.scale[...]) + self.bias[...]
-        return y.astype(x.dtype)
+        scale, bias = self.scale[...], self.bias[...]
+        if not train:
+            return _normalize(x, self.mean[...], self.var[...], scale, bias, self.eps)
+        n = math.prod(x.shape[:-1])
+        if n < 2:
+            raise ValueError(
+                f"training needs more than one value per channel, got activations of shape {x.shape}: "
+                "use a larger batch or larger images"
+            )
+        function = normalize_to_train if jax.default_backend() == "cpu" else _normalize_batch
+        y, mean, var = function(x, scale, bias, self.eps)
+        self._update(self.mean, mean)
+        self._update(self.var, var * (n / (n - 1)))
+        return y
 
     def _update(self, running: nnx.BatchStat, new: Float[Array, " c"]) -> None:
         new = lax.stop_gradient(new).astype(running[...].dtype)

@@ -12,7 +12,6 @@ from conftest import randomise
 from flax import nnx
 
 import jresnet
-from jresnet.cpu import convolve, convolve_to_train
 from jresnet.layers import BatchNorm, Conv, Linear, kaiming_normal, max_pool
 
 
@@ -169,22 +168,3 @@ def test_both_of_nnxs_modes(model: jresnet.ResNet, graph_mode: bool) -> None:
     with nnx.set_graph_mode(graph_mode):
         logits = nnx.jit(lambda model, x: model(x))(model, images(2, 32, 32, 3))
     np.testing.assert_allclose(logits, model(images(2, 32, 32, 3)), rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("n", "stride", "kernel", "groups"), [(1, 1, 3, 1), (7, 2, 3, 1), (40, 1, 3, 2), (40, 2, 1, 1)]
-)
-def test_gradients_in_pieces_are_the_gradients(n: int, stride: int, kernel: int, groups: int) -> None:
-    """What training on the CPU does, against JAX's own rule; large enough for several pieces, the last one short."""
-    with jax.enable_x64(True):
-        draw = np.random.default_rng(n)
-        x, k = draw.standard_normal((n, 32, 32, 8)), draw.standard_normal((kernel, kernel, 8 // groups, 6))
-        options = (stride, kernel // 2, groups)
-        upstream = draw.standard_normal(convolve(x, k, *options).shape)
-        found, expected = (
-            jax.vjp(lambda x, k, f=f: f(x, k, *options), x, k)[1](upstream) for f in (convolve_to_train, convolve)
-        )
-        for ours, wanted in zip(found, expected, strict=True):
-            np.testing.assert_allclose(ours, wanted, rtol=1e-9, atol=1e-9)
-        batched = jax.vmap(jax.grad(lambda k: convolve_to_train(x, k, *options).sum()))(np.stack([k, 2 * k]))
-        assert batched.shape == (2, *k.shape)
