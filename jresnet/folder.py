@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+import jresnet
 from jresnet import plots, train, weights
 from jresnet.config import RunConfig, differences, read_config
 from jresnet.errors import InputError
@@ -133,5 +134,6 @@ def finish(
 
 def versions() -> dict[str, str]:
     """What a run was made with."""
-    names = ("jresnet", "jax", "jaxlib", "flax", "optax", "numpy")
-    return {"python": platform.python_version()} | {name: version(name) for name in names}
+    names = ("jax", "jaxlib", "flax", "optax", "numpy")
+    ours = {"python": platform.python_version(), "jresnet": jresnet.__version__}  # a checkout need not be installed
+    return ours | {name: version(name) for name in names}
