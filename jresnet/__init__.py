@@ -24,6 +24,7 @@ from jresnet.factory import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
+from jresnet.inference import fuse
 from jresnet.resnet import BasicBlock, Bottleneck, ResNet, ResNetConfig
 from jresnet.weights import load, save
 
@@ -40,6 +41,7 @@ __all__ = [
     "WeightsError",
     "__version__",
     "create",
+    "fuse",
     "list_models",
     "load",
     "optim",

@@ -146,6 +146,17 @@ class BatchNorm(nnx.Module):
         running[...] = (1 - self.momentum) * running[...] + self.momentum * new
 
 
+class Fused(nnx.Module):
+    """Where a BatchNorm was before :func:`jresnet.fuse` moved it into the convolution before it: x -> x."""
+
+    def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n h w c"]:
+        if train:
+            raise ValueError(
+                "a fused model has no BatchNorm left to train: train the model that was given to jresnet.fuse"
+            )
+        return x
+
+
 class Linear(nnx.Module):
     """``[N, in_features] -> [N, out_features]``, as ``torch.nn.Linear``; the kernel is its weight transposed."""
 

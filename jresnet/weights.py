@@ -173,13 +173,17 @@ def save(path: str | Path, model: ResNet, arch: str, **provenance: str) -> None:
         provenance: more metadata as text, for example ``source`` and ``source_sha256``.
 
     Raises:
-        InputError: where ``model`` is not an ``arch``, or the file cannot be written.
+        InputError: where ``model`` is not an ``arch`` or was fused, or the file cannot be written.
     """
     chosen = {name: getattr(model.config, name) for name in FREE}
     if configure(arch, **chosen) != model.config:
         raise InputError(f"this model is not a {arch}: its configuration is {model.config}")
     # safetensors scrambles arrays that are not contiguous, without a word.
     values = {name: np.ascontiguousarray(value) for name, value in arrays(model).items()}
+    if "bn1.scale" not in values:
+        raise InputError(
+            "this model is fused and has no BatchNorm to write: save the model that was given to jresnet.fuse"
+        )
     versions = {"python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__}
     metadata = {
         "format": FORMAT,

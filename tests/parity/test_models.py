@@ -16,6 +16,7 @@ import pytest
 import torch
 from flax import nnx
 
+import jresnet
 from convert import keymap, torch2flax, verify
 from jresnet import weights
 from jresnet.layers import BatchNorm
@@ -24,7 +25,7 @@ ARCHS = (*networks.TORCHVISION, "resnet20_cifar", "resnet56_cifar", "resnet34_pr
 EXACT = 1e-10  # relative, in float64: a few thousand roundings of 1e-16, enlarged by BN's divisions
 
 
-def converted(arch: str, model: torch.nn.Module) -> nnx.Module:
+def converted(arch: str, model: torch.nn.Module) -> jresnet.ResNet:
     return torch2flax.convert(model.state_dict(), arch)
 
 
@@ -34,6 +35,15 @@ def test_logits_are_pytorchs(arch: str) -> None:
     model = converted(arch, reference)
     size = 32 if model.config.stem == "cifar" else 64
     found = verify.compare(model, reference, size)
+    print(f"{arch}: {found}")
+    assert found.jresnet <= verify.ALLOWED * found.torch
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnext50_32x4d", "resnet20_cifar", "resnet18_d2l"])
+def test_fused_logits_are_pytorchs(arch: str) -> None:
+    reference = networks.build(arch)
+    model = jresnet.fuse(converted(arch, reference))
+    found = verify.compare(model, reference, 32 if model.config.stem == "cifar" else 64)
     print(f"{arch}: {found}")
     assert found.jresnet <= verify.ALLOWED * found.torch
 

@@ -1,0 +1,85 @@
+"""``jresnet.fuse``: the same function without BatchNorm."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import jresnet
+from jresnet import weights
+from jresnet.errors import InputError
+
+
+def randomised(arch: str, **chosen) -> jresnet.ResNet:
+    """A network whose BN parameters and statistics are drawn at random: default ones hide swaps."""
+    draw = np.random.default_rng(0)
+    model = jresnet.create(arch, **chosen)
+    ranges = {"scale": (0.5, 1.5), "bias": (-0.3, 0.3), "mean": (-0.3, 0.3), "var": (0.5, 1.5)}
+    values = weights.arrays(model)
+    for path, value in values.items():
+        kind = path.rpartition(".")[2]
+        if kind in ranges and value.ndim == 1:
+            values[path] = draw.uniform(*ranges[kind], value.shape).astype(np.float32)
+    return weights.fill(model.config, values)
+
+
+@pytest.mark.parametrize(
+    ("arch", "chosen"),
+    [
+        ("resnet18", {"stem": "cifar", "num_classes": 10}),
+        ("resnet50", {"num_classes": 10}),
+        ("resnext50_32x4d", {"num_classes": 10}),
+        ("resnet20_cifar", {}),
+        ("resnet18_d2l", {}),  # convolutions with biases, shortcuts without BN
+        ("resnet34_projection", {"num_classes": 10}),
+    ],
+)
+def test_a_fused_network_is_the_same_function(arch: str, chosen: dict) -> None:
+    with jax.enable_x64(True):
+        model = randomised(arch, **chosen)
+        graph, state = nnx.split(model)
+        model = nnx.merge(graph, jax.tree.map(lambda value: jnp.asarray(value, jnp.float64), state))
+        fused = jresnet.fuse(model)
+        x = np.random.default_rng(1).standard_normal((2, 40, 36, model.config.in_channels))
+        expected, found = np.asarray(model(x)), np.asarray(fused(x))
+    assert expected.dtype == np.float64
+    assert np.abs(expected).max() > 0.1  # something comes through
+    assert np.linalg.norm(found - expected) <= 1e-12 * np.linalg.norm(expected)
+    kinds = [type(module).__name__ for _, module in nnx.iter_modules(fused)]
+    assert "BatchNorm" not in kinds
+
+
+def test_the_model_that_was_given_stays_as_it_is() -> None:
+    model = randomised("resnet20_cifar")
+    before = {path: np.array(value) for path, value in weights.arrays(model).items()}
+    jresnet.fuse(model)
+    after = weights.arrays(model)
+    assert before.keys() == after.keys()
+    for path, value in before.items():
+        np.testing.assert_array_equal(value, after[path])
+
+
+def test_a_fused_network_under_jit_and_in_bfloat16() -> None:
+    model = randomised("resnet20_cifar")
+    x = np.random.default_rng(1).standard_normal((4, 32, 32, 3)).astype(np.float32)
+    expected = np.asarray(model(x))
+    narrow = jresnet.fuse(weights.fill(model.config, weights.arrays(model), jnp.bfloat16))
+    for fused, tolerance in ((jresnet.fuse(model), 1e-5), (narrow, 0.05)):
+        graph, state = nnx.split(fused)
+        found = jax.jit(lambda state, x, graph=graph: nnx.merge(graph, state)(x))(state, x)
+        assert found.dtype == jnp.float32
+        assert np.linalg.norm(found - expected) <= tolerance * np.linalg.norm(expected)
+
+
+def test_what_a_fused_network_cannot_do(tmp_path: Path) -> None:
+    fused = jresnet.fuse(jresnet.create("resnet20_cifar"))
+    with pytest.raises(ValueError, match=r"train the model that was given to jresnet.fuse"):
+        fused(np.zeros((2, 32, 32, 3), np.float32), train=True)
+    with pytest.raises(InputError, match=r"save the model that was given to jresnet.fuse"):
+        jresnet.save(tmp_path / "fused.safetensors", fused, "resnet20_cifar")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(InputError, match="fused already"):
+        jresnet.fuse(fused)
