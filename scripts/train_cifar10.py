@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
          "kept; 0: none (fast: 0.99)")  # fmt: skip
     flag(
         "--zero-init-residual", action=argparse.BooleanOptionalAction,
-        help="start the last BN scale of each block at 0 (fast: yes)",
+        help="start the last BN scale of each block at 0 (default: no)",
     )  # fmt: skip
     flag("--flip", choices=("none", "random", "alternate"), help="mirror training images at random, or every second epoch "
          "(fast: alternate; others: random; digits: none)")  # fmt: skip

@@ -451,7 +451,7 @@ def test_the_fast_recipe() -> None:
     )
     assert fast.label_smoothing > 0
     assert fast.ema > 0
-    assert fast.zero_init_residual
+    assert not fast.zero_init_residual  # few steps do not wake blocks that begin at zero: docs/training.md
     assert not fast.decay_norms
     assert fast.milestones == ()
 
