@@ -34,6 +34,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 PIECE = 2**21  # bytes of shifted copies at a time: beyond the second-level cache, well inside the third
 SPLIT_ROWS = 16  # rows from which shifting both operands pays: it computes two rows more
@@ -232,3 +233,15 @@ def _normalize_backward(eps, saved, upstream):
 
 
 normalize_to_train.defvjp(_normalize_forward, _normalize_backward)
+
+
+def average_on_cpu(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """[N, H, W, C] -> [N, C] as a matrix product with ones.
+
+    Where jax 0.12.0.1 sums max(convolution(max(x, 0)), 0) of bfloat16 in float32, some sums are not numbers (its YNN
+    fusions; without them they are right), and a fused network ends so.
+    """
+    pixels = x.reshape(len(x), -1, x.shape[-1])
+    ones = jnp.ones((len(x), 1, pixels.shape[1]), x.dtype)
+    total = lax.dot_general(ones, pixels, (((2,), (1,)), ((0,), (0,))), preferred_element_type=dtype)
+    return total[:, 0] / pixels.shape[1]

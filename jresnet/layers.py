@@ -19,7 +19,7 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
-from jresnet.cpu import convolve, convolve_to_train, inverse_sqrt, normalize_to_train
+from jresnet.cpu import average_on_cpu, convolve, convolve_to_train, inverse_sqrt, normalize_to_train
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -176,4 +176,7 @@ def max_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
 
 def global_average_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n c"]:
     """Mean over H and W, accumulated and returned in float32 at least."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32)).mean((1, 2))
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    if x.dtype != wide and jax.default_backend() == "cpu":
+        return average_on_cpu(x, wide)
+    return x.astype(wide).mean((1, 2))

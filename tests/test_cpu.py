@@ -7,6 +7,7 @@ import pytest
 
 from jresnet import cpu
 from jresnet.cpu import convolve, convolve_to_train, normalize_to_train
+from jresnet.layers import global_average_pool
 
 
 # Every row of the module's table: 1x1, both ways of shifting, the 7x7 stem, odd sizes, strides above the kernel.
@@ -72,6 +73,21 @@ def test_a_bfloat16_kernels_gradient_is_summed_in_float32() -> None:
     gradient = jax.grad(lambda k: convolve_to_train(x, k, 1, 1, 1).astype(jnp.float32).sum())(k)
     assert gradient.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(gradient[1, 1], np.float32), np.full((2, 2), 4096.0))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_the_average_of_a_fused_networks_last_stage(dtype) -> None:
+    """jax 0.12.0.1 makes NaN of it where it is written as a mean."""
+    draw = np.random.default_rng(0)
+    x, k = (jnp.asarray(draw.standard_normal(s) / 5, dtype) for s in ((4, 8, 8, 64), (3, 3, 64, 64)))
+
+    def last(x, k):
+        return jax.nn.relu(convolve(jax.nn.relu(convolve(x, k, 1, 1, 1)), k, 1, 1, 1))
+
+    found = jax.jit(lambda x, k: global_average_pool(last(x, k)))(x, k)
+    assert found.dtype == jnp.float32
+    expected = np.asarray(jax.jit(last)(x, k)).astype(np.float64).mean((1, 2))
+    np.testing.assert_allclose(found, expected, rtol=0.02, atol=1e-3)  # fused, the last stage may stay unrounded
 
 
 def plain(x, scale, bias, eps):
