@@ -87,13 +87,12 @@ SIX = np.arange(6, dtype=np.float32)
 
 def zip_bytes(pickle: bytes, storages=None, kind=zipfile.ZIP_STORED, **more: str) -> bytes:
     out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", kind) as archive:
-        archive.writestr("archive/data.pkl", pickle)
-        archive.writestr("archive/byteorder", "little")
-        for key, array in ({"0": SIX} if storages is None else storages).items():
-            archive.writestr(f"archive/data/{key}", array.tobytes())
-        for name, text in more.items():
-            archive.writestr(name, text)
+    entries = [("archive/data.pkl", pickle), ("archive/byteorder", "little")]
+    entries += [(f"archive/data/{k}", v.tobytes()) for k, v in ({"0": SIX} if storages is None else storages).items()]
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, content in [*entries, *more.items()]:
+            # ZipInfo's date is fixed: today's would make other tests' names in each of pytest's processes.
+            archive.writestr(zipfile.ZipInfo(name), content, kind)
     return out.getvalue()
 
 
