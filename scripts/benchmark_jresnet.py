@@ -1,0 +1,260 @@
+"""jresnet's worker of ``scripts/benchmark.py``: a job as JSON in the first argument, the answer as JSON on the last line.
+
+It also writes a row's weights and images for all frameworks, and what they come to in float64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import benchmark
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import lax
+
+import jresnet
+from convert import flax2torch, keymap, torch2flax
+from jresnet import augment, data, devices, optim, recipes, train, weights
+
+Job = Mapping[str, Any]
+
+
+def survey(job: Job) -> dict[str, Any]:
+    """The device, and of each row its configuration and operations an image; or what is wrong with them."""
+    problems, rows = [], []
+    for row in job["rows"]:
+        rows.append({"config": None, "gflop": 0.0})
+        if not row["arch"]:
+            continue
+        try:
+            config = weights.configure(row["arch"], **row["chosen"])
+        except jresnet.InputError as error:
+            problems.append(str(error))
+            continue
+        passes = 1 if row["task"] == "infer" else 3
+        rows[-1] = {"config": dataclasses.asdict(config), "gflop": 2e-9 * passes * macs(config, row["size"])}
+    device = jax.devices()[0]
+    name = f"{device.device_kind} ({device.platform})"
+    return {"problems": list(dict.fromkeys(problems)), "rows": rows, "platform": device.platform, "device": name}
+
+
+def macs(config: jresnet.ResNetConfig, size: int) -> int:
+    """Multiply-accumulates of the convolutions and the head for one image, from the shapes."""
+    graph, state = nnx.split(jresnet.ResNet(config, rngs=None))
+    image = jax.ShapeDtypeStruct((1, size, size, config.in_channels), jnp.float32)
+
+    def count(jaxpr: Any) -> int:
+        total = 0
+        for equation in jaxpr.eqns:
+            shapes = [variable.aval.shape for variable in equation.invars]
+            if equation.primitive.name == "conv_general_dilated":  # HWIO, I divided by the groups
+                total += int(np.prod(equation.outvars[0].aval.shape) * np.prod(shapes[1][:3]))
+            elif equation.primitive.name == "dot_general":
+                total += int(np.prod(shapes[0]) * shapes[1][-1])
+            total += sum(count(inner.jaxpr) for inner in equation.params.values() if hasattr(inner, "jaxpr"))
+        return total
+
+    return count(jax.make_jaxpr(lambda state, x: nnx.merge(graph, state)(x))(state, image).jaxpr)
+
+
+def gemm(job: Job) -> dict[str, Any]:
+    """How fast a large matrix product is."""
+    # Sums in float32: else a CPU's bfloat16 units are not used.
+    product = jax.jit(lambda a, b: lax.dot(a, b, preferred_element_type=jnp.float32))
+
+    def prepare(size: int) -> Callable[[], object]:
+        a, b = (jax.random.normal(jax.random.key(i), (size, size), job["precision"]) for i in range(2))
+        return lambda: product(a, b).block_until_ready()
+
+    return benchmark.fastest_product(prepare)
+
+
+def make(job: Job) -> dict[str, Any]:
+    """Writes random weights, images and labels and, where ``check`` asks, what they come to in float64."""
+    folder, draw = Path(job["folder"]), np.random.default_rng(0)
+    model = jresnet.ResNet(configuration(job), rngs=nnx.Rngs(0))
+    for path, leaf in nnx.to_flat_state(nnx.state(model)):  # default statistics would hide swapped ones
+        if path[-1] != "kernel":
+            low, high = (0.5, 1.5) if path[-1] in ("scale", "var") else (-0.3, 0.3)
+            leaf[...] = jnp.asarray(draw.uniform(low, high, leaf.shape), jnp.float32)
+    images = draw.standard_normal((job["batch"], job["size"], job["size"], model.config.in_channels), np.float32)
+    labels = draw.integers(0, model.config.num_classes, job["batch"]).astype(np.int32)
+    np.savez(folder / benchmark.INPUTS, images=images, labels=labels, **flax2torch.state_dict(model))
+    if job["check"]:
+        with jax.enable_x64(True):
+            np.savez(folder / benchmark.REFERENCE, **reference(*load(job, np.float64), job["task"]))
+    return {}
+
+
+def reference(model: jresnet.ResNet, images: jax.Array, labels: jax.Array, task: str) -> dict[str, Any]:
+    """The first logits, or the gradient, of a model and images in float64."""
+    graph, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
+    if task == "infer":
+        logits = jax.jit(lambda x: nnx.merge(graph, params, stats)(x))
+        return {"logits": logits(images[: benchmark.CHECKED_IMAGES])}
+    gradient = jax.jit(jax.grad(partial(loss, graph), has_aux=True))
+    return by_key(gradient(params, stats, images, labels)[0])
+
+
+def configuration(job: Job) -> jresnet.ResNetConfig:
+    """The row's network."""
+    return jresnet.ResNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in job["config"].items()})
+
+
+def load(job: Job, wide: Any = np.float32) -> tuple[jresnet.ResNet, jax.Array, jax.Array]:
+    """The row's model, with parameters in ``wide``, its images and its labels."""
+    images, labels, tensors = benchmark.inputs(job)
+    config, dtype = configuration(job), jnp.bfloat16 if job["precision"] == "bfloat16" and wide == np.float32 else None
+    values = {p: torch2flax.to_flax(tensors[keymap.torch_key(p)]).astype(wide) for p in weights.shapes(config)}
+    return weights.fill(config, values, dtype), jnp.asarray(images, wide), jnp.asarray(labels)
+
+
+def loss(graph: nnx.GraphDef, params: nnx.State, stats: nnx.State, images: jax.Array, labels: jax.Array):
+    """-> mean cross-entropy, the new BN statistics."""
+    model = nnx.merge(graph, params, stats, copy=True)
+    logits = model(images, train=True)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), nnx.state(model, nnx.BatchStat)
+
+
+def by_key(state: nnx.State) -> dict[str, np.ndarray]:
+    """Parameters, or their gradients, by torchvision's keys and in PyTorch's layout."""
+    flat = ((".".join(map(str, path)), leaf.get_value()) for path, leaf in nnx.to_flat_state(state))
+    return {keymap.torch_key(path): torch2flax.to_torch(np.asarray(value)) for path, value in flat}
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """A row's figures."""
+    found = {"infer": infer, "epoch": epoch, "data": first_batch}.get(job["task"], training)(job)
+    memory = jax.devices()[0].memory_stats() or {}
+    return found | ({"device_bytes": memory["peak_bytes_in_use"]} if "peak_bytes_in_use" in memory else {})
+
+
+def compiled(function: Callable, *arguments: Any, **options: Any) -> tuple[Callable, float]:
+    """A function compiled for such arguments, and the seconds it took."""
+    began = time.perf_counter()
+    return jax.jit(function, **options).lower(*arguments).compile(), time.perf_counter() - began
+
+
+def infer(job: Job) -> dict[str, Any]:
+    """Logits of a batch that lies on the device."""
+    model, images, _ = load(job)
+    fused = hasattr(jresnet, "fuse")
+    graph, state = nnx.split(jresnet.fuse(model) if fused else model)
+    forward, seconds = compiled(lambda state, x: nnx.merge(graph, state)(x), state, images)
+
+    def run(steps: int) -> jax.Array:
+        for _ in range(steps):
+            logits = forward(state, images)
+        return logits.block_until_ready()
+
+    found = benchmark.pace(job, run, len(images)) | {"compile_seconds": seconds}
+    if job["check"]:
+        found["error"] = benchmark.relative_error(job, {"logits": run(1)[: benchmark.CHECKED_IMAGES]})
+    return found | {"note": f"BN {'' if fused else 'not '}folded"}
+
+
+def training(job: Job) -> dict[str, Any]:
+    """Steps of SGD on a batch that lies on the device; on an accelerator many in one call, as in jresnet's own loop."""
+    where, optimizer = devices.find(job["devices"]), optim.optimizer("sgd", benchmark.LR, **benchmark.SGD)
+    on_device = where.platform != "cpu"
+
+    def start() -> tuple[train.TrainState, nnx.State, tuple[jax.Array, jax.Array]]:
+        model, *batch = load(job)
+        return (
+            where.replicate(train.init(model, optimizer)),
+            nnx.graphdef(model),
+            [where.put(a, where.cut()) for a in batch],
+        )
+
+    state, graph, batch = start()
+
+    def step(state: train.TrainState, images: jax.Array, labels: jax.Array) -> train.TrainState:
+        gradient = jax.grad(partial(loss, graph), has_aux=True)
+        grads, stats = gradient(state.params, state.batch_stats, images, labels)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        return train.TrainState(state.step + 1, optax.apply_updates(state.params, updates), stats, opt_state, None)
+
+    def many(state: train.TrainState, images: jax.Array, labels: jax.Array, steps: jax.Array) -> train.TrainState:
+        return lax.fori_loop(0, steps, lambda _, state: step(state, images, labels), state)
+
+    arguments = (state, *batch, np.int32(1)) if on_device else (state, *batch)
+    function, seconds = compiled(many if on_device else step, *arguments, donate_argnums=0, out_shardings=where.whole)
+
+    def run(steps: int) -> None:
+        nonlocal state
+        if on_device:
+            state = function(state, *batch, np.int32(steps))
+        else:
+            for _ in range(steps):
+                state = function(state, *batch)
+        jax.block_until_ready(state)
+
+    found = benchmark.pace(job, run, job["batch"]) | {"compile_seconds": seconds}
+    if job["check"]:
+        # The gradient that the timed function takes: after one step the momentum is the gradient and the decay.
+        state, *_ = start()
+        before = by_key(state.params)
+        run(1)
+        momentum, decay = by_key(optax.tree_utils.tree_get(state.opt_state, "trace")), benchmark.SGD["weight_decay"]
+        gradient = {key: momentum[key] - decay * before[key].astype(np.float64) for key in momentum}
+        found["error"] = benchmark.relative_error(job, gradient)
+    return found
+
+
+def epoch(job: Job) -> dict[str, Any]:
+    """Epochs of random images in uint8 on the device, augmented, by the library's own step and loop."""
+    (model, *_), where, draw = load(job), devices.find(1), np.random.default_rng(0)
+    optimizer = optim.optimizer("sgd", benchmark.LR, **benchmark.SGD)
+    images = draw.integers(0, 256, (job["epoch"], job["size"], job["size"], 3), np.uint8)
+    labels = draw.integers(0, model.config.num_classes, len(images)).astype(np.int32)
+    split = train.Images(*where.replicate((images, labels)))
+    loop = train.StepsLoop(train.train_step(nnx.graphdef(model), optimizer, pipeline(job["size"])), where)
+    state, key, number = where.replicate(train.init(model, optimizer)), jax.random.key(0), 0
+    order = np.asarray(train.epoch_order(key, 0, len(images), job["batch"]))
+    began = time.perf_counter()
+    loop.compile(state, split, order, key)
+    seconds = time.perf_counter() - began
+
+    def run(epochs: int) -> None:
+        nonlocal state, number
+        for _ in range(epochs):
+            order, number = np.asarray(train.epoch_order(key, number, len(images), job["batch"])), number + 1
+            state, _ = loop(state, split, order, 0, len(order), key)
+
+    return benchmark.pace(job, run, order.size) | {"compile_seconds": seconds}
+
+
+def pipeline(size: int) -> augment.Pipeline:
+    return augment.Pipeline("pad", size, "random", *recipes.STATISTICS["cifar10"])
+
+
+def first_batch(job: Job) -> dict[str, Any]:
+    """Seconds from the files to a batch of augmented images on the device; import and compilation are left out."""
+    key, some = jax.random.key(0), jax.ShapeDtypeStruct((job["batch"], 32, 32, 3), jnp.uint8)
+    views, compile_seconds = compiled(pipeline(32).train, key, some)
+    began = time.perf_counter()
+    found = data.load_cifar10(job["data_dir"], download=False) if job["data_dir"] else data.load_digits()
+    images = jnp.asarray(found.train.images)
+    views(key, images[: job["batch"]]).block_until_ready()
+    seconds = time.perf_counter() - began
+    return {"seconds": seconds, "compile_seconds": compile_seconds, "note": f"{found.name}, {found.source}"}
+
+
+if __name__ == "__main__":
+    asked = json.loads(sys.argv[1])
+    try:
+        answer = {"survey": survey, "gemm": gemm, "make": make, "measure": measure}[asked["do"]](asked)
+    except jresnet.InputError as error:
+        sys.exit(str(error))
+    assert "torch" not in sys.modules
+    print(json.dumps(answer))

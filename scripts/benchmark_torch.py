@@ -1,0 +1,192 @@
+"""PyTorch's worker of ``scripts/benchmark.py``: a job as JSON in the first argument, the answer as JSON on the last line.
+
+The networks are those of ``convert.reference`` (torchvision's, and the CIFAR family) or timm's, channels-last.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import benchmark
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# jresnet without its __init__: convert.reference takes no more than names of it, and JAX beside torch would count as
+# torch's memory and start.
+sys.modules["jresnet"] = types.ModuleType("jresnet")
+sys.modules["jresnet"].__path__ = [str(benchmark.ROOT / "jresnet")]
+sys.modules["jresnet.resnet"] = types.ModuleType("jresnet.resnet")
+sys.modules["jresnet.resnet"].ResNetConfig = Any  # type: ignore[attr-defined]
+
+from convert import reference, verify  # noqa: E402
+
+Job = Mapping[str, Any]
+
+
+def gemm(job: Job) -> dict[str, Any]:
+    """How fast a large matrix product is."""
+
+    def prepare(size: int) -> Callable[[], object]:
+        a, b = (torch.randn(size, size, device=device(job), dtype=getattr(torch, job["precision"])) for _ in range(2))
+        return lambda: (torch.mm(a, b), wait(job))
+
+    return benchmark.fastest_product(prepare)
+
+
+def device(job: Job) -> str:
+    """Where the job is done."""
+    if job["device"] == "cpu":
+        return "cpu"
+    if not torch.cuda.is_available():
+        sys.exit("this torch finds no GPU")
+    torch.backends.cudnn.benchmark = True
+    torch.set_float32_matmul_precision("high")  # TF32, which is XLA's default and cuDNN's for convolutions
+    return "cuda"
+
+
+def wait(job: Job) -> None:
+    """Until the device is done; a CPU is when a call returns."""
+    if job["device"] != "cpu":
+        torch.cuda.synchronize()
+
+
+def load(job: Job) -> tuple[nn.Module, dict[str, Tensor], Tensor, Tensor]:
+    """The row's network, its weights, images in NHWC order and labels, on the device."""
+    arch, config = job["arch"], types.SimpleNamespace(**job["config"])
+    if job["contestant"] == "timm":
+        verify.import_torchvision()  # timm imports it
+        import timm
+
+        if config.stem != "imagenet" or not timm.is_model(arch):
+            sys.exit(f"timm has no {arch} with the {config.stem} stem")
+        model = timm.create_model(arch, num_classes=config.num_classes, in_chans=config.in_channels)
+    else:
+        model = reference.network(arch, config)  # type: ignore[arg-type]
+    images, labels, values = benchmark.inputs(job)
+    tensors = {key: torch.from_numpy(value) for key, value in values.items()}
+    model.load_state_dict(tensors, strict=True)
+    model = model.to(device(job), memory_format=torch.channels_last)
+    # What is NHWC in memory, seen as NCHW, is channels-last.
+    batch = torch.from_numpy(images).to(device(job)).permute(0, 3, 1, 2)
+    return model, tensors, batch, torch.from_numpy(labels).long().to(device(job))
+
+
+def compiled(model: nn.Module, job: Job) -> Callable[[Tensor], Tensor]:
+    """The network, compiled for that contestant: for inference with its weights as constants, on a GPU as CUDA graphs."""
+    if job["contestant"] != "torch-compile":
+        return model
+    import torch._inductor.config
+
+    torch._inductor.config.freezing = not model.training
+    return torch.compile(model, mode="default" if job["device"] == "cpu" else "reduce-overhead")
+
+
+def autocast(job: Job) -> torch.autocast:
+    return torch.autocast(device(job), torch.bfloat16, enabled=job["precision"] == "bfloat16")
+
+
+def measure(job: Job) -> dict[str, Any]:
+    """A row's figures."""
+    found = {"infer": infer, "epoch": epoch}.get(job["task"], training)(job)
+    if job["contestant"] == "torch-compile":
+        found["compile_seconds"] = found["first_step_seconds"]
+    return found | ({} if job["device"] == "cpu" else {"device_bytes": torch.cuda.max_memory_allocated()})
+
+
+def infer(job: Job) -> dict[str, Any]:
+    """Logits of a batch that lies on the device."""
+    model, _, images, _ = load(job)
+    forward = compiled(model.eval(), job)
+
+    @torch.inference_mode()
+    def run(steps: int) -> Tensor:
+        with autocast(job):
+            for _ in range(steps):
+                logits = forward(images)
+        wait(job)
+        return logits
+
+    found = benchmark.pace(job, run, len(images)) | {"note": layout(model, images)}
+    if job["check"]:
+        logits = run(1)[: benchmark.CHECKED_IMAGES].float().cpu().numpy()
+        found["error"] = benchmark.relative_error(job, {"logits": logits})
+    return found
+
+
+def layout(model: nn.Module, images: Tensor) -> str:
+    """How the images and all kernels lie in memory."""
+    tensors = [images, *(value for value in model.parameters() if value.ndim == 4)]
+    last = all(value.is_contiguous(memory_format=torch.channels_last) for value in tensors)
+    return "channels-last" if last else "channels-first"
+
+
+def training(job: Job) -> dict[str, Any]:
+    """Steps of SGD on a batch that lies on the device."""
+    model, tensors, images, labels = load(job)
+    step = stepper(model, job)
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            step(images, labels)
+        wait(job)
+
+    found = benchmark.pace(job, run, len(images)) | {"note": layout(model, images)}
+    if job["check"]:
+        model.load_state_dict(tensors)
+        run(1)
+        gradient = {name: value.grad.cpu().numpy() for name, value in model.named_parameters()}  # type: ignore[union-attr]
+        found["error"] = benchmark.relative_error(job, gradient)
+    return found
+
+
+def stepper(model: nn.Module, job: Job) -> Callable[[Tensor, Tensor], None]:
+    """Takes a training step on images and labels; the gradients stay until the next."""
+    optimizer = torch.optim.SGD(model.parameters(), benchmark.LR, **benchmark.SGD, fused=True)
+    forward = compiled(model.train(), job)
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        optimizer.zero_grad()
+        with autocast(job):
+            loss = F.cross_entropy(forward(images), labels)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def epoch(job: Job) -> dict[str, Any]:
+    """Epochs of random images in uint8 on the device: crops of the padded images, flips, normalisation, steps."""
+    (model, *_), size, count, where = load(job), job["size"], job["epoch"], device(job)
+    step, along, steps = stepper(model, job), torch.arange(size, device=where), count // job["batch"]
+    padded = torch.randint(0, 256, (count, size + 8, size + 8, 3), dtype=torch.uint8, device=where)
+    labels = torch.randint(0, job["config"]["num_classes"], (count,), device=where)
+    mean, std = (torch.tensor(value, device=where) for value in ([125.3, 123.0, 113.9], [63.0, 62.1, 66.7]))
+
+    def run(epochs: int) -> None:
+        for _ in range(epochs):
+            order = torch.randperm(count, device=where)[: steps * job["batch"]].view(steps, -1)
+            corners = torch.randint(0, 9, (*order.shape, 2), device=where)
+            turned = torch.rand(order.shape, device=where) < 0.5
+            for chosen, corner, turn in zip(order, corners, turned, strict=True):
+                rows = corner[:, :1] + along
+                columns = corner[:, 1:] + torch.where(turn[:, None], along.flip(0), along)
+                views = padded[chosen[:, None, None], rows[:, :, None], columns[:, None, :]]
+                step(((views - mean) / std).permute(0, 3, 1, 2), labels[chosen])
+        wait(job)
+
+    return benchmark.pace(job, run, steps * job["batch"]) | {"note": layout(model, padded.permute(0, 3, 1, 2))}
+
+
+if __name__ == "__main__":
+    asked = json.loads(sys.argv[1])
+    try:
+        answer = {"gemm": gemm, "measure": measure}[asked["do"]](asked)
+    except LookupError as error:  # no such network
+        sys.exit(str(error))
+    assert "jax" not in sys.modules
+    print(json.dumps(answer))

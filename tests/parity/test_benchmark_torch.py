@@ -1,0 +1,92 @@
+"""scripts/benchmark.py's peers: the same weights and images as jresnet, and the same results."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from convert import verify
+from jresnet import weights
+from jresnet.resnet import ResNetConfig
+
+REPOSITORY = Path(__file__).parent.parent.parent
+TINY = ResNetConfig("basic", (1, 1, 1), (4, 8, 16), num_classes=10, stem="cifar", shortcut="pad")
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark", REPOSITORY / "scripts/benchmark.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["benchmark"] = module  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workers' own, with what they have compiled."""
+    return tmp_path_factory.mktemp("workers")
+
+
+@pytest.fixture(autouse=True)
+def quick(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "SECONDS", 0.01)
+    monkeypatch.setattr(script, "EPOCH", 16)
+
+
+def measure(script: ModuleType, folder: Path, row: Any, config: ResNetConfig, names: list[str]) -> dict[str, Any]:
+    about = {"config": dataclasses.asdict(config), "gflop": 1.0}
+    return script.measure(script.Workplace(folder, "cpu", 1), row, names, about)
+
+
+def assert_same(found: dict[str, Any]) -> None:
+    """Everybody's gradient or logits are float64's but for rounding, of which PyTorch's own is the yardstick."""
+    yardstick = found["torch"][0]["error"]
+    assert 0 < yardstick < 1e-5
+    for name, rounds in found.items():
+        assert isinstance(rounds, list), rounds
+        assert 0 < rounds[0]["error"] < verify.ALLOWED * yardstick, name
+        assert rounds[0]["images_per_second"] > 0
+        assert ("compile_seconds" in rounds[0]) == (name in ("jresnet", "torch-compile"))
+        assert name == "jresnet" or rounds[0]["note"] == "channels-last"
+
+
+@pytest.mark.parametrize("task", ["train", "infer"])
+def test_the_same_results(script: ModuleType, folder: Path, task: str) -> None:
+    """The whole gradient, or the logits."""
+    row = script.Row(task, task, "resnet20_cifar", 8, 8)
+    others = ["timm"] if task == "infer" else []
+    found = measure(script, folder, row, TINY, ["jresnet", "torch", *others])
+    for name in others:  # its reason; the others go on
+        assert found.pop(name) == "timm has no resnet20_cifar with the cifar stem"
+    assert_same(found)
+    theirs = script.evaluate("torch", found, 1.0, 0.0)
+    assert theirs["ratios"] == [found["torch"][0]["seconds"] / found["jresnet"][0]["seconds"]]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("task", ["train", "infer"])
+def test_all_peers(script: ModuleType, folder: Path, task: str) -> None:
+    """torch.compile, which needs a C++ compiler, and timm too."""
+    row = script.Row(task, task, "resnet18", 64, 4)
+    assert_same(measure(script, folder, row, weights.configure("resnet18"), ["torch", "torch-compile", "timm"]))
+
+
+def test_an_epoch(script: ModuleType, folder: Path) -> None:
+    """Of 16 images, in steps of 6."""
+    row = script.Row("train", "epoch", "tiny", 8, 6, "bfloat16")
+    found = measure(script, folder, row, TINY, ["torch"])["torch"][0]
+    assert found["images_per_second"] == 12 / found["seconds"] > 0
+
+
+def test_products(script: ModuleType, folder: Path) -> None:
+    found = script.Workplace(folder, "cpu", 1).ask("torch", "gemm", precision="float32")
+    assert found["gflops"] > 0

@@ -1,0 +1,480 @@
+"""scripts/benchmark.py: real workers on the smallest networks, and made-up ones for what the driver does with figures."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY, command
+
+from jresnet import zoo
+from jresnet.resnet import ResNetConfig
+
+TINY = ResNetConfig("basic", (1,), (4,), num_classes=10, stem="cifar")
+ABOUT = {"config": dataclasses.asdict(TINY), "gflop": 1.0}
+
+# Answers at once. The n-th measurement of a contestant takes n times its seconds.
+FAKE = """
+import json, os, pathlib, sys, time
+job = json.loads(sys.argv[1])
+log = pathlib.Path(__file__).with_name("log")
+done = log.read_text().split() if log.exists() else []
+name = job.get("contestant", job["do"])
+log.write_text(" ".join([*done, name]))
+if job["do"] == "survey":
+    about = [{"config": None, "gflop": 2.0} for _ in job["rows"]]
+    print("chatter")
+    print(json.dumps({"problems": [], "rows": about, "platform": "cpu", "device": "made up"}))
+elif job["do"] == "gemm":
+    print(json.dumps({"gflops": {"float32": 100.0, "bfloat16": 400.0}[job["precision"]]}))
+elif job["do"] == "make":
+    print("{}")
+elif job["arch"] == "hang" and job["task"] == "infer":
+    log.with_name("pid").write_text(str(os.getpid()))
+    time.sleep(600)
+elif name == "torch-compile":
+    print("first", "second", "no | compiler", sep=chr(10), file=sys.stderr)
+    sys.exit(3)
+elif name == "timm":
+    os.kill(os.getpid(), 9)
+else:
+    seconds = {"jresnet": 0.5, "torch": 1.5}[name] * (1 + done.count(name) % 3)
+    answer = {"seconds": seconds, "images_per_second": job["batch"] / seconds, "host_bytes": 2**20, "steps": 3}
+    print(json.dumps(answer | {"compile_seconds": seconds, "note": name}))
+"""
+
+
+@pytest.fixture(scope="module")
+def script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark", REPOSITORY / "scripts/benchmark.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["benchmark"] = module  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def fake(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Made-up workers; their folder, where ``log`` names the jobs in turn."""
+    worker = tmp_path / "fake.py"
+    worker.write_text(FAKE)
+    monkeypatch.setattr(script, "WORKERS", dict.fromkeys(script.WORKERS, worker))
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: name)  # whether torch is there or not
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workers' own, with what they have compiled."""
+    return tmp_path_factory.mktemp("workers")
+
+
+@pytest.fixture
+def quick(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(script, "SECONDS", 0.01)
+    monkeypatch.setattr(script, "EPOCH", 16)
+
+
+def cells(table: str) -> list[dict[str, str]]:
+    """The rows of a Markdown table."""
+    header, _, *rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def options(script: ModuleType, *argv: str) -> Any:
+    return script.parser().parse_args(argv)
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_command(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The smallest row, measured."""
+    file = tmp_path / "speed.json"
+    argv = ["--suite", "infer", "--arch", "resnet20_cifar", "--batch", "2", "--rounds", "2", "--peer", "none"]
+    argv += ["--json", str(file)]
+    assert script.main(argv) == 0
+    out, progress = capsys.readouterr()
+    report = json.loads(file.read_text())
+    assert report["command"] == f"python scripts/benchmark.py {' '.join(argv)}"
+    assert report["versions"].keys() >= {"python", "jax", "flax"}
+    assert report["hardware"].keys() == {"cpu", "cores", "system", "load", "device"}
+    assert report["ceilings"]["jresnet float32"] > 0
+    assert report["left_out"] == []
+    (row,), (shown,) = report["rows"], cells(out.split("\n\n")[0])
+    assert row["gflop"] == pytest.approx(2 * zoo.find("resnet20_cifar").gmacs, rel=5e-3)
+    (result,) = row["results"].values()
+    assert len(result["rounds"]) == 2 == int(shown["n"])
+    for found in result["rounds"]:
+        assert found["seconds"] > 0
+        assert found["steps"] >= 3
+        assert found["images_per_second"] == 2 / found["seconds"]
+        assert found["host_bytes"] > 2**20
+        assert found["compile_seconds"] > 0
+    assert ["error" in found for found in result["rounds"]] == [True, False]
+    assert 0 < result["error"] < 1e-5
+    assert result["seconds"]["min"] <= result["seconds"]["median"] <= result["seconds"]["max"]
+    share = result["images_per_second"]["median"] * row["gflop"] / report["ceilings"]["jresnet float32"]
+    assert result["share_of_ceiling"] == pytest.approx(share)
+    assert shown["what"] == "infer resnet20_cifar at 32, batch 2, float32"
+    assert shown["framework"] == "jresnet"
+    assert shown["error"] == f"{result['error']:.1e}"
+    assert shown["images/s"].startswith(f"{result['images_per_second']['median']:.4g} (")
+    assert shown["note"] == "BN folded"
+    assert "round 2 of 2, jresnet" in progress
+
+
+@pytest.mark.usefixtures("quick")
+def test_training(script: ModuleType, folder: Path) -> None:
+    """The whole gradient of the step that is timed, on two simulated devices."""
+    row = script.Row("train", "train", "tiny", 8, 4, series="devices", devices=2)
+    (found,) = script.measure(script.Workplace(folder, "cpu", 1), row, ["jresnet"], ABOUT)["jresnet"]
+    assert 0 < found["error"] < 1e-5
+    assert found["steps"] >= 3
+    assert found["images_per_second"] == 4 / found["seconds"] > 0
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_epoch(script: ModuleType, folder: Path) -> None:
+    """Of 16 images, in steps of 6."""
+    row = script.Row("train", "epoch", "tiny", 8, 6)
+    (found,) = script.measure(script.Workplace(folder, "cpu", 1), row, ["jresnet"], ABOUT)["jresnet"]
+    assert found["images_per_second"] == 12 / found["seconds"] > 0
+
+
+def test_the_first_step(script: ModuleType, folder: Path) -> None:
+    """Cold it compiles; with the cache it does not."""
+    row = script.Row("startup", "first step", "tiny", 8, 2)
+    found = script.measure(script.Workplace(folder, "cpu", 1), row, row.contestants(()), ABOUT)
+    (cold,), (cached,) = found["jresnet"], found["jresnet, cached"]
+    assert cold["seconds"] > cold["compile_seconds"] > 0
+    assert cached["compile_seconds"] > 0
+    assert "images_per_second" not in cold
+
+
+def test_caches(script: ModuleType, fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured cold finds an empty cache in each round, which its cached partner then shares."""
+    seen: list[str] = []
+    monkeypatch.setattr(script, "once", lambda place, row, name, cache, job: seen.append(cache) or {"seconds": 1.0})
+    for task in ("first step", "train"):
+        row = script.Row("startup", task, "x", 32, 8)
+        script.measure(script.Workplace(fake, "cpu", 2), row, ["jresnet", "jresnet, cached"], ABOUT)
+    assert seen[0] == seen[1] != seen[2] == seen[3]
+    assert set(seen[4:]) == {"cache"}
+
+
+def test_data_and_import(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script.main(["--suite", "data", "--rounds", "1", "--peer", "none"]) == 0
+    (shown,) = cells(capsys.readouterr().out.split("\n\n")[0])
+    assert shown["what"] == "data"
+    assert float(shown["seconds"].split()[0]) > 0
+    assert shown["note"].startswith("digits, scikit-learn")
+    assert (
+        script.once(script.Workplace(Path(), "cpu", 1), script.Row("startup", "import"), "jresnet", "", {})["seconds"]
+        > 0
+    )
+
+
+def test_operations(script: ModuleType, tmp_path: Path) -> None:
+    """Those of the zoo, at the zoo's sizes; other sizes and stems are counted too."""
+    rows = [
+        script.Row("infer", "infer", name, zoo.find(name).image_size, 1) for name in ("resnext50_32x4d", "resnet18")
+    ]
+    rows.append(script.Row("train", "train", "resnet18", 32, 1))
+    asked = [dataclasses.asdict(row) | {"chosen": row.chosen} for row in rows]
+    known = script.Workplace(tmp_path, "cpu", 1).ask("jresnet", "survey", rows=asked)
+    wanted = [2 * zoo.find("resnext50_32x4d").gmacs, 2 * zoo.find("resnet18").gmacs, 6 * 0.555]
+    assert [row["gflop"] for row in known["rows"]] == pytest.approx(wanted, rel=5e-3)
+    assert [row["config"]["num_classes"] for row in known["rows"]] == [1000, 1000, 10]
+
+
+def test_all_mistakes_at_once(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is measured."""
+    argv = ["--arch", "resnet19", "--size", "8", "--peer", "torch,keras", "--minutes", "0", "--plots", str(tmp_path)]
+    argv += ["--json", str(tmp_path / "no" / "file"), "--data-dir", str(tmp_path / "none")]
+    assert script.main(argv) == 1
+    out, complaints = capsys.readouterr()
+    assert out == ""
+    expected = [
+        "unknown peer 'keras'",
+        "--size",
+        "--minutes",
+        "--json",
+        "--data-dir",
+        "--plots",
+        "unknown architecture",
+    ]
+    for complaint, beginning in zip(complaints.splitlines(), expected, strict=True):
+        assert complaint.startswith(f"error: {beginning}")
+
+
+@pytest.mark.parametrize("argv", [["--rounds", "0"], ["--batch", "x"], ["--suite", "speed"], ["--precision", "int8"]])
+def test_bad_options(script: ModuleType, argv: list[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        script.main(argv)
+
+
+def test_help_and_imports() -> None:
+    shown = command("scripts/benchmark.py", "--help")
+    assert shown.returncode == 0
+    assert "--minutes M" in shown.stdout
+    loaded = command(
+        "-c", "import sys; sys.path.insert(0, 'scripts'); import benchmark; print(*sys.modules)"
+    ).stdout.split()
+    assert not {"jax", "torch", "numpy", "jresnet"} & set(loaded)
+
+
+def test_rounds_take_turns(script: ModuleType, fake: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Ratios are those of one round; a peer that fails is measured no more and says why."""
+    file = fake / "speed.json"
+    assert script.main(["--suite", "train", "--arch", "x", "--batch", "6", "--rounds", "3", "--json", str(file)]) == 0
+    log = (fake / "log").read_text().split()
+    assert log[log.index("make") + 1 :] == ["jresnet", "torch", "torch-compile", "timm", *["jresnet", "torch"] * 2]
+    report = json.loads(file.read_text())
+    ours, peer, compiled, timm = report["rows"][0]["results"].values()
+    assert [found["seconds"] for found in ours["rounds"]] == [0.5, 1.0, 1.5]
+    assert [found["seconds"] for found in peer["rounds"]] == [1.5, 3.0, 4.5]
+    assert ours["images_per_second"] == {"median": 6.0, "min": 4.0, "max": 12.0}
+    paces = [[found["images_per_second"] for found in result["rounds"]] for result in (ours, peer)]
+    assert peer["ratios"] == [our / its for our, its in zip(*paces, strict=True)] == [3.0, 3.0, 3.0]
+    assert "ratio" not in ours
+    assert ours["share_of_ceiling"] == 6.0 * 2.0 / 100
+    assert peer["compile_seconds"] == 1.5  # the first round's
+    assert compiled == {"failed": "first / second / no | compiler"}
+    assert timm == {"failed": "killed by SIGKILL"}
+    rows = cells(capsys.readouterr().out.split("\n\n")[0])
+    assert [row["framework"] for row in rows] == ["jresnet", "torch", "torch-compile", "timm"]
+    assert rows[1]["ratio"] == "3.00 (3.00-3.00)"
+    assert rows[0]["memory MiB"] == "1"
+    assert rows[2]["note"] == "first / second / no / compiler"
+
+
+def test_statistics(script: ModuleType) -> None:
+    """Of made-up figures, where a peer has fewer rounds, and where jresnet has none."""
+    found = {
+        "jresnet": [{"seconds": s, "images_per_second": 8 / s, "device_bytes": 2**20 * s} for s in (1.0, 2.0, 4.0)],
+        "torch": [{"seconds": s} for s in (2.0, 1.0)],
+    }
+    assert script.spread([3.0, 1.0, 10.0, 2.0]) == {"median": 2.5, "min": 1.0, "max": 10.0}
+    peer = script.evaluate("torch", found, 1.0, 0.0)
+    assert peer["ratios"] == [2.0, 0.5]
+    assert peer["ratio"] == {"median": 1.25, "min": 0.5, "max": 2.0}
+    ours = script.evaluate("jresnet", found, 1.0, 0.0)
+    assert ours["images_per_second"] == {"median": 4.0, "min": 2.0, "max": 8.0}
+    assert ours["device_bytes"] == 2**21
+    assert "share_of_ceiling" not in ours
+    assert "ratio" not in script.evaluate("torch", found | {"jresnet": "broken"}, 1.0, 0.0)
+
+
+@pytest.mark.parametrize(("device", "count"), [("cpu", 1), ("gpu", 25)])
+def test_pace(script: ModuleType, monkeypatch: pytest.MonkeyPatch, device: str, count: int) -> None:
+    """Two steps warm up; then steps for the time given, on an accelerator a tenth of a second between two waits."""
+    clock, calls = SimpleNamespace(now=0.0), []
+    monkeypatch.setattr(script, "time", SimpleNamespace(perf_counter=lambda: clock.now, time=lambda: 1e9 + clock.now))
+
+    def run(steps: int) -> None:
+        calls.append(steps)
+        clock.now += steps * [5.0, 2**-8][len(calls) > 1]
+
+    found = script.pace({"device": device, "seconds": 0.25}, run, 8)
+    assert calls[:2] == [1, 1]
+    assert set(calls[2:]) == {count}
+    assert sum(calls[2:]) >= 0.25 * 2**8 > sum(calls[2:-1])
+    assert found.pop("host_bytes") > 0
+    assert found == {
+        "first_step_at": 1e9 + 5, "first_step_seconds": 5.0, "seconds": 2**-8, "steps": sum(calls[2:]),
+        "images_per_second": 8 * 2**8,
+    }  # fmt: skip
+    calls.clear()
+    assert "seconds" not in script.pace({"device": device, "seconds": 0}, run, 8)
+    assert calls == [1]
+
+
+def test_the_fastest_product(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, sizes = SimpleNamespace(now=0.0), []
+    monkeypatch.setattr(script, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def prepare(size: int) -> Any:
+        sizes.append(size)
+
+        def multiply() -> None:
+            clock.now += 2e-9 * size**3 / (50 if size == 1024 else 20)
+
+        return multiply
+
+    assert script.fastest_product(prepare)["gflops"] == pytest.approx(50)
+    assert sizes == [512, 1024, 2048]
+
+
+def test_relative_error(script: ModuleType, tmp_path: Path) -> None:
+    np.savez(tmp_path / script.REFERENCE, a=np.array([3.0, 0.0]), b=np.array([[4.0]]))
+    job = {"folder": str(tmp_path)}
+    assert script.relative_error(job, {"a": np.array([3, 0.3]), "b": np.array([[4.4]])}) == pytest.approx(0.1)
+    with pytest.raises(SystemExit, match="a, c"):
+        script.relative_error(job, {"b": np.zeros((1, 1)), "c": np.zeros(2)})
+    with pytest.raises(SystemExit, match="not finite"):
+        script.relative_error(job, {"a": np.array([np.nan, 0]), "b": np.array([[4.0]])})
+
+
+def test_rows(script: ModuleType) -> None:
+    def chosen(*argv: str) -> list[str]:
+        return [str(row) for row in script.choose(options(script, *argv))]
+
+    assert len(chosen()) == 15
+    assert chosen()[0] == "train resnet20_cifar at 32, batch 128, float32"
+    assert chosen("--suite", "infer", "--batch", "4") == [
+        *(f"infer {arch} at 224, batch 4, float32" for arch in ("resnet18", "resnet50", "resnet152")),
+        "infer resnet20_cifar at 32, batch 4, float32",
+    ]
+    assert chosen("--arch", "resnet34") == [f"{task} resnet34 at 224, batch 16, float32" for task in ("train", "infer")]
+    assert chosen("--arch", "resnet34", "--size", "32", "--precision", "bfloat16", "--suite", "train") == [
+        "train resnet34 at 32, batch 128, bfloat16"
+    ]
+    assert chosen("--suite", "startup", "--arch", "resnet56_cifar", "--batch", "7") == [
+        "import", *(f"{task} resnet56_cifar at 32, batch 7, float32" for task in ("first step", "compile")),
+    ]  # fmt: skip
+    assert len(chosen("--suite", "startup")) == 7
+    scaling = script.choose(options(script, "--suite", "scaling"))
+    assert [row.batch for row in scaling if row.series == "batch"] == [1, 4, 16, 64, 256, 1024]
+    assert [row.arch[6:-6] for row in scaling if row.series == "depth"] == ["20", "32", "44", "56", "110"]
+    assert [row.devices for row in scaling if row.series == "devices"] == [1, 2, 4, 8]
+    few = script.choose(options(script, "--suite", "scaling", "--arch", "resnet18", "--batch", "6"))
+    assert [(row.series, row.batch, row.devices) for row in few] == [
+        ("batch", 6, 1), ("devices", 6, 1), ("devices", 6, 2),
+    ]  # fmt: skip
+    assert len(chosen("--suite", "all")) == 15 + 7 + 1 + len(scaling)
+    gpu = chosen("--device", "gpu")
+    assert len(gpu) == 14
+    assert all(row.endswith("bfloat16") for row in gpu)
+
+
+def test_contestants(script: ModuleType) -> None:
+    def of(*row: Any) -> list[str]:
+        return script.Row(*row).contestants(["timm", "torch", "torch-compile"])
+
+    assert of("train", "train") == ["jresnet", "torch", "torch-compile", "timm"]
+    assert of("train", "epoch") == ["jresnet", "torch", "torch-compile"]
+    assert of("startup", "first step") == ["jresnet", "jresnet, cached", "torch", "torch-compile"]
+    assert of("startup", "compile") == ["jresnet", "torch-compile"]
+    assert of("startup", "import") == ["jresnet", "torch"]
+    assert of("data", "data") == ["jresnet"]
+    assert of("scaling", "train", "x", 32, 8, "float32", "batch") == ["jresnet", "torch"]
+    assert of("scaling", "train", "x", 32, 8, "float32", "devices", 1) == ["jresnet"]
+    assert script.Row("train", "train").contestants([]) == ["jresnet"]
+
+
+@pytest.mark.usefixtures("fake")
+def test_the_budget(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows that it does not reach are named; so are they in the file."""
+    file = tmp_path / "speed.json"
+    assert script.main(["--suite", "train", "--minutes", "1e-9", "--json", str(file)]) == 0
+    left_out = json.loads(file.read_text())["left_out"]
+    assert len(left_out) == 4
+    assert f"left out, as --minutes were over: {'; '.join(left_out)}" in capsys.readouterr().out
+    place = script.Workplace(tmp_path, "cpu", 3, deadline=0.0)
+    row = script.Row("train", "train", "x", 32, 8)
+    found = script.measure(place, row, ["jresnet"], {"config": None, "gflop": 1.0})
+    assert len(found["jresnet"]) == 1  # of the rounds only the first
+
+
+def test_without_torch(script: ModuleType, fake: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
+    assert script.main(["--suite", "train", "--arch", "x", "--rounds", "1", "--peer", "torch"]) == 0
+    ours, theirs = cells(capsys.readouterr().out.split("\n\n")[0])
+    assert ours["n"] == "1"
+    assert theirs["note"].startswith("torch is not installed")
+    assert "torch" not in (fake / "log").read_text()
+
+
+def test_without_a_gpu(script: ModuleType, fake: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert script.main(["--device", "gpu", "--suite", "infer"]) == 1
+    out, complaints = capsys.readouterr()
+    assert out.splitlines() == ["would measure:", *(f"  infer resnet50 at 224, batch {n}, bfloat16" for n in (256, 1))]
+    assert complaints.startswith("error: --device gpu: JAX finds none")
+    assert (fake / "log").read_text() == "survey"
+
+
+def test_when_jresnet_fails(script: ModuleType, fake: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The row says why, and the command's exit code that it has no figures."""
+    (fake / "fake.py").write_text(FAKE.replace('elif name == "timm"', 'elif name == "jresnet"'))
+    assert script.main(["--suite", "train", "--arch", "x", "--rounds", "2", "--peer", "torch"]) == 1
+    out, complaints = capsys.readouterr()
+    ours, theirs = cells(out.split("\n\n")[0])
+    assert (ours["note"], ours["n"]) == ("killed by SIGKILL", "0")
+    assert (theirs["n"], theirs["ratio"]) == ("2", "-")
+    assert "error: jresnet has no figures: train x" in complaints
+    (fake / "fake.py").write_text("raise SystemExit('broken')")
+    assert script.main([]) == 1
+    assert capsys.readouterr().err == "error: jresnet does not start: broken\n"
+
+
+def test_plots(script: ModuleType, tmp_path: Path) -> None:
+    rows = []
+    for row in script.choose(options(script, "--suite", "scaling")):
+        found = {"jresnet": [{"seconds": 1 / row.batch, "images_per_second": 100.0 + row.batch}], "torch": "broken"}
+        results = {name: script.evaluate(name, found, 1.0, 1.0) for name in found}
+        rows.append(dataclasses.asdict(row) | {"results": results})
+    script.plot(rows, tmp_path / "new")
+    pictures = sorted(path.name for path in (tmp_path / "new").iterdir())
+    assert pictures == ["scaling-batch.png", "scaling-depth.png", "scaling-devices.png"]
+    script.plot([row for row in rows if row["series"] == "batch"], tmp_path / "other")
+    assert len(list((tmp_path / "other").iterdir())) == 1
+
+
+def test_writing(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file is the old one or the new one, whole."""
+    file = tmp_path / "file.json"
+    script.write(file, {"a": 1})
+    with pytest.raises(ValueError, match="JSON"):
+        script.write(file, {"a": float("nan")})
+    with pytest.raises(script.Problem, match="cannot write"):
+        script.write(tmp_path / "no" / "file", {})
+
+    def full(*paths: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(script.os, "replace", full)
+    with pytest.raises(script.Problem, match="No space left"):
+        script.write(file, {"a": 2})
+    assert json.loads(file.read_text()) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted(fake: Path, sent: signal.Signals, code: int) -> None:
+    """The worker ends too, and the file has the row that was finished."""
+    start = (
+        "import pathlib, sys; sys.path.insert(0, 'scripts'); import benchmark; "
+        "benchmark.WORKERS.update(dict.fromkeys(benchmark.WORKERS, pathlib.Path(sys.argv.pop(1)))); "
+        "benchmark.handle_signals(); sys.exit(benchmark.main())"
+    )
+    file, pid = fake / "speed.json", fake / "pid"
+    argv = ["--arch", "hang", "--rounds", "1", "--peer", "none", "--json", str(file)]
+    driver = subprocess.Popen(
+        [sys.executable, "-c", start, str(fake / "fake.py"), *argv],
+        cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 60
+        while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        driver.send_signal(sent)
+        _, complaints = driver.communicate(timeout=60)
+    finally:
+        driver.kill()
+    assert driver.returncode == code
+    assert "Traceback" not in complaints
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+    assert [row["task"] for row in json.loads(file.read_text())["rows"]] == ["train"]
