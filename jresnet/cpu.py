@@ -21,7 +21,7 @@ Sums of a kernel's gradient are kept in float32 at least.
 
 **Batch normalisation.** A sum over N, H and W of something computed on the way runs on one core and pixel by pixel, since
 XLA gives each core a part of the result and the result is one row of channels. Summed over H first, everything is read in
-order by all cores. Differentiated by JAX the two passes of the variance become six sums; the rule here has two.
+order by all cores. The gradient's rule here needs two such sums.
 
 The price is that forward-mode differentiation (``jax.jvp``) does not reach through a model in training on the CPU.
 """
