@@ -1,6 +1,7 @@
 """jresnet: ResNets in JAX and Flax NNX, the same function as PyTorch's, training included."""
 
 from jresnet import optim
+from jresnet.cpu import compiler_options
 from jresnet.errors import DataError, DownloadError, InputError, WeightsError
 from jresnet.factory import (
     create,
@@ -40,6 +41,7 @@ __all__ = [
     "ResNetConfig",
     "WeightsError",
     "__version__",
+    "compiler_options",
     "create",
     "fuse",
     "list_models",

@@ -49,6 +49,7 @@ class RunConfig:
     imagenet_statistics: bool
     stem: Stem  # of an ImageNet-type architecture
     precision: str  # "float32" | "bfloat16"
+    remat: bool = False  # keep only the blocks' inputs for the backward pass, and compute the rest again
     bn: str = "global"  # "global" | "per-device": of train.train_step
     on_nan: str = "stop"  # "stop" | "rollback"
     limit_train: int | None = None  # first images only

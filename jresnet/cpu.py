@@ -24,11 +24,14 @@ XLA gives each core a part of the result and the result is one row of channels. 
 order by all cores. The gradient's rule here needs two such sums.
 
 The price is that forward-mode differentiation (``jax.jvp``) does not reach through a model in training on the CPU.
+
+**Compiler options.** :func:`compiler_options` has what ``jax.jit`` is given besides, by jax's version.
 """
 
 from __future__ import annotations
 
 import math
+import os
 from functools import partial
 
 import jax
@@ -36,8 +39,47 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
 
+from jresnet.errors import InputError
+
 PIECE = 2**21  # bytes of shifted copies at a time: beyond the second-level cache, well inside the third
 SPLIT_ROWS = 16  # rows from which shifting both operands pays: it computes two rows more
+
+# Which operations XLA hands to its library YNN, by jax's version. The choice is XLA's own default where a version is not
+# named: each of these was faster than that in training and in inference (docs/speed.md).
+YNN = "xla_cpu_experimental_ynn_fusion_type"
+OPTIONS = {
+    "0.10.1": {YNN: "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_ELTWISE,LIBRARY_FUSION_TYPE_REDUCE"},
+    "0.12.0.1": {YNN: ""},
+}
+# XLA's CPU compiler drops optimization barriers and then merges what comes twice, so that it keeps what remat would compute
+# again. Without this pass it keeps them.
+BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+
+
+def compiler_options(remat: bool = False) -> dict[str, str]:
+    """The options with which XLA's CPU compiler makes the fastest programs of these networks, for ``jax.jit``.
+
+    >>> import jax, jresnet
+    >>> predict = jax.jit(jresnet.create("resnet20_cifar"), compiler_options=jresnet.compiler_options())
+
+    They choose among XLA's implementations of the same operations: results differ by rounding.
+    ``JRESNET_COMPILER_OPTIONS=off`` switches them off, but for ``remat``'s, without which it saves nothing.
+
+    Args:
+        remat: for training a model that was created with ``remat=True``.
+
+    Returns:
+        Nothing where JAX's default device is no CPU; of ``remat`` alone for a version of jax that was not measured.
+
+    Raises:
+        InputError: for another value of ``JRESNET_COMPILER_OPTIONS`` than ``on`` and ``off``.
+    """
+    switch = os.environ.get("JRESNET_COMPILER_OPTIONS", "on")
+    if switch not in ("on", "off"):
+        raise InputError(f"JRESNET_COMPILER_OPTIONS must be on or off, got {switch!r}")
+    if jax.default_backend() != "cpu":
+        return {}
+    return (OPTIONS.get(jax.__version__, {}) if switch == "on" else {}) | (BARRIERS if remat else {})
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int) -> jax.Array:
@@ -62,6 +104,7 @@ def _forward(x, kernel, stride, padding, groups):
     return convolve(x, kernel, stride, padding, groups), (x, kernel)
 
 
+@partial(jax.jit, static_argnums=(0, 1, 2))
 def _backward(stride, padding, groups, saved, dy):
     x, kernel = saved
     if groups > 1:
@@ -210,6 +253,7 @@ def normalize_to_train(
     return _normalize_forward(x, scale, bias, eps)[0]
 
 
+@partial(jax.jit, static_argnums=3)
 def _normalize_forward(x, scale, bias, eps):
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     n = math.prod(x.shape[:-1])
@@ -221,6 +265,7 @@ def _normalize_forward(x, scale, bias, eps):
     return (y.astype(x.dtype), mean, var), (x, scale, mean, inverse)
 
 
+@partial(jax.jit, static_argnums=0)
 def _normalize_backward(eps, saved, upstream):
     x, scale, mean, inverse = saved
     dy = upstream[0].astype(mean.dtype)

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from jresnet import factory, hub, images, pretrained, recipes
 from jresnet import weights as native
 from jresnet.augment import normalise
+from jresnet.cpu import compiler_options
 from jresnet.data import load_cifar10
 from jresnet.errors import DataError, InputError, WeightsError
 from jresnet.pretrained import Preprocessing
@@ -244,7 +245,8 @@ def score(model: ResNet, preprocessing: Preprocessing, data: Labelled, batch_siz
     shape = (batch_size, preprocessing.crop, preprocessing.crop, len(mean))
     began = time.perf_counter()
     with jax.default_matmul_precision("highest"):
-        compiled = jax.jit(forward).lower(state, np.zeros(shape, np.uint8), np.zeros(batch_size, np.int32)).compile()
+        function = jax.jit(forward, compiler_options=compiler_options())
+        compiled = function.lower(state, np.zeros(shape, np.uint8), np.zeros(batch_size, np.int32)).compile()
     compile_seconds = time.perf_counter() - began
 
     losses, ranks = [np.zeros(0)], [np.zeros(0, int)]

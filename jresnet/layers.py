@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
@@ -32,11 +31,6 @@ def _normal_block(key: jax.Array, index: jax.Array) -> jax.Array:
     return jax.random.normal(jax.random.fold_in(key, index), (2**16,), jnp.float32)
 
 
-@partial(jax.jit, static_argnums=1)
-def _scaled(blocks: list[jax.Array], shape: tuple[int, ...], std: float) -> jax.Array:
-    return jnp.concatenate(blocks)[: math.prod(shape)].reshape(shape) * std
-
-
 def kaiming_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """He et al. 2015, fan-out mode, not truncated: ``torch.nn.init.kaiming_normal_(mode="fan_out")`` for an HWIO kernel.
 
@@ -44,7 +38,10 @@ def kaiming_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """
     blocks = [_normal_block(key, np.uint32(i)) for i in range(-(-math.prod(shape) // 2**16))]
     fan_out = math.prod(shape[:-2]) * shape[-1]  # PyTorch does not divide by the groups either
-    return _scaled(blocks, shape, math.sqrt(2.0 / fan_out))
+    std, values = np.float32(math.sqrt(2.0 / fan_out)), math.prod(shape)
+    if isinstance(blocks[0], jax.core.Tracer):
+        return jnp.concatenate(blocks)[:values].reshape(shape) * std
+    return jnp.asarray(np.concatenate(blocks)[:values].reshape(shape) * std)  # nothing to compile
 
 
 def uniform_fan_in(fan_in: int) -> Init:
@@ -143,7 +140,8 @@ class BatchNorm(nnx.Module):
 
     def _update(self, running: nnx.BatchStat, new: Float[Array, " c"]) -> None:
         new = lax.stop_gradient(new).astype(running[...].dtype)
-        running[...] = (1 - self.momentum) * running[...] + self.momentum * new
+        # Not running[...] = value: that asks a traced value for its sharding, which takes JAX time quadratic in the depth.
+        running.set_value((1 - self.momentum) * running[...] + self.momentum * new)
 
 
 class Fused(nnx.Module):

@@ -14,8 +14,9 @@ import numpy as np
 from flax import nnx
 
 import jresnet.data
-from jresnet import devices, factory, optim, train
+from jresnet import devices, optim, train, weights
 from jresnet.config import RunConfig
+from jresnet.cpu import compiler_options
 from jresnet.data import Dataset, Split
 from jresnet.devices import Devices
 from jresnet.errors import InputError
@@ -66,7 +67,7 @@ class Program:
         self.pipeline = config.pipeline()
         training = self.splits["train"]
         self.train_images = train.Images(*self.devices.replicate((training.images, training.labels)))
-        self.graph, params, *_ = nnx.split(self.model(config.seed), nnx.Param, nnx.BatchStat)
+        self.graph, params, *_ = nnx.split(self.model(None), nnx.Param, nnx.BatchStat)
         self.parameters = sum(value.size for value in jax.tree.leaves(params))
         self.compile_seconds = 0.0
         self.loop = train.StepsLoop(
@@ -75,21 +76,24 @@ class Program:
                 label_smoothing=config.label_smoothing, ema=config.ema, devices=self.devices, bn=config.bn,
             ),
             self.devices,
+            compiler_options=compiler_options(config.remat),
         )  # fmt: skip
-        self.eval_step: Any = jax.jit(train.eval_step(self.graph, self.pipeline), out_shardings=self.devices.whole)
+        self.eval_step: Any = jax.jit(
+            train.eval_step(self.graph, self.pipeline),
+            out_shardings=self.devices.whole,
+            compiler_options=compiler_options(),
+        )
         self.finite = jax.jit(_finite, out_shardings=self.devices.whole)
 
-    def model(self, seed: int) -> ResNet:
-        """The network with a seed's initial parameters."""
+    def model(self, seed: int | None) -> ResNet:
+        """The network with a seed's initial parameters; with None their shapes alone."""
         config = self.config
-        return factory.create(
-            config.arch,
-            num_classes=len(self.data.classes),
-            in_channels=3,
-            stem=config.stem,
-            dtype=jnp.bfloat16 if config.precision == "bfloat16" else None,
-            seed=seed,
+        return ResNet(
+            weights.configure(config.arch, num_classes=len(self.data.classes), in_channels=3, stem=config.stem),
             zero_init_residual=config.zero_init_residual,
+            dtype=jnp.bfloat16 if config.precision == "bfloat16" else None,
+            remat=config.remat,
+            rngs=None if seed is None else nnx.Rngs(seed),
         )
 
     def state(self, seed: int) -> train.TrainState:
@@ -164,6 +168,7 @@ def describe(config: RunConfig, program: Program) -> list[str]:
         f"random erasing {config.random_erasing:g}" if config.random_erasing else "",
         f"mixup {config.mixup:g}" if config.mixup else "",
         f"cutmix {config.cutmix:g}" if config.cutmix else "",
+        "rematerialized" if config.remat else "",
         "BatchNorm on each device's part of the batch" if config.bn == "per-device" else "",
     ]
     more = ", ".join(extra for extra in extras if extra)

@@ -102,6 +102,10 @@ def shortcut(
     return jnp.pad(x[:, ::2, ::2], ((0, 0), (0, 0), (0, 0), (new // 2, new - new // 2)))
 
 
+# block(x, train), whose backward pass keeps x alone and computes the rest again
+_rematerialized: Callable = nnx.remat(lambda block, x, train: block(x, train), static_argnums=2)
+
+
 class ResNet(nnx.Module):
     """A ResNet; :func:`jresnet.create` builds one by name.
 
@@ -114,6 +118,8 @@ class ResNet(nnx.Module):
             (Goyal et al. 2017, arXiv:1706.02677, section 5.1).
         dtype: what the convolutions compute in, for example ``jnp.bfloat16``. Parameters, BN statistics, the global
             average and the logits stay float32. ``None``: the wider of the input's and the parameters' dtypes.
+        remat: in training, keep only each block's input for the backward pass and compute the rest again there: less
+            memory for a third more arithmetic (Chen et al. 2016, arXiv:1604.06174; ``torch.utils.checkpoint``).
         rngs: the source of the initial parameters; ``None`` leaves their shapes alone, to be filled from a file.
     """
 
@@ -123,11 +129,12 @@ class ResNet(nnx.Module):
         *,
         zero_init_residual: bool = False,
         dtype: DTypeLike | None = None,
+        remat: bool = False,
         rngs: nnx.Rngs | None,
     ):
         conv = partial(Conv, bias=config.conv_bias, dtype=dtype, rngs=rngs)
         block: type[BasicBlock | Bottleneck] = Bottleneck if config.block == "bottleneck" else BasicBlock
-        self.config = config
+        self.config, self.remat = config, remat
         inplanes = config.widths[0]
         self.conv1 = conv(config.in_channels, inplanes, *((3, 1, 1) if config.stem == "cifar" else (7, 2, 3)))
         self.bn1 = BatchNorm(inplanes)
@@ -164,7 +171,7 @@ class ResNet(nnx.Module):
         outputs = {"stem": x}
         for i in range(len(self.config.depths)):
             for block in getattr(self, f"layer{i + 1}"):
-                x = block(x, train)
+                x = _rematerialized(block, x, train) if self.remat and train else block(x, train)
             outputs[f"layer{i + 1}"] = x
         return outputs
 

@@ -75,7 +75,8 @@ def init(model: ResNet, optimizer: optax.GradientTransformation, average: bool =
     _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)  # type: ignore[misc]
     # Copies, since a step is given its state to overwrite, and one buffer cannot be given twice.
     averaged = jax.tree.map(jnp.copy, Averaged(params, batch_stats)) if average else None
-    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params), averaged)
+    opt_state = jax.jit(optimizer.init)(params)  # one program, not one for each shape
+    return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, opt_state, averaged)
 
 
 def evaluated(state: TrainState) -> Averaged:
@@ -217,14 +218,24 @@ class StepsLoop:
         on_device: loop inside one compiled function, for accelerators: the host then waits once for all the steps. Not
             on the CPU, where XLA leaves the backward convolutions of a loop body as naive loops, ten times slower
             (jax#12868): there Python calls the compiled step.
+        compiler_options: of ``jax.jit``; :func:`jresnet.compiler_options` has the CPU's.
     """
 
-    def __init__(self, step: TrainStep, devices: Devices, on_device: bool | None = None):
+    def __init__(
+        self,
+        step: TrainStep,
+        devices: Devices,
+        on_device: bool | None = None,
+        compiler_options: dict[str, str] | None = None,
+    ):
         self.devices = devices
         self.on_device = devices.platform != "cpu" if on_device is None else on_device
         # Every device holds the results whole: XLA would be free to cut them.
         function = jax.jit(
-            partial(_many_steps, step) if self.on_device else step, donate_argnums=0, out_shardings=devices.whole
+            partial(_many_steps, step) if self.on_device else step,
+            donate_argnums=0,
+            out_shardings=devices.whole,
+            compiler_options=compiler_options,
         )
         self._jitted, self._compiled = function, cast(Callable, function)
 

@@ -74,9 +74,11 @@ def shapes(config: ResNetConfig) -> Mapping[str, tuple[int, ...]]:
     return MappingProxyType({path: leaf.shape for path, leaf in arrays(ResNet(config, rngs=None)).items()})
 
 
-def fill(config: ResNetConfig, values: Mapping[str, np.ndarray], dtype: DTypeLike | None = None) -> ResNet:
-    """A model whose leaves are exactly ``values``, by their dotted paths; ``dtype`` as in :class:`ResNet`."""
-    graph, state = nnx.split(ResNet(config, dtype=dtype, rngs=None), _STATE)
+def fill(
+    config: ResNetConfig, values: Mapping[str, np.ndarray], dtype: DTypeLike | None = None, remat: bool = False
+) -> ResNet:
+    """A model whose leaves are exactly ``values``, by their dotted paths; ``dtype``, ``remat`` as in :class:`ResNet`."""
+    graph, state = nnx.split(ResNet(config, dtype=dtype, remat=remat, rngs=None), _STATE)
     flat = {
         path: variable.replace(jax.numpy.asarray(values[".".join(map(str, path))]))
         for path, variable in nnx.to_flat_state(state)

@@ -148,9 +148,9 @@ def compiled(function: Callable, *arguments: Any, **options: Any) -> tuple[Calla
 def infer(job: Job) -> dict[str, Any]:
     """Logits of a batch that lies on the device."""
     model, images, _ = load(job)
-    fused = hasattr(jresnet, "fuse")
-    graph, state = nnx.split(jresnet.fuse(model) if fused else model)
-    forward, seconds = compiled(lambda state, x: nnx.merge(graph, state)(x), state, images)
+    graph, state = nnx.split(jresnet.fuse(model))
+    options = jresnet.compiler_options()
+    forward, seconds = compiled(lambda state, x: nnx.merge(graph, state)(x), state, images, compiler_options=options)
 
     def run(steps: int) -> jax.Array:
         for _ in range(steps):
@@ -160,7 +160,7 @@ def infer(job: Job) -> dict[str, Any]:
     found = benchmark.pace(job, run, len(images)) | {"compile_seconds": seconds}
     if job["check"]:
         found["error"] = benchmark.relative_error(job, {"logits": run(1)[: benchmark.CHECKED_IMAGES]})
-    return found | {"note": f"BN {'' if fused else 'not '}folded"}
+    return found | {"note": "BN folded"}
 
 
 def training(job: Job) -> dict[str, Any]:
@@ -188,7 +188,8 @@ def training(job: Job) -> dict[str, Any]:
         return lax.fori_loop(0, steps, lambda _, state: step(state, images, labels), state)
 
     arguments = (state, *batch, np.int32(1)) if on_device else (state, *batch)
-    function, seconds = compiled(many if on_device else step, *arguments, donate_argnums=0, out_shardings=where.whole)
+    options = {"donate_argnums": 0, "out_shardings": where.whole, "compiler_options": jresnet.compiler_options()}
+    function, seconds = compiled(many if on_device else step, *arguments, **options)
 
     def run(steps: int) -> None:
         nonlocal state
@@ -218,7 +219,8 @@ def epoch(job: Job) -> dict[str, Any]:
     images = draw.integers(0, 256, (job["epoch"], job["size"], job["size"], 3), np.uint8)
     labels = draw.integers(0, model.config.num_classes, len(images)).astype(np.int32)
     split = train.Images(*where.replicate((images, labels)))
-    loop = train.StepsLoop(train.train_step(nnx.graphdef(model), optimizer, pipeline(job["size"])), where)
+    step = train.train_step(nnx.graphdef(model), optimizer, pipeline(job["size"]))
+    loop = train.StepsLoop(step, where, compiler_options=jresnet.compiler_options())
     state, key, number = where.replicate(train.init(model, optimizer)), jax.random.key(0), 0
     order = np.asarray(train.epoch_order(key, 0, len(images), job["batch"]))
     began = time.perf_counter()

@@ -102,12 +102,13 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from jresnet import evaluate, images
+    from jresnet import cache, evaluate, images
 
     def say(title: str, text: str) -> None:
         if not args.json:
             print(f"{title:<8} {text}", flush=True)
 
+    cache.keep_compiled()
     cifar10 = args.data == "cifar10"
     found = None if cifar10 else images.list_folder(args.data)  # before weights are downloaded
     resolved = evaluate.resolve(args.weights, jnp.bfloat16 if args.dtype == "bfloat16" else None)

@@ -84,6 +84,11 @@ def parser() -> argparse.ArgumentParser:
         "--zero-init-residual", action=argparse.BooleanOptionalAction,
         help="start the last BN scale of each block at 0 (default: no)",
     )  # fmt: skip
+    flag(
+        "--remat", action=argparse.BooleanOptionalAction,
+        help="keep only the blocks' inputs for the backward pass and compute the rest again: less memory, slower "
+        "(default: no)",
+    )  # fmt: skip
     flag("--flip", choices=("none", "random", "alternate"), help="mirror training images at random, or every second epoch "
          "(fast: alternate; others: random; digits: none)")  # fmt: skip
     flag("--random-erasing", type=float, metavar="P", help="probability of an erased rectangle (default: 0)")
@@ -187,13 +192,14 @@ def main(argv: list[str] | None = None) -> int:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
     # After the options: --help and mistakes in them answer at once.
     try:
-        from jresnet import config, devices, folder, program, run
+        from jresnet import cache, config, devices, folder, program, run
         from jresnet.errors import InputError
         from jresnet.stop import Interrupted, StopRequest
     except ImportError as error:
         print(f"error: {error}: install what training needs with pip install -e '.[train]'", file=sys.stderr)
         return 1
 
+    cache.keep_compiled()
     flags = {name: value for name, value in vars(args).items() if name not in SESSION}
     flags["arch"] = args.arch or (DEPTHS[args.depth] if args.depth else None)
     given = {name: value for name, value in flags.items() if value is not None and value != "auto"}

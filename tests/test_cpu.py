@@ -1,10 +1,13 @@
-"""The CPU's own gradients against JAX's, in float64, on the host's JAX alone."""
+"""The CPU's own gradients against JAX's, in float64, and what its compiler is told; on the host's JAX alone."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import randomise
+from flax import nnx
 
+import jresnet
 from jresnet import cpu
 from jresnet.cpu import convolve, convolve_to_train, normalize_to_train
 from jresnet.layers import global_average_pool
@@ -118,3 +121,88 @@ def test_a_normalisation_of_bfloat16_takes_its_statistics_in_float32() -> None:
     np.testing.assert_allclose(mean, x.astype(jnp.float32).mean((0, 1, 2)), rtol=1e-5, atol=1e-7)
     gradients = jax.grad(lambda *a: normalize_to_train(*a, 1e-5)[0].sum(), (0, 1, 2))(x, jnp.ones(3), jnp.zeros(3))
     assert [g.dtype for g in gradients] == [jnp.bfloat16, jnp.float32, jnp.float32]
+
+
+def step_of(model: jresnet.ResNet, x: jax.Array, options: dict[str, str]):
+    """A compiled function: parameters and statistics -> gradients and new statistics, and its arguments."""
+    graph, *state = nnx.split(model, nnx.Param, nnx.BatchStat)
+
+    def loss(params, stats, x):
+        model = nnx.merge(graph, params, stats, copy=True)
+        return jnp.square(model(x, train=True)).mean(), nnx.state(model, nnx.BatchStat)
+
+    jitted = jax.jit(jax.grad(loss, has_aux=True), compiler_options=options)
+    return jitted.lower(*state, x).compile(), (*state, x)
+
+
+def distance(found, exact) -> float:
+    """Relative L2 distance of two trees."""
+    pairs = [
+        (np.asarray(a, np.float64), np.asarray(b, np.float64))
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True)
+    ]
+    return sum(np.square(a - b).sum() for a, b in pairs) ** 0.5 / sum(np.square(b).sum() for _, b in pairs) ** 0.5
+
+
+NETWORKS = {  # every kind of layer that there is, at depths that do not multiply rounding errors
+    "cifar": jresnet.ResNetConfig("basic", (1, 1, 1), (16, 32, 64), 10, stem="cifar", shortcut="pad"),
+    "bottleneck": jresnet.ResNetConfig("bottleneck", (1, 1, 1), (64, 128, 256), 10),
+    "grouped": jresnet.ResNetConfig("bottleneck", (1, 1), (64, 128), 10, groups=32, width_per_group=4),
+}
+
+
+@pytest.mark.parametrize(
+    ("network", "dtype"), [("cifar", None), ("bottleneck", None), ("grouped", None), ("bottleneck", jnp.bfloat16)]
+)
+def test_programs_of_our_compiler_options_are_as_right_as_the_defaults(network: str, dtype) -> None:
+    """Both beside float64, in training and fused for inference: whichever jax is installed must be fit for its options."""
+    model = jresnet.ResNet(NETWORKS[network], dtype=dtype, rngs=nnx.Rngs(0))
+    randomise(model)
+    x = jax.random.normal(jax.random.key(0), (4, 32, 32, 3))
+    outcomes = {}
+    for name, options in (("default", {}), ("ours", jresnet.compiler_options())):
+        train, arguments = step_of(model, x, options)
+        predict = jax.jit(jresnet.fuse(model), compiler_options=options)
+        outcomes[name] = (*train(*arguments), predict(x))
+    with jax.enable_x64(True):
+        wide = jresnet.ResNet(NETWORKS[network], rngs=nnx.Rngs(0))
+        nnx.update(wide, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), nnx.state(model)))
+        x = jnp.asarray(x, jnp.float64)
+        train, arguments = step_of(wide, x, {})
+        exact = (*train(*arguments), jresnet.fuse(wide)(x))
+    for ours, default, right in zip(outcomes["ours"], outcomes["default"], exact, strict=True):
+        assert distance(default, right) > 0
+        assert distance(ours, right) <= 3 * distance(default, right)
+
+
+def test_the_options_are_those_of_the_version_and_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "__version__", "0.10.1")
+    assert jresnet.compiler_options() == cpu.OPTIONS["0.10.1"]
+    assert jresnet.compiler_options(remat=True) == cpu.OPTIONS["0.10.1"] | cpu.BARRIERS
+    monkeypatch.setenv("JRESNET_COMPILER_OPTIONS", "off")
+    assert jresnet.compiler_options() == {}
+    assert jresnet.compiler_options(remat=True) == cpu.BARRIERS
+    monkeypatch.setenv("JRESNET_COMPILER_OPTIONS", "fast")
+    with pytest.raises(jresnet.InputError, match="must be on or off, got 'fast'"):
+        jresnet.compiler_options()
+    monkeypatch.delenv("JRESNET_COMPILER_OPTIONS")
+    monkeypatch.setattr(jax, "__version__", "99.0")
+    assert jresnet.compiler_options() == {}
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert jresnet.compiler_options(remat=True) == {}
+
+
+def test_remat_saves_memory_and_computes_the_same() -> None:
+    """Without the options XLA's CPU compiler merges what is computed again with what was computed before."""
+    temporary, outcomes = {}, {}
+    with jax.enable_x64(True):
+        x = jax.random.normal(jax.random.key(0), (16, 32, 32, 3))
+        for remat in (False, True):
+            model = jresnet.create("resnet20_cifar", remat=remat)
+            randomise(model)
+            nnx.update(model, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), nnx.state(model)))
+            function, arguments = step_of(model, x, jresnet.compiler_options(remat))
+            temporary[remat] = function.memory_analysis().temp_size_in_bytes
+            outcomes[remat] = function(*arguments)
+    assert distance(outcomes[True], outcomes[False]) < 1e-10
+    assert temporary[True] < 0.6 * temporary[False]

@@ -1,0 +1,43 @@
+"""Compiled programs that outlive their process: JAX's persistent compilation cache, as the scripts use it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import jax
+
+
+def keep_compiled() -> Path | None:
+    """Lets JAX keep what it compiles, so that the next process like this one loads it; before anything is compiled.
+
+    The folder is ``JAX_COMPILATION_CACHE_DIR`` where that is set, else ``jresnet/compiled`` in ``XDG_CACHE_HOME`` or
+    ``~/.cache``, there one for each number of cores: XLA cuts a program for the CPU into parts for the cores at hand, and
+    JAX's key does not tell them apart. Entries are for this machine's kind of processor, version and device alone, are
+    never deleted, and are code: nobody else should be able to write there.
+    ``JAX_ENABLE_COMPILATION_CACHE=false`` switches it off.
+
+    Returns:
+        The folder; None where the cache is off or nothing can be written there.
+    """
+    if not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
+        return None
+    given = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    try:
+        folder = Path(given or _default())
+        folder.mkdir(0o700, parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
+        return None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        # JAX's second leaves out what initialises a network: some seventy small programs.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    return folder
+
+
+def _default() -> Path:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "jresnet" / "compiled" / f"{cores}-cores"

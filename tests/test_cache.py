@@ -1,0 +1,96 @@
+"""What the scripts compile is kept for their next start."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY
+
+from jresnet import cache
+
+# Prints the folder, and how many programs were compiled and how many loaded.
+PROGRAM = """
+import jax
+from jax import monitoring
+from jresnet import cache
+
+counts = {"cache_hits": 0, "cache_misses": 0}
+
+
+def count(event, **_):
+    name = event.rpartition("/")[2]
+    if name in counts:
+        counts[name] += 1
+
+
+monitoring.register_event_listener(count)
+folder = cache.keep_compiled()
+jax.jit(lambda x: x * 3)(2.0).block_until_ready()
+print(folder, counts["cache_hits"], counts["cache_misses"])
+"""
+
+
+def start(home: Path, **environment: str) -> list[str]:
+    """The words that the program prints, with its own cache folder in ``home``."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    found = subprocess.run(
+        [sys.executable, "-c", PROGRAM], cwd=REPOSITORY, text=True, capture_output=True, timeout=120,
+        env=inherited | {"XDG_CACHE_HOME": str(home), "PYTHONPATH": str(REPOSITORY)} | environment,
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    return found.stdout.split()
+
+
+def test_a_second_start_compiles_nothing(tmp_path: Path) -> None:
+    folder, hits, misses = start(tmp_path)
+    assert Path(folder).parent == tmp_path / "jresnet" / "compiled"
+    assert Path(folder).stat().st_mode & 0o077 == 0, "what lies there is code"
+    assert hits == "0"
+    assert int(misses) > 0
+    assert start(tmp_path) == [folder, misses, "0"]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no choice of cores")
+def test_programs_for_other_numbers_of_cores_are_kept_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = set()
+    for cores in (1, 2):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, n=cores: set(range(n)))
+        folders.add(cache._default())
+    assert len(folders) == 2
+
+
+def test_jaxs_own_settings_are_respected(tmp_path: Path) -> None:
+    given = tmp_path / "given"
+    assert start(tmp_path, JAX_COMPILATION_CACHE_DIR=str(given))[0] == str(given)
+    assert list(given.iterdir())
+    assert start(tmp_path, JAX_ENABLE_COMPILATION_CACHE="false") == ["None", "0", "0"]
+    assert start(tmp_path, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="1000")
+    assert not (tmp_path / "jresnet").exists() or not list((tmp_path / "jresnet").rglob("*-cache"))
+
+
+def test_a_home_that_cannot_be_written_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "jresnet").write_text("a file in the folder's place")
+    folder, hits, _ = start(tmp_path)
+    assert (folder, hits) == ("None", "0")
+
+
+@pytest.mark.parametrize(
+    ("script", "options"),
+    [("train_cifar10", ["--dataset", "digits"]), ("evaluate", ["--weights", "resnet18", "--data", "cifar10"])],
+)
+def test_the_scripts_use_it_before_anything_else(script: str, options: list[str], monkeypatch) -> None:
+    class Asked(Exception):
+        pass
+
+    def keep_compiled() -> None:
+        raise Asked
+
+    monkeypatch.setattr(cache, "keep_compiled", keep_compiled)
+    spec = importlib.util.spec_from_file_location(script, REPOSITORY / "scripts" / f"{script}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    with pytest.raises(Asked):
+        module.main(options)
