@@ -20,8 +20,6 @@ from torch import Tensor, nn
 # torch's memory and start.
 sys.modules["jresnet"] = types.ModuleType("jresnet")
 sys.modules["jresnet"].__path__ = [str(benchmark.ROOT / "jresnet")]
-sys.modules["jresnet.resnet"] = types.ModuleType("jresnet.resnet")
-sys.modules["jresnet.resnet"].ResNetConfig = Any  # type: ignore[attr-defined]
 
 from convert import reference, verify  # noqa: E402
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import jax
 import numpy as np
@@ -79,3 +81,14 @@ def command(*arguments: object, **options: object) -> subprocess.CompletedProces
     """Runs Python with ``arguments`` in the repository, as a person would; never raises."""
     options = {"cwd": REPOSITORY, "capture_output": True, "text": True, "timeout": 300} | options
     return subprocess.run([sys.executable, *map(str, arguments)], **options)  # type: ignore[call-overload]
+
+
+def load_script(name: str) -> ModuleType:
+    """``scripts/NAME.py`` as a module, without running its command."""
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "scripts" / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module

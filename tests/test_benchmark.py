@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
 import signal
@@ -16,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import REPOSITORY, command
+from conftest import REPOSITORY, command, load_script
 
 from jresnet import zoo
 from jresnet.resnet import ResNetConfig
@@ -57,13 +56,7 @@ else:
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark", REPOSITORY / "scripts/benchmark.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["benchmark"] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmark")
 
 
 @pytest.fixture
@@ -455,7 +448,9 @@ def test_writing(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_interrupted(fake: Path, sent: signal.Signals, code: int) -> None:
     """The worker ends too, and the file has the row that was finished."""
     start = (
-        "import pathlib, sys; sys.path.insert(0, 'scripts'); import benchmark; "
+        # A shell's background jobs, and all that they start, ignore SIGINT: the driver shall not.
+        "import pathlib, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "sys.path.insert(0, 'scripts'); import benchmark; "
         "benchmark.WORKERS.update(dict.fromkeys(benchmark.WORKERS, pathlib.Path(sys.argv.pop(1)))); "
         "benchmark.handle_signals(); sys.exit(benchmark.main())"
     )

@@ -1,13 +1,12 @@
 """What the scripts compile is kept for their next start."""
 
-import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+from conftest import REPOSITORY, load_script
 
 from jresnet import cache
 
@@ -89,8 +88,6 @@ def test_the_scripts_use_it_before_anything_else(script: str, options: list[str]
         raise Asked
 
     monkeypatch.setattr(cache, "keep_compiled", keep_compiled)
-    spec = importlib.util.spec_from_file_location(script, REPOSITORY / "scripts" / f"{script}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script(script)
     with pytest.raises(Asked):
         module.main(options)

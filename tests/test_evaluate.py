@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +10,7 @@ from types import ModuleType
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import REPOSITORY, command, randomise
+from conftest import command, load_script, randomise
 from PIL import Image
 
 import jresnet
@@ -26,12 +25,7 @@ RECIPE = Preprocessing(36, 32, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), "bicubic")
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("evaluate_script", REPOSITORY / SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("evaluate")
 
 
 @pytest.fixture(scope="module")

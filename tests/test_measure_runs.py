@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from types import ModuleType
 
 import pytest
-from conftest import REPOSITORY, command
+from conftest import command, load_script
 from flax import nnx
 
 from jresnet.resnet import ResNet, ResNetConfig
@@ -19,13 +17,7 @@ TINY = ResNetConfig("basic", (1, 1), (4, 8), num_classes=10, stem="cifar", short
 
 @pytest.fixture(scope="module")
 def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("measure_runs", REPOSITORY / SCRIPT)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["measure_runs"] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
+    return load_script("measure_runs")
 
 
 def test_seeds_at_once_take_the_same_step(script: ModuleType) -> None:

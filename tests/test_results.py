@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -11,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, command
+from conftest import REPOSITORY, command, load_script
 from test_report import edit, make_run, make_seeds
 
 README = "# x\n\n<!-- results -->\nold\n<!-- /results -->\n\nmore | text\n"
@@ -25,12 +24,7 @@ OPTIONS = (
 @pytest.fixture(scope="module")
 def results() -> ModuleType:
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location("results_script", REPOSITORY / "scripts" / "results.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("results")
 
 
 @pytest.fixture
