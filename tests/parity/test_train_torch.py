@@ -416,9 +416,9 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert (tmp_path / "summary.json").exists()
 
     capsys.readouterr()
-    foreign = "--optimizer adamw --clip-norm 1 --mixup 0.2 --random-erasing 0.5 --on-nan rollback"
+    foreign = "--optimizer adamw --clip-norm 1 --mixup 0.2 --random-erasing 0.5 --remat --on-nan rollback"
     assert train_torch.main([*foreign.split(), "--out", str(tmp_path / "other")]) == 1
     error = capsys.readouterr().err
-    listed = "optimizer adamw, clip_norm 1.0, random_erasing 0.5, mixup 0.2, on_nan rollback"
+    listed = "optimizer adamw, clip_norm 1.0, random_erasing 0.5, mixup 0.2, remat True, on_nan rollback"
     assert error == f"error: PyTorch's side does not do this: {listed}\n"
     assert not (tmp_path / "other").exists()

@@ -42,7 +42,7 @@ FILES = ("config.json", "metrics.jsonl", "summary.json", "state.pt")
 # What of a configuration is done here. With one device, "bn" has no effect.
 ONLY = {
     "optimizer": "sgd", "clip_norm": 0.0, "crop": "pad", "random_erasing": 0.0, "mixup": 0.0, "cutmix": 0.0,
-    "on_nan": "stop",
+    "remat": False, "on_nan": "stop",
 }  # fmt: skip
 
 
