@@ -140,6 +140,7 @@ def _run(model: ResNet, images: jax.Array, targets: jax.Array) -> _Step:
 
     def loss_of(params: nnx.State, probes: dict[str, jax.Array], batch_stats: nnx.State, images, targets):
         copy = nnx.merge(graph, params, batch_stats, copy=True)
+        copy.remat = False  # what a rematerialized block hands out is gone when it ends
         running = {_name(path): leaf for path, leaf in nnx.iter_graph(copy) if isinstance(leaf, nnx.BatchStat)}
         outputs = {}
 

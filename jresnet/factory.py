@@ -63,7 +63,7 @@ def create(
         zero_init_residual: start each block's last BN scale at 0; without effect where ``weights`` are given.
         dtype: a floating-point dtype to compute in; parameters, statistics and logits stay float32.
         remat: in training, keep only each block's input for the backward pass and compute the rest again: less memory for
-            a third more arithmetic. On the CPU it needs :func:`jresnet.compiler_options`.
+            a third more arithmetic. On the CPU it needs ``jresnet.compiler_options(remat=True)``.
         seed: of the random parameters, or of a fresh head.
 
     Raises:

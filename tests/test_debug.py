@@ -231,3 +231,11 @@ def test_running_statistics_that_only_their_update_spoils() -> None:
 def test_images_that_the_model_does_not_take() -> None:
     with pytest.raises(TypeError, match="normalised floating-point images"):
         find_non_finite(network(), np.zeros((4, 16, 16, 3), np.uint8), batch()[1])
+
+
+def test_a_rematerialized_network_is_listened_to_as_well() -> None:
+    model = ResNet(BASIC, remat=True, rngs=nnx.Rngs(0))
+    randomise(model)
+    layer_of(model, "layer2.0.bn1").scale[...] = jnp.full(8, jnp.nan)
+    assert "layer2.0.bn1" in only_line(model)
+    assert model.remat
