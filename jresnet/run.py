@@ -52,6 +52,7 @@ class Trainer:
         stop: asked between steps; when it says yes the state is saved and the run ends.
         program: of the same configuration but for the seed; a new one by default.
         options: of the session.
+        whole: where this is one run of several, the folder of them all, with which ``--resume`` goes on.
 
     Raises:
         InputError: where data and configuration do not go together.
@@ -65,8 +66,9 @@ class Trainer:
         stop: StopRequest | None = None,
         program: Program | None = None,
         options: Options | None = None,
+        whole: Path | None = None,
     ):
-        self.config, self.data, self.out = config, data, out
+        self.config, self.data, self.out, self.whole = config, data, out, whole or out
         self.stop, self.options = stop or StopRequest(), options or Options()
         self.program = program or Program(config, data)
         self.steps_per_epoch, self.total_steps = self.program.steps_per_epoch, self.program.total_steps
@@ -290,7 +292,7 @@ class Trainer:
         self._save_weights("last.safetensors", {})
         self.progress.say(
             f"stopped  at step {int(self.state.step):,} of {self.total_steps:,}, saved; the same command with "
-            f"--out {shlex.quote(str(self.out))} --resume goes on from there"
+            f"--out {shlex.quote(str(self.whole))} --resume goes on from there"
         )
         raise Interrupted(self.stop.signal)
 
@@ -491,7 +493,7 @@ def fit_seeds(
                 summaries.append(json.loads((seed_out / "summary.json").read_text()) if first else {})
                 continue
             again = dataclasses.replace(config, seed=seed)
-            trainer = Trainer(again, data, seed_out, stop, program, options)
+            trainer = Trainer(again, data, seed_out, stop, program, options, out)
             trainer.progress.say(f"run      seed {seed}, {len(summaries) + 1} of {runs}")
             summaries.append(trainer.fit(resume=resume))
         if not first:

@@ -173,10 +173,13 @@ def test_resuming_a_finished_run_changes_nothing(finished: Path) -> None:
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_save_and_exit(tmp_path: Path, number: int, code: int) -> None:
-    out = tmp_path / "out"
-    arguments = [sys.executable, "-u", SCRIPT, *SHORT, "--epochs", "50", "--out", str(out)]
+@pytest.mark.parametrize(
+    ("number", "code", "runs", "folder"),
+    [(signal.SIGTERM, 143, [], "out"), (signal.SIGINT, 130, ["--runs", "2"], "out/seed-0")],
+)
+def test_signals_save_and_exit(tmp_path: Path, number: int, code: int, runs: list[str], folder: str) -> None:
+    whole, out = tmp_path / "out", tmp_path / folder
+    arguments = [sys.executable, "-u", SCRIPT, *SHORT, "--epochs", "50", "--out", str(whole), *runs]
     with subprocess.Popen(arguments, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -185,7 +188,7 @@ def test_signals_save_and_exit(tmp_path: Path, number: int, code: int) -> None:
         process.send_signal(number)
         rest = process.stdout.read()
         assert process.wait(timeout=60) == code
-    assert "saved; the same command with --out" in rest
+    assert f"saved; the same command with --out {whole} --resume goes on" in rest
     assert weights.load(out / "last.safetensors")
     assert list((out / "checkpoints").iterdir())
     resumed = trainer(out, epochs=50)
