@@ -3,7 +3,7 @@
 Every measurement is a process of its own (``benchmark_jresnet.py``, ``benchmark_torch.py``), one at a time, and the
 frameworks take turns: A B A B. All get the same random weights and images, which a worker writes once a row, with the
 logits or the gradient in float64 to compare theirs with. This file imports neither JAX nor PyTorch, so that it has no part
-in their memory; its last section is what the two workers share.
+in their memory.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ import math
 import os
 import platform
 import re
-import resource
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from benchmark_common import CHECKED_IMAGES, ROOT
+from benchmark_table import PEERS, evaluate, footer, head, line, plot
+
 WORKERS = {name: ROOT / "scripts" / f"benchmark_{name}.py" for name in ("jresnet", "torch")}
-PEERS = ("torch", "torch-compile", "timm")
-SUITES = ("train", "infer", "startup", "data", "scaling")
+SUITES = ("train", "infer", "accuracy", "startup", "data", "scaling")
+RUNS = {"jresnet": "scripts/train_cifar10.py", "torch": "tests/parity/train_torch.py"}  # for the accuracy suite
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "torchvision", "timm")
 
 SECONDS = 3.0  # of steps a measurement, at least
@@ -44,6 +44,7 @@ CHECKED_GFLOP = 2000  # up to which a row is computed in float64 too: that takes
 EPOCH = 50_000  # images, CIFAR-10's
 GPU_MINUTES = 7.0  # budget; a round that has begun is finished
 
+LEVELS = {"digits": (0.90, 0.95), "cifar10": (0.90, 0.94)}  # test accuracies whose time is taken
 # Suite, device ("": both), task, architecture, pixels, batches. For a GPU the order is what the budget shall reach first.
 DEFAULTS = (
     ("train", "cpu", "train", "resnet20_cifar", 32, (128,)),
@@ -61,17 +62,13 @@ DEFAULTS = (
     ("train", "gpu", "train", "resnet34", 32, (512, 128, 1024)),
     ("train", "gpu", "train", "resnet20_cifar", 32, (512, 128, 1024)),
     ("train", "gpu", "train", "resnet18", 32, (128, 1024)),
+    ("accuracy", "cpu", "accuracy", "resnet20_cifar", 32, (0,)),
+    ("accuracy", "gpu", "accuracy", "resnet18", 32, (0,)),
     ("startup", "", "import", "", 0, (0,)),
-    ("startup", "", "first step", "resnet50", 224, (16,)),
+    ("startup", "", "first step", "resnet50", 224, (2,)),
     *(("startup", "", "compile", f"resnet{depth}", 224, (16,)) for depth in (18, 34, 50, 101, 152)),
     ("data", "", "data", "", 32, (128,)),
 )
-COLUMNS = "what", "framework", "images/s", "seconds", "ratio", "GEMM", "compile s", "memory MiB", "error", "n", "note"
-NOTES = """
-images/s, seconds (of a step, of an epoch, or until what was named was done), ratio (jresnet's speed over this one's, round
-by round): median (least-most) of n rounds. GEMM: share of the fastest large matrix product measured here, operations counted
-from the shapes, training as three forward passes. compile: in the first round. memory: peak of the process, and of the
-device. error: relative L2 distance to float64, of the logits (inference) or the whole gradient (training)."""
 
 
 class Problem(Exception):
@@ -87,17 +84,22 @@ class Row:
     """One thing to measure, of every framework."""
 
     suite: str
-    task: str  # "train", "infer", "epoch": images a second; "import", "first step", "compile", "data": seconds
+    # "train", "infer", "epoch": images a second; "accuracy", "import", "first step", "compile", "data": seconds
+    task: str
     arch: str = ""
     size: int = 0  # pixels, height and width
     batch: int = 0  # images
     precision: str = "float32"
     series: str = ""  # in "scaling": what is varied, "batch", "depth" or "devices"
     devices: int = 1  # simulated ones
+    dataset: str = ""  # in "accuracy": the images
 
     def __str__(self) -> str:
         network = f" {self.arch} at {self.size}, batch {self.batch}, {self.precision}" if self.arch else ""
-        return self.task + network + (f", devices {self.devices}" if self.series == "devices" else "")
+        task = self.task
+        if self.dataset:
+            task += " of {:.0%}, then {:.0%} of the {}, recipe fast,".format(*LEVELS[self.dataset], self.dataset)
+        return task + network + (f", devices {self.devices}" if self.series == "devices" else "")
 
     @property
     def chosen(self) -> dict[str, Any]:
@@ -109,6 +111,7 @@ class Row:
         """Who is measured, in turn."""
         both = ("torch", "torch-compile")
         able = {"data": (), "import": ("torch",), "compile": ("torch-compile",), "first step": both, "epoch": both}
+        able["accuracy"] = ("torch",)
         able |= {"train": {"": PEERS, "devices": ()}.get(self.series, ("torch",))}
         cached = ["jresnet, cached"] if self.task == "first step" else []
         return ["jresnet", *cached, *(name for name in able.get(self.task, PEERS) if name in peers)]
@@ -131,15 +134,20 @@ class Workplace:
 
     def ask(self, worker: str, do: str, cache: str = "cache", **job: Any) -> dict[str, Any]:
         """A worker's answer; ``cache`` is the folder of what it compiles. Raises WorkerError."""
-        environment = {
+        job |= {"do": do, "device": self.device}
+        command = [sys.executable, str(WORKERS[worker]), json.dumps(job)]
+        return answer(command, **self.environment(cache, job.get("devices", 1)))
+
+    def environment(self, cache: str = "cache", devices: int = 1) -> dict[str, str]:
+        """Of a process that measures."""
+        found = {
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / cache / "jax"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "TORCHINDUCTOR_CACHE_DIR": str(self.folder / cache / "torch"),
         }
         if self.device == "cpu":
-            environment |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(job.get("devices", 1))}
-        job |= {"do": do, "device": self.device}
-        return answer([sys.executable, str(WORKERS[worker]), json.dumps(job)], **environment)
+            found |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "CUDA_VISIBLE_DEVICES": ""}
+        return found
 
 
 def parser() -> argparse.ArgumentParser:
@@ -166,7 +174,7 @@ def parser() -> argparse.ArgumentParser:
     add("--rounds", type=positive, metavar="N", help="measurements of each framework (cpu: 5, gpu: 2)")
     add("--json", type=Path, metavar="FILE", help="every round's figures, written after each row (default: none)")
     add("--plots", type=Path, metavar="DIR", help="folder for the scaling suite's plots, PNG (default: none)")
-    add("--data-dir", type=Path, metavar="DIR", help="where CIFAR-10 lies, for the data suite (scikit-learn's digits)")
+    add("--data-dir", type=Path, metavar="DIR", help="CIFAR-10, for the suites data and accuracy (default: digits)")
     add(
         "--minutes", type=float, metavar="M",
         help=f"rows and rounds begin while these last; the rest is named (cpu: no limit, gpu: {GPU_MINUTES:g})",
@@ -225,7 +233,7 @@ def run(args: argparse.Namespace, command: str, folder: Path) -> int:
         "rows": [],
         "left_out": [],
     }
-    print(f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}", flush=True)
+    print(head(), flush=True)
     for row, about in zip(rows, known["rows"], strict=True):
         if place.late:
             report["left_out"].append(str(row))
@@ -233,8 +241,8 @@ def run(args: argparse.Namespace, command: str, folder: Path) -> int:
             found = measure(place, row, row.contestants(peers), about)
             fastest = max((v for k, v in report["ceilings"].items() if k.endswith(row.precision)), default=0.0)
             results = {name: evaluate(name, found, about["gflop"], fastest) for name in found}
-            report["rows"].append(dataclasses.asdict(row) | about | {"results": results})
-            print("\n".join(line(row, name, result) for name, result in results.items()), flush=True)
+            report["rows"].append({"what": str(row)} | dataclasses.asdict(row) | about | {"results": results})
+            print("\n".join(line(str(row), name, result) for name, result in results.items()), flush=True)
         if args.json:
             write(args.json, report)
     print(footer(report))
@@ -278,7 +286,11 @@ def choose(args: argparse.Namespace) -> list[Row]:
             arch, size, batches = args.arch, usual, (128 if usual < SMALL else 16,)
         for batch in batches:
             chosen = (0, 0) if task == "import" else (args.size or size, args.batch or batch)
-            rows.append(Row(suite, task, arch, *chosen, precision))
+            dataset = ""
+            if task == "accuracy":  # of the scripts, with the recipe's own batch
+                dataset = "cifar10" if args.data_dir else "digits"
+                chosen = 32, args.batch or {"digits": 32, "cifar10": 512}[dataset]
+            rows.append(Row(suite, task, arch, *chosen, precision, dataset=dataset))
     if "scaling" in suites:
         arch, batch = args.arch or "resnet20_cifar", args.batch or 128
         varied = [("batch", arch, n, 1) for n in ([args.batch] if args.batch else [1, 4, 16, 64, 256, 1024])]
@@ -309,7 +321,7 @@ def measure(place: Workplace, row: Row, contestants: Sequence[str], about: Mappi
     with tempfile.TemporaryDirectory(dir=place.folder) as inputs:
         job = dataclasses.asdict(row) | {"config": about["config"], "folder": inputs, "epoch": EPOCH}
         job |= {"seconds": SECONDS if timed else 0, "data_dir": place.data_dir and str(place.data_dir.absolute())}
-        if row.arch:
+        if row.arch and not row.dataset:
             say(f"{row}: weights, images{', float64' if checked else ''}")
             try:
                 place.ask("jresnet", "make", **job, check=checked)
@@ -321,7 +333,10 @@ def measure(place: Workplace, row: Row, contestants: Sequence[str], about: Mappi
             cache = f"{inputs}/{number}" if row.task in ("first step", "compile") else "cache"  # else an old one helps
             for name in [name for name in contestants if isinstance(found[name], list)]:
                 try:
-                    one = once(place, row, name, cache, job | {"check": checked and number == 0})
+                    if row.dataset:
+                        one = reach(place, row, name, number)
+                    else:
+                        one = once(place, row, name, cache, job | {"check": checked and number == 0})
                 except WorkerError as error:
                     found[name] = str(error)
                     say(f"{row}: {name} failed: {error}")
@@ -346,8 +361,39 @@ def once(place: Workplace, row: Row, name: str, cache: str, job: dict[str, Any])
     return found
 
 
+def reach(place: Workplace, row: Row, name: str, seed: int) -> dict[str, Any]:
+    """How long a whole run trains and evaluates, without compilation, until test accuracies are reached.
+
+    Raises:
+        WorkerError: where one of them is not.
+    """
+    with tempfile.TemporaryDirectory(dir=place.folder) as folder:
+        out = Path(folder) / "run"
+        command = [sys.executable, str(ROOT / RUNS[name]), "--recipe", "fast", "--arch", row.arch, "--seed", str(seed)]
+        command += ["--batch-size", str(row.batch), "--precision", row.precision, "--dataset", row.dataset]
+        command += ["--data-dir", str(place.data_dir.absolute())] if place.data_dir else []
+        execute([*command, "--out", str(out)], **place.environment())
+        metrics = (out / ("metrics.jsonl" if name == "jresnet" else f"seed-{seed}/metrics.jsonl")).read_text()
+    epochs = [json.loads(text) for text in metrics.splitlines()]
+    levels = LEVELS[row.dataset]
+    reached = [next((e["seconds"] for e in epochs if e["test_accuracy"] >= level), None) for level in levels]
+    said = ", ".join(
+        f"{level:.0%} {'never' if when is None else f'after {when:.3g} s'}"
+        for level, when in zip(levels, reached, strict=True)
+    )
+    said += f"; {epochs[-1]['test_accuracy']:.2%} after {len(epochs)} epochs"
+    if reached[-1] is None:
+        raise WorkerError(f"seed {seed}: {said}")
+    return {"seconds": reached[-1], "reached": reached, "final": epochs[-1]["test_accuracy"], "note": said}
+
+
 def answer(command: list[str], **environment: str) -> Any:
-    """The JSON on the last line of a command's output.
+    """The JSON on the last line of a command's output; raises WorkerError."""
+    return json.loads(execute(command, **environment)[-1])
+
+
+def execute(command: list[str], **environment: str) -> list[str]:
+    """The lines of a command's output.
 
     Raises:
         WorkerError: with the last lines of what it complained about.
@@ -368,78 +414,9 @@ def answer(command: list[str], **environment: str) -> Any:
             file.seek(0)
             texts.append([text.strip() for text in file.read().splitlines() if text.strip()])
     if code == 0:
-        return json.loads(texts[0][-1])
+        return texts[0]
     ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     raise WorkerError(" / ".join([*texts[1][-3:], *([ended] if code < 0 or not texts[1] else [])])[-500:])
-
-
-def evaluate(name: str, found: Mapping[str, Any], gflop: float, fastest: float) -> dict[str, Any]:
-    """What a contestant's rounds come to.
-
-    Args:
-        name: whose.
-        found: of :func:`measure`.
-        gflop: 1e9 operations an image takes.
-        fastest: 1e9 operations a second in a matrix product; 0: unknown.
-    """
-    rounds, ours = found[name], found["jresnet"]
-    if isinstance(rounds, str):
-        return {"failed": rounds}
-    result: dict[str, Any] = {"rounds": rounds, "seconds": spread([each["seconds"] for each in rounds])}
-    if "images_per_second" in rounds[0]:
-        result["images_per_second"] = spread([each["images_per_second"] for each in rounds])
-        if fastest:
-            result["share_of_ceiling"] = result["images_per_second"]["median"] * gflop / fastest
-    if name in PEERS and isinstance(ours, list):
-        result["ratios"] = [its["seconds"] / our["seconds"] for our, its in zip(ours, rounds, strict=False)]
-        result["ratio"] = spread(result["ratios"])
-    result |= {key: rounds[0][key] for key in ("compile_seconds", "error", "note") if key in rounds[0]}
-    for key in ("host_bytes", "device_bytes"):
-        if key in rounds[0]:
-            result[key] = statistics.median(each[key] for each in rounds)
-    return result
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and most."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def line(row: Row, name: str, result: Mapping[str, Any]) -> str:
-    """The Markdown table's line of a contestant."""
-    if "failed" in result:
-        return f"| {row} | {name} |{' - |' * (len(COLUMNS) - 4)} 0 | {result['failed'].replace('|', '/')} |"
-
-    def of(key: str, form: str, scale: float = 1.0) -> str:
-        value = result.get(key)
-        if isinstance(value, Mapping):
-            median, least, most = (f"{value[which] * scale:{form}}" for which in ("median", "min", "max"))
-            return f"{median} ({least}-{most})"
-        return "-" if value is None else f"{value * scale:{form}}"
-
-    memory = of("host_bytes", ".0f", 2**-20) + (
-        f", {of('device_bytes', '.0f', 2**-20)}" if "device_bytes" in result else ""
-    )
-    cells = [
-        str(row), name, of("images_per_second", ".4g"), of("seconds", ".4g"), of("ratio", ".2f"),
-        of("share_of_ceiling", ".0%"), of("compile_seconds", ".1f"), memory, of("error", ".1e"),
-        str(len(result["rounds"])), result.get("note", ""),
-    ]  # fmt: skip
-    return f"| {' | '.join(cells)} |"
-
-
-def footer(report: Mapping[str, Any]) -> str:
-    """What the table's columns mean, and where it was measured."""
-    machine = report["hardware"]
-    software = ", ".join(f"{name} {found}" for name, found in report["versions"].items())
-    parts = [NOTES, f"{machine['cpu']}, {machine['cores']} cores; {machine['device']}; {software}"]
-    if report["ceilings"]:
-        parts.append("GEMM, 1e9 operations/s: " + ", ".join(f"{k} {v:.4g}" for k, v in report["ceilings"].items()))
-    if machine["load"] > machine["cores"] / 4:
-        parts.append(f"the machine was busy, load {machine['load']:.1f}: repeat this; PyTorch's threads suffer most")
-    if report["left_out"]:
-        parts.append("left out, as --minutes were over: " + "; ".join(report["left_out"]))
-    return "\n".join(parts)
 
 
 def hardware() -> dict[str, Any]:
@@ -474,35 +451,6 @@ def write(path: Path, report: Mapping[str, Any]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def plot(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """``scaling-SERIES.png``: images a second over batch, depth and devices."""
-    from matplotlib.figure import Figure  # which draws with Agg, where pyplot chooses
-
-    folder.mkdir(parents=True, exist_ok=True)
-    for series in ("batch", "depth", "devices"):
-        figure = Figure((6, 4), layout="constrained")
-        axes = figure.subplots()
-        for name in ("jresnet", "torch"):
-            points = []
-            for row in rows:
-                if row["series"] == series and "rounds" in row["results"].get(name, {}):
-                    x = int(re.sub(r"\D", "", row["arch"])) if series == "depth" else row[series]
-                    points.append((x, *row["results"][name]["images_per_second"].values()))
-                    title = f"{row['arch'] if series != 'depth' else ''} {row['size']} pixels, {row['precision']}"
-            if points:
-                x, median, least, most = zip(*points, strict=True)
-                axes.plot(x, median, marker="o", label=name)
-                axes.fill_between(x, least, most, alpha=0.2)
-                axes.set_xscale("log", base=2)
-                axes.set_xticks(x, map(str, x))
-        if axes.lines:
-            axes.set(
-                xlabel=series, ylabel="training, images/s", ylim=(0, 1.05 * axes.dataLim.ymax), title=title.strip()
-            )
-            axes.legend()
-            figure.savefig(folder / f"scaling-{series}.png", dpi=120)
-
-
 def handle_signals() -> None:
     """SIGTERM, too, ends the worker first."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -511,93 +459,6 @@ def handle_signals() -> None:
 def say(text: str) -> None:
     """Progress."""
     print(text, file=sys.stderr, flush=True)
-
-
-# What the two workers share.
-
-LR = 1e-3  # so low that a batch seen many times does not diverge
-SGD = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}
-INPUTS, REFERENCE = "inputs.npz", "float64.npz"  # in the job's folder
-CHECKED_IMAGES = 8  # of a batch, whose logits are compared
-CHUNK = 0.1  # seconds of steps between two waits for an accelerator
-
-
-def pace(job: Mapping[str, Any], run: Callable[[int], object], images: int) -> dict[str, Any]:
-    """Takes two steps to warm up, then times steps for the job's seconds, three at least.
-
-    Args:
-        job: of the driver; with ``seconds`` 0 only the first step is taken.
-        run: takes that many steps, and waits until they are done.
-        images: of a step.
-
-    Returns:
-        The median ``seconds`` a step, how many ``steps``, ``images_per_second``; when the first step was done and how long
-        it took; ``host_bytes``, the process's peak memory.
-    """
-    began = time.perf_counter()
-    run(1)
-    found: dict[str, Any] = {"first_step_at": time.time(), "first_step_seconds": time.perf_counter() - began}
-    if job["seconds"]:
-        began = time.perf_counter()
-        run(1)
-        # Between waits an accelerator would be idle; a CPU has done its step when the call returns.
-        count = 1 if job["device"] == "cpu" else max(1, int(CHUNK / (time.perf_counter() - began)))
-        times: list[float] = []
-        while len(times) < 3 or sum(times) * count < job["seconds"]:
-            began = time.perf_counter()
-            run(count)
-            times.append((time.perf_counter() - began) / count)
-        seconds = statistics.median(times)
-        found |= {"seconds": seconds, "steps": len(times) * count, "images_per_second": images / seconds}
-    unit = 1 if sys.platform == "darwin" else 1024
-    return found | {"host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
-
-
-def fastest_product(prepare: Callable[[int], Callable[[], object]]) -> dict[str, float]:
-    """1e9 operations a second of the fastest product of two square matrices.
-
-    Args:
-        prepare: makes matrices of that size, and a function that multiplies them and waits.
-    """
-    fastest, seconds = 0.0, 0.0
-    for size in (512, 1024, 2048, 4096, 8192, 16384):
-        if 8 * seconds > 0.5:  # this size would take so long
-            break
-        multiply, times = prepare(size), []
-        for _ in range(4):
-            began = time.perf_counter()
-            multiply()
-            times.append(time.perf_counter() - began)
-        seconds = min(times[1:])
-        fastest = max(fastest, 2e-9 * size**3 / seconds)
-    return {"gflops": fastest}
-
-
-def inputs(job: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:
-    """The row's images ``[N, H, W, C]``, labels ``[N]``, and weights by torchvision's keys in PyTorch's layout."""
-    import numpy as np
-
-    with np.load(Path(job["folder"]) / INPUTS, allow_pickle=False) as file:
-        found = dict(file)
-    return found.pop("images"), found.pop("labels"), found
-
-
-def relative_error(job: Mapping[str, Any], found: Mapping[str, Any]) -> float:
-    """‖found - reference‖ / ‖reference‖ over all of the row's arrays together.
-
-    Ends the process where other arrays were found, or something is not finite.
-    """
-    import numpy as np
-
-    with np.load(Path(job["folder"]) / REFERENCE, allow_pickle=False) as file:
-        wanted = dict(file)
-    if found.keys() != wanted.keys():
-        sys.exit(f"other arrays than the reference's: {', '.join(sorted(found.keys() ^ wanted.keys()))}")
-    distance = sum(float(np.square(np.asarray(found[key], np.float64) - wanted[key]).sum()) for key in wanted)
-    error = math.sqrt(distance / sum(float(np.square(value).sum()) for value in wanted.values()))
-    if not math.isfinite(error):
-        sys.exit("what the network computes is not finite")
-    return error
 
 
 if __name__ == "__main__":

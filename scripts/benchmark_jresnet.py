@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import benchmark
+import benchmark_common as common
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,7 +76,7 @@ def gemm(job: Job) -> dict[str, Any]:
         a, b = (jax.random.normal(jax.random.key(i), (size, size), job["precision"]) for i in range(2))
         return lambda: product(a, b).block_until_ready()
 
-    return benchmark.fastest_product(prepare)
+    return common.fastest_product(prepare)
 
 
 def make(job: Job) -> dict[str, Any]:
@@ -89,10 +89,10 @@ def make(job: Job) -> dict[str, Any]:
             leaf[...] = jnp.asarray(draw.uniform(low, high, leaf.shape), jnp.float32)
     images = draw.standard_normal((job["batch"], job["size"], job["size"], model.config.in_channels), np.float32)
     labels = draw.integers(0, model.config.num_classes, job["batch"]).astype(np.int32)
-    np.savez(folder / benchmark.INPUTS, images=images, labels=labels, **flax2torch.state_dict(model))
+    np.savez(folder / common.INPUTS, images=images, labels=labels, **flax2torch.state_dict(model))
     if job["check"]:
         with jax.enable_x64(True):
-            np.savez(folder / benchmark.REFERENCE, **reference(*load(job, np.float64), job["task"]))
+            np.savez(folder / common.REFERENCE, **reference(*load(job, np.float64), job["task"]))
     return {}
 
 
@@ -101,7 +101,7 @@ def reference(model: jresnet.ResNet, images: jax.Array, labels: jax.Array, task:
     graph, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     if task == "infer":
         logits = jax.jit(lambda x: nnx.merge(graph, params, stats)(x))
-        return {"logits": logits(images[: benchmark.CHECKED_IMAGES])}
+        return {"logits": logits(images[: common.CHECKED_IMAGES])}
     gradient = jax.jit(jax.grad(partial(loss, graph), has_aux=True))
     return by_key(gradient(params, stats, images, labels)[0])
 
@@ -113,7 +113,7 @@ def configuration(job: Job) -> jresnet.ResNetConfig:
 
 def load(job: Job, wide: Any = np.float32) -> tuple[jresnet.ResNet, jax.Array, jax.Array]:
     """The row's model, with parameters in ``wide``, its images and its labels."""
-    images, labels, tensors = benchmark.inputs(job)
+    images, labels, tensors = common.inputs(job)
     config, dtype = configuration(job), jnp.bfloat16 if job["precision"] == "bfloat16" and wide == np.float32 else None
     values = {p: torch2flax.to_flax(tensors[keymap.torch_key(p)]).astype(wide) for p in weights.shapes(config)}
     return weights.fill(config, values, dtype), jnp.asarray(images, wide), jnp.asarray(labels)
@@ -157,15 +157,15 @@ def infer(job: Job) -> dict[str, Any]:
             logits = forward(state, images)
         return logits.block_until_ready()
 
-    found = benchmark.pace(job, run, len(images)) | {"compile_seconds": seconds}
+    found = common.pace(job, run, len(images)) | {"compile_seconds": seconds}
     if job["check"]:
-        found["error"] = benchmark.relative_error(job, {"logits": run(1)[: benchmark.CHECKED_IMAGES]})
+        found["error"] = common.relative_error(job, {"logits": run(1)[: common.CHECKED_IMAGES]})
     return found | {"note": "BN folded"}
 
 
 def training(job: Job) -> dict[str, Any]:
     """Steps of SGD on a batch that lies on the device; on an accelerator many in one call, as in jresnet's own loop."""
-    where, optimizer = devices.find(job["devices"]), optim.optimizer("sgd", benchmark.LR, **benchmark.SGD)
+    where, optimizer = devices.find(job["devices"]), optim.optimizer("sgd", common.LR, **common.SGD)
     on_device = where.platform != "cpu"
 
     def start() -> tuple[train.TrainState, nnx.State, tuple[jax.Array, jax.Array]]:
@@ -200,22 +200,22 @@ def training(job: Job) -> dict[str, Any]:
                 state = function(state, *batch)
         jax.block_until_ready(state)
 
-    found = benchmark.pace(job, run, job["batch"]) | {"compile_seconds": seconds}
+    found = common.pace(job, run, job["batch"]) | {"compile_seconds": seconds}
     if job["check"]:
         # The gradient that the timed function takes: after one step the momentum is the gradient and the decay.
         state, *_ = start()
         before = by_key(state.params)
         run(1)
-        momentum, decay = by_key(optax.tree_utils.tree_get(state.opt_state, "trace")), benchmark.SGD["weight_decay"]
+        momentum, decay = by_key(optax.tree_utils.tree_get(state.opt_state, "trace")), common.SGD["weight_decay"]
         gradient = {key: momentum[key] - decay * before[key].astype(np.float64) for key in momentum}
-        found["error"] = benchmark.relative_error(job, gradient)
+        found["error"] = common.relative_error(job, gradient)
     return found
 
 
 def epoch(job: Job) -> dict[str, Any]:
     """Epochs of random images in uint8 on the device, augmented, by the library's own step and loop."""
     (model, *_), where, draw = load(job), devices.find(1), np.random.default_rng(0)
-    optimizer = optim.optimizer("sgd", benchmark.LR, **benchmark.SGD)
+    optimizer = optim.optimizer("sgd", common.LR, **common.SGD)
     images = draw.integers(0, 256, (job["epoch"], job["size"], job["size"], 3), np.uint8)
     labels = draw.integers(0, model.config.num_classes, len(images)).astype(np.int32)
     split = train.Images(*where.replicate((images, labels)))
@@ -233,7 +233,7 @@ def epoch(job: Job) -> dict[str, Any]:
             order, number = np.asarray(train.epoch_order(key, number, len(images), job["batch"])), number + 1
             state, _ = loop(state, split, order, 0, len(order), key)
 
-    return benchmark.pace(job, run, order.size) | {"compile_seconds": seconds}
+    return common.pace(job, run, order.size) | {"compile_seconds": seconds}
 
 
 def pipeline(size: int) -> augment.Pipeline:

@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import benchmark
+import benchmark_common as common
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 # jresnet without its __init__: convert.reference takes no more than names of it, and JAX beside torch would count as
 # torch's memory and start.
 sys.modules["jresnet"] = types.ModuleType("jresnet")
-sys.modules["jresnet"].__path__ = [str(benchmark.ROOT / "jresnet")]
+sys.modules["jresnet"].__path__ = [str(common.ROOT / "jresnet")]
 
 from convert import reference, verify  # noqa: E402
 
@@ -33,7 +33,7 @@ def gemm(job: Job) -> dict[str, Any]:
         a, b = (torch.randn(size, size, device=device(job), dtype=getattr(torch, job["precision"])) for _ in range(2))
         return lambda: (torch.mm(a, b), wait(job))
 
-    return benchmark.fastest_product(prepare)
+    return common.fastest_product(prepare)
 
 
 def device(job: Job) -> str:
@@ -65,7 +65,7 @@ def load(job: Job) -> tuple[nn.Module, dict[str, Tensor], Tensor, Tensor]:
         model = timm.create_model(arch, num_classes=config.num_classes, in_chans=config.in_channels)
     else:
         model = reference.network(arch, config)  # type: ignore[arg-type]
-    images, labels, values = benchmark.inputs(job)
+    images, labels, values = common.inputs(job)
     tensors = {key: torch.from_numpy(value) for key, value in values.items()}
     model.load_state_dict(tensors, strict=True)
     model = model.to(device(job), memory_format=torch.channels_last)
@@ -109,10 +109,10 @@ def infer(job: Job) -> dict[str, Any]:
         wait(job)
         return logits
 
-    found = benchmark.pace(job, run, len(images)) | {"note": layout(model, images)}
+    found = common.pace(job, run, len(images)) | {"note": layout(model, images)}
     if job["check"]:
-        logits = run(1)[: benchmark.CHECKED_IMAGES].float().cpu().numpy()
-        found["error"] = benchmark.relative_error(job, {"logits": logits})
+        logits = run(1)[: common.CHECKED_IMAGES].float().cpu().numpy()
+        found["error"] = common.relative_error(job, {"logits": logits})
     return found
 
 
@@ -133,18 +133,18 @@ def training(job: Job) -> dict[str, Any]:
             step(images, labels)
         wait(job)
 
-    found = benchmark.pace(job, run, len(images)) | {"note": layout(model, images)}
+    found = common.pace(job, run, len(images)) | {"note": layout(model, images)}
     if job["check"]:
         model.load_state_dict(tensors)
         run(1)
         gradient = {name: value.grad.cpu().numpy() for name, value in model.named_parameters()}  # type: ignore[union-attr]
-        found["error"] = benchmark.relative_error(job, gradient)
+        found["error"] = common.relative_error(job, gradient)
     return found
 
 
 def stepper(model: nn.Module, job: Job) -> Callable[[Tensor, Tensor], None]:
     """Takes a training step on images and labels; the gradients stay until the next."""
-    optimizer = torch.optim.SGD(model.parameters(), benchmark.LR, **benchmark.SGD, fused=True)
+    optimizer = torch.optim.SGD(model.parameters(), common.LR, **common.SGD, fused=True)
     forward = compiled(model.train(), job)
 
     def step(images: Tensor, labels: Tensor) -> None:
@@ -177,7 +177,7 @@ def epoch(job: Job) -> dict[str, Any]:
                 step(((views - mean) / std).permute(0, 3, 1, 2), labels[chosen])
         wait(job)
 
-    return benchmark.pace(job, run, steps * job["batch"]) | {"note": layout(model, padded.permute(0, 3, 1, 2))}
+    return common.pace(job, run, steps * job["batch"]) | {"note": layout(model, padded.permute(0, 3, 1, 2))}
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import jresnet
 from jresnet import weights
 
 REPOSITORY = Path(__file__).parent.parent
+sys.path.append(str(REPOSITORY / "scripts"))  # where scripts find what they share
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import benchmark_common as common
+import benchmark_table as table
 import numpy as np
 import pytest
 from conftest import REPOSITORY, command, load_script
@@ -81,9 +83,9 @@ def quick(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(script, "EPOCH", 16)
 
 
-def cells(table: str) -> list[dict[str, str]]:
+def cells(text: str) -> list[dict[str, str]]:
     """The rows of a Markdown table."""
-    header, _, *rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in table.splitlines()]
+    header, _, *rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in text.splitlines()]
     return [dict(zip(header, row, strict=True)) for row in rows]
 
 
@@ -253,34 +255,94 @@ def test_rounds_take_turns(script: ModuleType, fake: Path, capsys: pytest.Captur
     assert rows[2]["note"] == "first / second / no / compiler"
 
 
+def test_the_time_to_an_accuracy(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run of the same recipe and images on both sides; each round has its own seed."""
+    run = """
+import json, pathlib, sys
+asked = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+seed = int(asked["--seed"])
+folder = pathlib.Path(asked["--out"]) / (f"seed-{seed}" if "torch" in __file__ else "")
+folder.mkdir(parents=True)
+rows = [{"test_accuracy": a, "seconds": s} for a, s in ((0.5, 1.0), (0.91, 2.0 + seed), (0.95 - seed / 50, 5.0))]
+(folder / "metrics.jsonl").write_text("".join(json.dumps(row) + chr(10) for row in rows))
+log = pathlib.Path(__file__).with_name("log")
+del asked["--out"]
+log.write_text((log.read_text() if log.exists() else "") + json.dumps(asked) + chr(10))
+"""
+    for name in script.RUNS:
+        (tmp_path / f"{name}.py").write_text(run)
+        monkeypatch.setitem(script.RUNS, name, tmp_path / f"{name}.py")
+    row = script.Row("accuracy", "accuracy", "resnet20_cifar", 32, 32, dataset="digits")
+    found = script.measure(script.Workplace(tmp_path, "cpu", 2), row, row.contestants(["torch", "timm"]), ABOUT)
+    # 95 % is reached by seed 0 alone.
+    why = "seed 1: 90% after 3 s, 95% never; 93.00% after 3 epochs"
+    assert found == {"jresnet": why, "torch": why}
+    asked = [json.loads(text) for text in (tmp_path / "log").read_text().splitlines()]
+    assert asked[0] == asked[1] | {"--seed": "0"} == {
+        "--recipe": "fast", "--arch": "resnet20_cifar", "--seed": "0", "--batch-size": "32", "--precision": "float32",
+        "--dataset": "digits",
+    }  # fmt: skip
+    assert [each["--seed"] for each in asked] == ["0", "0", "1", "1"]
+    (once,) = script.measure(script.Workplace(tmp_path, "cpu", 1), row, ["jresnet"], ABOUT)["jresnet"]
+    assert once["seconds"] == 5.0
+    assert once["reached"] == [2.0, 5.0]
+    assert once["note"] == "90% after 2 s, 95% after 5 s; 95.00% after 3 epochs"
+
+
+def test_the_readmes_table() -> None:
+    """A line for each row, jresnet's figures and the ratios in it."""
+    ours = [{"seconds": s, "images_per_second": 8 / s, "host_bytes": 2**21, "error": 1e-7} for s in (1.0, 2.0)]
+    peer = [{"seconds": 2 * s, "images_per_second": 4 / s, "host_bytes": 2**22, "error": 2e-7} for s in (1.0, 1.0)]
+    found = {"jresnet": ours, "torch": peer, "timm": "timm has none"}
+    results = {name: table.evaluate(name, found, 1.0, 100.0) for name in found}
+    starts = {"jresnet": [{"seconds": 9.0}], "jresnet, cached": [{"seconds": 4.0}], "torch": [{"seconds": 3.0}]}
+    report = {
+        "command": "python scripts/benchmark.py", "date": "2026-11-23T01:02:03+00:00", "versions": {"jax": "1.2"},
+        "ceilings": {"jresnet float32": 100.0},
+        "hardware": {"cpu": "X", "cores": 2, "device": "cpu (cpu)", "load": 0.0},
+        "rows": [
+            {"what": "train", "results": results},
+            {"what": "start", "results": {name: table.evaluate(name, starts, 1.0, 0.0) for name in starts}},
+            {"what": "broken", "results": {"jresnet": {"failed": "out of memory"}, "torch": results["torch"]}},
+        ],
+    }  # fmt: skip
+    text, below = table.summary(report).split("\n\n")
+    header, first, second, third = (list(row.values()) for row in [dict(enumerate(cells(text)[0])), *cells(text)])
+    assert header == ["", "jresnet", "of GEMM", "to torch", "MiB, beside torch", "error, beside torch"]
+    assert first == ["train", "6 (4-8) images/s", "6%", "1.50 (1.00-2.00)", "2 / 4", "1.0e-07 / 2.0e-07"]
+    assert second == ["start", "9 (9-9) s; cached: 4 (4-4) s", "-", "0.33 (0.33-0.33)", "- / -", "- / -"]
+    assert third == ["broken", "-", "-", "1.50 (1.00-2.00)", "- / 4", "- / 2.0e-07"]
+    assert below.startswith("`python scripts/benchmark.py`, 2026-11-23: X, 2 cores; cpu (cpu); jax 1.2; GEMM, 1e9")
+
+
 def test_statistics(script: ModuleType) -> None:
     """Of made-up figures, where a peer has fewer rounds, and where jresnet has none."""
     found = {
         "jresnet": [{"seconds": s, "images_per_second": 8 / s, "device_bytes": 2**20 * s} for s in (1.0, 2.0, 4.0)],
         "torch": [{"seconds": s} for s in (2.0, 1.0)],
     }
-    assert script.spread([3.0, 1.0, 10.0, 2.0]) == {"median": 2.5, "min": 1.0, "max": 10.0}
-    peer = script.evaluate("torch", found, 1.0, 0.0)
+    assert table.spread([3.0, 1.0, 10.0, 2.0]) == {"median": 2.5, "min": 1.0, "max": 10.0}
+    peer = table.evaluate("torch", found, 1.0, 0.0)
     assert peer["ratios"] == [2.0, 0.5]
     assert peer["ratio"] == {"median": 1.25, "min": 0.5, "max": 2.0}
-    ours = script.evaluate("jresnet", found, 1.0, 0.0)
+    ours = table.evaluate("jresnet", found, 1.0, 0.0)
     assert ours["images_per_second"] == {"median": 4.0, "min": 2.0, "max": 8.0}
     assert ours["device_bytes"] == 2**21
     assert "share_of_ceiling" not in ours
-    assert "ratio" not in script.evaluate("torch", found | {"jresnet": "broken"}, 1.0, 0.0)
+    assert "ratio" not in table.evaluate("torch", found | {"jresnet": "broken"}, 1.0, 0.0)
 
 
 @pytest.mark.parametrize(("device", "count"), [("cpu", 1), ("gpu", 25)])
 def test_pace(script: ModuleType, monkeypatch: pytest.MonkeyPatch, device: str, count: int) -> None:
     """Two steps warm up; then steps for the time given, on an accelerator a tenth of a second between two waits."""
     clock, calls = SimpleNamespace(now=0.0), []
-    monkeypatch.setattr(script, "time", SimpleNamespace(perf_counter=lambda: clock.now, time=lambda: 1e9 + clock.now))
+    monkeypatch.setattr(common, "time", SimpleNamespace(perf_counter=lambda: clock.now, time=lambda: 1e9 + clock.now))
 
     def run(steps: int) -> None:
         calls.append(steps)
         clock.now += steps * [5.0, 2**-8][len(calls) > 1]
 
-    found = script.pace({"device": device, "seconds": 0.25}, run, 8)
+    found = common.pace({"device": device, "seconds": 0.25}, run, 8)
     assert calls[:2] == [1, 1]
     assert set(calls[2:]) == {count}
     assert sum(calls[2:]) >= 0.25 * 2**8 > sum(calls[2:-1])
@@ -290,13 +352,13 @@ def test_pace(script: ModuleType, monkeypatch: pytest.MonkeyPatch, device: str, 
         "images_per_second": 8 * 2**8,
     }  # fmt: skip
     calls.clear()
-    assert "seconds" not in script.pace({"device": device, "seconds": 0}, run, 8)
+    assert "seconds" not in common.pace({"device": device, "seconds": 0}, run, 8)
     assert calls == [1]
 
 
 def test_the_fastest_product(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     clock, sizes = SimpleNamespace(now=0.0), []
-    monkeypatch.setattr(script, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(common, "time", SimpleNamespace(perf_counter=lambda: clock.now))
 
     def prepare(size: int) -> Any:
         sizes.append(size)
@@ -306,18 +368,18 @@ def test_the_fastest_product(script: ModuleType, monkeypatch: pytest.MonkeyPatch
 
         return multiply
 
-    assert script.fastest_product(prepare)["gflops"] == pytest.approx(50)
+    assert common.fastest_product(prepare)["gflops"] == pytest.approx(50)
     assert sizes == [512, 1024, 2048]
 
 
 def test_relative_error(script: ModuleType, tmp_path: Path) -> None:
-    np.savez(tmp_path / script.REFERENCE, a=np.array([3.0, 0.0]), b=np.array([[4.0]]))
+    np.savez(tmp_path / common.REFERENCE, a=np.array([3.0, 0.0]), b=np.array([[4.0]]))
     job = {"folder": str(tmp_path)}
-    assert script.relative_error(job, {"a": np.array([3, 0.3]), "b": np.array([[4.4]])}) == pytest.approx(0.1)
+    assert common.relative_error(job, {"a": np.array([3, 0.3]), "b": np.array([[4.4]])}) == pytest.approx(0.1)
     with pytest.raises(SystemExit, match="a, c"):
-        script.relative_error(job, {"b": np.zeros((1, 1)), "c": np.zeros(2)})
+        common.relative_error(job, {"b": np.zeros((1, 1)), "c": np.zeros(2)})
     with pytest.raises(SystemExit, match="not finite"):
-        script.relative_error(job, {"a": np.array([np.nan, 0]), "b": np.array([[4.0]])})
+        common.relative_error(job, {"a": np.array([np.nan, 0]), "b": np.array([[4.0]])})
 
 
 def test_rows(script: ModuleType) -> None:
@@ -346,7 +408,13 @@ def test_rows(script: ModuleType) -> None:
     assert [(row.series, row.batch, row.devices) for row in few] == [
         ("batch", 6, 1), ("devices", 6, 1), ("devices", 6, 2),
     ]  # fmt: skip
-    assert len(chosen("--suite", "all")) == 15 + 7 + 1 + len(scaling)
+    assert chosen("--suite", "accuracy") == [
+        "accuracy of 90%, then 95% of the digits, recipe fast, resnet20_cifar at 32, batch 32, float32"
+    ]
+    assert chosen("--suite", "accuracy", "--data-dir", "x", "--device", "gpu", "--arch", "resnet34") == [
+        "accuracy of 90%, then 94% of the cifar10, recipe fast, resnet34 at 32, batch 512, bfloat16"
+    ]
+    assert len(chosen("--suite", "all")) == 15 + 1 + 7 + 1 + len(scaling)
     gpu = chosen("--device", "gpu")
     assert len(gpu) == 14
     assert all(row.endswith("bfloat16") for row in gpu)
@@ -362,6 +430,7 @@ def test_contestants(script: ModuleType) -> None:
     assert of("startup", "compile") == ["jresnet", "torch-compile"]
     assert of("startup", "import") == ["jresnet", "torch"]
     assert of("data", "data") == ["jresnet"]
+    assert of("accuracy", "accuracy") == ["jresnet", "torch"]
     assert of("scaling", "train", "x", 32, 8, "float32", "batch") == ["jresnet", "torch"]
     assert of("scaling", "train", "x", 32, 8, "float32", "devices", 1) == ["jresnet"]
     assert script.Row("train", "train").contestants([]) == ["jresnet"]
@@ -416,12 +485,12 @@ def test_plots(script: ModuleType, tmp_path: Path) -> None:
     rows = []
     for row in script.choose(options(script, "--suite", "scaling")):
         found = {"jresnet": [{"seconds": 1 / row.batch, "images_per_second": 100.0 + row.batch}], "torch": "broken"}
-        results = {name: script.evaluate(name, found, 1.0, 1.0) for name in found}
+        results = {name: table.evaluate(name, found, 1.0, 1.0) for name in found}
         rows.append(dataclasses.asdict(row) | {"results": results})
-    script.plot(rows, tmp_path / "new")
+    table.plot(rows, tmp_path / "new")
     pictures = sorted(path.name for path in (tmp_path / "new").iterdir())
     assert pictures == ["scaling-batch.png", "scaling-depth.png", "scaling-devices.png"]
-    script.plot([row for row in rows if row["series"] == "batch"], tmp_path / "other")
+    table.plot([row for row in rows if row["series"] == "batch"], tmp_path / "other")
     assert len(list((tmp_path / "other").iterdir())) == 1
 
 

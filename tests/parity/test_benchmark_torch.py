@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import benchmark_table as table
 import pytest
 from conftest import load_script
 
@@ -61,7 +62,7 @@ def test_the_same_results(script: ModuleType, folder: Path, task: str) -> None:
     for name in others:  # its reason; the others go on
         assert found.pop(name) == "timm has no resnet20_cifar with the cifar stem"
     assert_same(found)
-    theirs = script.evaluate("torch", found, 1.0, 0.0)
+    theirs = table.evaluate("torch", found, 1.0, 0.0)
     assert theirs["ratios"] == [found["torch"][0]["seconds"] / found["jresnet"][0]["seconds"]]
 
 

@@ -354,6 +354,25 @@ def test_alternating_flip() -> None:
     assert 150 < turned[0].sum() < 250
 
 
+def test_warming_up_leaves_no_trace() -> None:
+    """Neither at the beginning nor in the middle: the next steps are those of a run that was not warmed up."""
+    config = configure("fast", ema=0.5)
+    images = train_torch.Images(config, dataset(), torch.device("cpu"))
+    losses = []
+    for warm in (False, True):
+        torch.manual_seed(0)
+        training = train_torch.Training(config, train_torch.network(config, 10), images.steps_per_epoch)
+        found = []
+        for batch in images.epoch(0):
+            if warm:
+                training.warm_up(images.first(), next(images.batches("test")))
+            found.append(training.step(*batch)[0])
+        losses.append((torch.stack(found), *training.evaluate(*images.first())))
+    assert len(losses[0][0]) > 1
+    for left, right in zip(*losses, strict=True):
+        assert torch.equal(left, right)
+
+
 class Killed(Exception):
     """Stands for the end of the process."""
 
