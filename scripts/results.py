@@ -1,8 +1,9 @@
-"""The README's accuracies from the files under ``results/``: ``python scripts/results.py``, ``--check``, ``add RUN NAME``.
+"""The README's tables from the files under ``results/``: ``python scripts/results.py``, ``--check``, ``add RUN NAME``.
 
 A published row is a folder ``results/NAME`` with ``row.json``, ``summary.json`` and a folder ``seed-N`` a seed with its
 ``config.json``, ``metrics.jsonl`` and ``summary.json``. Every figure is computed anew from the seeds' files, and nothing
-is written where they contradict each other.
+is written where they contradict each other. Speeds are those of the files ``results/speed/*.json`` that
+``scripts/benchmark.py --json`` has written.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import benchmark_table
+
 from jresnet.errors import InputError
 from jresnet.report import Entry, percent, plus_minus, read_entry, read_json, spread, summarise
 from jresnet.weights import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
 SEED_FILES = ("config.json", "metrics.jsonl", "summary.json")
 EXTRAS = (".png", ".md")  # what else may lie in a row's folder
 VERSIONS = {"jresnet": ("jax", "flax"), "PyTorch": ("torch",)}  # what decides a framework's figures
@@ -58,7 +60,7 @@ class Row(NamedTuple):
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
     parser = argparse.ArgumentParser(
-        description=f"Write the table of accuracies between {BEGIN} and {END} in README.md from the folders in results/.",
+        description="Write the tables of accuracies and of speeds between their marks in README.md from results/.",
         epilog="Exit code: 0; 1 where a folder contradicts itself or README.md differs; 2 for bad options.",
     )
     parser.add_argument("--check", action="store_true", help="write nothing; print how README.md differs, if it does")
@@ -103,17 +105,24 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
 
 
 def update(root: Path, check: bool) -> int:
-    """Writes README.md's table, or with ``check`` prints the difference; returns the exit code."""
+    """Writes README.md's tables, or with ``check`` prints the difference; returns the exit code."""
     path = root / "README.md"
     try:
         before = path.read_text()
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
-    if before.count(BEGIN) != 1 or before.count(END) != 1 or before.index(BEGIN) > before.index(END):
-        raise InputError(f"{path} needs one line {BEGIN} and after it one line {END}: the table goes between them")
-    rows = read_rows(root / "results")
-    head, rest = before.split(BEGIN)
-    after = f"{head}{BEGIN}\n{block(rows)}{END}{rest.split(END)[1]}"
+    rows, speeds = read_rows(root / "results"), read_speeds(root / "results" / "speed")
+    after, problems = before, []
+    blocks = {"results": block(rows), "speed": "\n\n".join(map(benchmark_table.summary, speeds))}
+    for name, text in blocks.items():  # each has its place between two marks
+        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+        if before.count(begin) != 1 or before.count(end) != 1 or before.index(begin) > before.index(end):
+            problems.append(f"{path} needs one line {begin} and after it one line {end}: the table goes between them")
+            continue
+        head, rest = after.split(begin)
+        after = f"{head}{begin}\n{text.strip()}{chr(10) * bool(text)}{end}{rest.split(end)[1]}"
+    if problems:
+        raise InputError("\n".join(problems))
     if check and after != before:
         old, new = (text.splitlines(keepends=True) for text in (before, after))
         sys.stdout.writelines(difflib.unified_diff(old, new, "README.md", "README.md from results/"))
@@ -121,8 +130,27 @@ def update(root: Path, check: bool) -> int:
         return 1
     if after != before:
         write_atomically(path, after.encode())
-    print(f"README.md {'says' if after == before else 'now says'} what results/ says: {len(rows)} rows")
+    counts = f"{len(rows)} rows, {len(speeds)} benchmarks"
+    print(f"README.md {'says' if after == before else 'now says'} what results/ says: {counts}")
     return 0
+
+
+def read_speeds(folder: Path) -> list[dict[str, Any]]:
+    """The benchmarks' reports, in the order of their names.
+
+    Raises:
+        InputError: a line for each file that is no whole report.
+    """
+    found, problems = [], []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            found.append(read_json(path))
+            benchmark_table.summary(found[-1])
+        except (InputError, LookupError, TypeError, AttributeError) as error:
+            problems.append(f"results/speed/{path.name} is no report of scripts/benchmark.py --json: {error!r}")
+    if problems:
+        raise InputError("\n".join(problems))
+    return found
 
 
 def read_rows(results: Path) -> list[Row]:

@@ -10,10 +10,11 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY, command, load_script
+from conftest import command, load_script
 from test_report import edit, make_run, make_seeds
 
-README = "# x\n\n<!-- results -->\nold\n<!-- /results -->\n\nmore | text\n"
+SPEED = "<!-- speed -->\n<!-- /speed -->\n"
+README = f"# x\n\n<!-- results -->\nold\n<!-- /results -->\n\n{SPEED}more | text\n"
 TORCH = {"python": "3.11.7", "torch": "2.13.0"}
 OPTIONS = (
     "--title", "ResNet-20, fast, 3 epochs", "--images", "CIFAR-10, 45k/5k, validation", "--metric", "val_accuracy",
@@ -57,7 +58,7 @@ def test_the_table(results: ModuleType, root: Path) -> None:
     assert results.main([], root) == 0
     text = (root / "README.md").read_text()
     assert text.startswith("# x\n\n<!-- results -->\n| run | framework |")
-    assert text.endswith("</details>\n<!-- /results -->\n\nmore | text\n")
+    assert text.endswith(f"</details>\n<!-- /results -->\n\n{SPEED}more | text\n")
     title, hardware = "ResNet-20, fast, 3 epochs", "2-core AMD EPYC (AVX2), float32"
     # The standard deviation of 0.70, 0.72, 0.77 is sqrt(0.0013), that of 0.71, 0.73 sqrt(0.0002); the losses have the same.
     jax, torch = "Python 3.11.7, jax 0.10.1, flax 0.12.8", "Python 3.11.7, torch 2.13.0"
@@ -230,6 +231,33 @@ def test_peers_of_other_data(results: ModuleType, root: Path, capsys: pytest.Cap
     assert "are of different data" in capsys.readouterr().err
 
 
+def test_speeds(results: ModuleType, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of every file that the benchmark wrote; of none where one is cut off."""
+    folder = root / "results" / "speed"
+    folder.mkdir()
+    ours = {"rounds": [{"seconds": 2.0}], "seconds": {"median": 2.0, "min": 1.0, "max": 3.0}}
+    for name in ("cpu", "gpu"):
+        report = {
+            "command": f"python scripts/benchmark.py --device {name}", "date": "2026-11-23", "versions": {"jax": "1"},
+            "hardware": {"cpu": "X", "cores": 2, "device": name}, "ceilings": {},
+            "rows": [{"what": "import", "results": {"jresnet": ours}}],
+        }  # fmt: skip
+        (folder / f"{name}.json").write_text(json.dumps(report))
+    assert results.main([], root) == 0
+    text = (root / "README.md").read_text().split("<!-- speed -->\n")[1]
+    first, second = text.removesuffix("\n<!-- /speed -->\nmore | text\n").split("\n\n| ")
+    assert "import | 2 (1-3) s | - | - | -" in first
+    assert first.endswith("`python scripts/benchmark.py --device cpu`, 2026-11-23: X, 2 cores; cpu; jax 1.")
+    assert "--device gpu" in second
+    assert results.main(["--check"], root) == 0
+    (folder / "cpu.json").write_text('{"rows": [{}]}')
+    (folder / "gpu.json").write_text("{")
+    capsys.readouterr()
+    assert results.main([], root) == 1
+    complaints = capsys.readouterr().err.splitlines()
+    assert [line.split(" is ")[0] for line in complaints] == [f"error: results/speed/{n}.json" for n in ("cpu", "gpu")]
+
+
 @pytest.mark.parametrize("text", ["no marks", "<!-- /results -->\n<!-- results -->\n", README + README])
 def test_a_readme_without_its_marks(
     results: ModuleType, root: Path, capsys: pytest.CaptureFixture[str], text: str
@@ -249,8 +277,6 @@ def test_rounding_is_no_contradiction(results: ModuleType) -> None:
 
 
 def test_the_repositorys_own_table() -> None:
-    """The README says what results/ says, once it has a table."""
-    if "<!-- results -->" not in (REPOSITORY / "README.md").read_text():
-        pytest.skip("the README has no table of results yet")
+    """The README says what results/ says."""
     done = command("scripts/results.py", "--check")
     assert done.returncode == 0, done.stdout + done.stderr
