@@ -40,6 +40,19 @@ def test_an_epoch_is_a_permutation() -> None:
     assert not np.array_equal(one, other)
 
 
+def test_each_step_draws_its_own_views(split: train.Images) -> None:
+    """The same images look otherwise at another step or with another key, and alike at the same: a resumed run's do."""
+    views = train.prepare(PIPELINE, 4, 0.0)
+    indices = jnp.arange(16)
+    first, again, later, other = (
+        views(jnp.int32(step), split, indices, jax.random.key(key), 10)[0]
+        for step, key in ((3, 0), (3, 0), (4, 0), (3, 1))
+    )
+    assert jnp.array_equal(first, again)
+    for views_of in (later, other):  # in one place of 162 by chance
+        assert (first != views_of).any((1, 2, 3)).mean() > 0.8
+
+
 def test_training_learns(split: train.Images) -> None:
     _, step, state = setup()
     loop = train.StepsLoop(step, ONE)
