@@ -26,7 +26,9 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Many tests, and the commands they run, compile the same step: compile it once a session."""
     folder = str(tmp_path_factory.mktemp("jax-cache"))
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder  # for commands
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @pytest.fixture(scope="session")
