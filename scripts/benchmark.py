@@ -36,7 +36,7 @@ from benchmark_table import PEERS, evaluate, footer, head, line, plot
 WORKERS = {name: ROOT / "scripts" / f"benchmark_{name}.py" for name in ("jresnet", "torch")}
 SUITES = ("train", "infer", "accuracy", "startup", "data", "scaling")
 RUNS = {"jresnet": "scripts/train_cifar10.py", "torch": "tests/parity/train_torch.py"}  # for the accuracy suite
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "torchvision", "timm")
+PACKAGES = {"jresnet": ("jax", "jaxlib", "flax", "optax", "numpy"), "torch": ("torch", "torchvision", "timm")}
 
 SECONDS = 3.0  # of steps a measurement, at least
 SMALL = 64  # pixels below which networks have the CIFAR stem and ten classes
@@ -126,6 +126,7 @@ class Workplace:
     rounds: int  # measurements of each framework
     data_dir: Path | None = None
     no_torch: str = ""  # why there are no peers
+    peer_python: str = sys.executable
     deadline: float = math.inf  # of time.monotonic(), after which neither a row nor a round begins
 
     @property
@@ -135,8 +136,12 @@ class Workplace:
     def ask(self, worker: str, do: str, cache: str = "cache", **job: Any) -> dict[str, Any]:
         """A worker's answer; ``cache`` is the folder of what it compiles. Raises WorkerError."""
         job |= {"do": do, "device": self.device}
-        command = [sys.executable, str(WORKERS[worker]), json.dumps(job)]
+        command = [self.python(worker), str(WORKERS[worker]), json.dumps(job)]
         return answer(command, **self.environment(cache, job.get("devices", 1)))
+
+    def python(self, worker: str) -> str:
+        """The interpreter of a worker."""
+        return self.peer_python if worker == "torch" else sys.executable
 
     def environment(self, cache: str = "cache", devices: int = 1) -> dict[str, str]:
         """Of a process that measures."""
@@ -161,6 +166,9 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--suite", choices=(*SUITES, "all"), help="what to measure (default: train and infer)")
     add("--peer", default=",".join(PEERS), metavar="NAMES", help="some of %(default)s (default: all), or none")
+    add(
+        "--peer-python", default=sys.executable, metavar="PATH", help="that has the peers installed (default: this one)"
+    )
     add("--arch", help="of jresnet.list_models(), instead of the suite's own (default: those)")
     add(
         "--batch", type=positive, metavar="N", help="images (default: the row's own; with --arch 128 small or 16 large)"
@@ -209,9 +217,10 @@ def run(args: argparse.Namespace, command: str, folder: Path) -> int:
     """Measures, prints and writes all rows."""
     gpu, load = args.device == "gpu", os.getloadavg()[0]  # before anything runs here
     minutes = (GPU_MINUTES if gpu else math.inf) if args.minutes is None else args.minutes
-    no_torch = "" if importlib.util.find_spec("torch") else "torch is not installed: pip install 'jresnet[torch]'"
-    deadline = time.monotonic() + 60 * minutes
-    place = Workplace(folder, args.device, args.rounds or (2 if gpu else 5), args.data_dir, no_torch, deadline)
+    packages = versions(args.peer_python)
+    no_torch = "" if "torch" in packages else "torch is not installed: pip install 'jresnet[torch]'"
+    deadline, rounds = time.monotonic() + 60 * minutes, args.rounds or (2 if gpu else 5)
+    place = Workplace(folder, args.device, rounds, args.data_dir, no_torch, args.peer_python, deadline)
     rows, peers = choose(args), [] if args.peer == "none" else args.peer.split(",")
     try:
         known = place.ask("jresnet", "survey", rows=[dataclasses.asdict(row) | {"chosen": row.chosen} for row in rows])
@@ -228,7 +237,7 @@ def run(args: argparse.Namespace, command: str, folder: Path) -> int:
         "command": command,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "hardware": hardware() | {"load": load, "device": known["device"]},
-        "versions": {"python": platform.python_version(), **versions()},
+        "versions": packages,
         "ceilings": ceilings(place, rows, bool(peers)),
         "rows": [],
         "left_out": [],
@@ -351,7 +360,7 @@ def once(place: Workplace, row: Row, name: str, cache: str, job: dict[str, Any])
     worker = "torch" if name in PEERS else "jresnet"
     if row.task == "import":
         timed = f"import time; began = time.perf_counter(); import {worker}; print(time.perf_counter() - began)"
-        return {"seconds": answer([sys.executable, "-c", timed])}
+        return {"seconds": answer([place.python(worker), "-c", timed])}
     began = time.time()
     found = place.ask(worker, "measure", cache, contestant=name, **job)
     if row.task == "first step":
@@ -369,8 +378,17 @@ def reach(place: Workplace, row: Row, name: str, seed: int) -> dict[str, Any]:
     """
     with tempfile.TemporaryDirectory(dir=place.folder) as folder:
         out = Path(folder) / "run"
-        command = [sys.executable, str(ROOT / RUNS[name]), "--recipe", "fast", "--arch", row.arch, "--seed", str(seed)]
-        command += ["--batch-size", str(row.batch), "--precision", row.precision, "--dataset", row.dataset]
+        command = [place.python(name), str(ROOT / RUNS[name]), "--recipe", "fast", "--arch", row.arch]
+        command += [
+            "--seed",
+            str(seed),
+            "--batch-size",
+            str(row.batch),
+            "--precision",
+            row.precision,
+            "--dataset",
+            row.dataset,
+        ]
         command += ["--data-dir", str(place.data_dir.absolute())] if place.data_dir else []
         execute([*command, "--out", str(out)], **place.environment())
         metrics = (out / ("metrics.jsonl" if name == "jresnet" else f"seed-{seed}/metrics.jsonl")).read_text()
@@ -430,13 +448,25 @@ def hardware() -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Of the installed packages."""
-    found = {}
-    for name in PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+def versions(peer_python: str) -> dict[str, str]:
+    """Of Python and what is installed of jresnet's packages here, and of the peers' there.
+
+    Raises:
+        Problem: where that is no Python.
+    """
+    code = (
+        "import importlib.metadata, json, platform, sys\n"
+        "there = {name for found in importlib.metadata.distributions() if (name := found.metadata['Name'])}\n"
+        "found = {name: importlib.metadata.version(name) for name in sys.argv[1:] if name in there}\n"
+        "print(json.dumps({'python': platform.python_version()} | found))"
+    )
+    try:
+        ours = answer([sys.executable, "-c", code, *PACKAGES["jresnet"]])
+        theirs = answer([peer_python, "-c", code, *PACKAGES["torch"]])
+    except (OSError, ValueError, LookupError, WorkerError) as error:
+        raise Problem(f"--peer-python {peer_python} is no Python that works: {error}") from error
+    python = theirs.pop("python")
+    return ours | ({"the peers' python": python} if python != ours["python"] else {}) | theirs
 
 
 def write(path: Path, report: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import json
 import os
 import signal
@@ -67,7 +68,7 @@ def fake(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     worker = tmp_path / "fake.py"
     worker.write_text(FAKE)
     monkeypatch.setattr(script, "WORKERS", dict.fromkeys(script.WORKERS, worker))
-    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: name)  # whether torch is there or not
+    monkeypatch.setattr(script, "versions", lambda python: {"torch": "1"})  # whether torch is there or not
     return tmp_path
 
 
@@ -451,12 +452,35 @@ def test_the_budget(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_without_torch(script: ModuleType, fake: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(script, "versions", lambda python: {"jax": "1"})
     assert script.main(["--suite", "train", "--arch", "x", "--rounds", "1", "--peer", "torch"]) == 0
     ours, theirs = cells(capsys.readouterr().out.split("\n\n")[0])
     assert ours["n"] == "1"
     assert theirs["note"].startswith("torch is not installed")
     assert "torch" not in (fake / "log").read_text()
+
+
+def test_another_python_for_the_peers(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Runs their worker, and says which versions are installed there."""
+    other = tmp_path / "python"
+    other.write_text(f"""#!{sys.executable}
+import json, sys
+print(json.dumps({{"python": "9.9", "torch": "9"}} if sys.argv[1] == "-c" else {{"told": sys.argv[1].rpartition("/")[2]}}))
+""")
+    other.chmod(0o755)
+    found = script.versions(str(other))
+    assert found["the peers' python"] == "9.9"
+    assert found["torch"] == "9"
+    assert found["jax"] == importlib.metadata.version("jax")
+    assert "the peers' python" not in script.versions(sys.executable)
+    place = script.Workplace(tmp_path, "cpu", 1, peer_python=str(other))
+    assert place.ask("torch", "gemm", precision="float32") == {"told": "benchmark_torch.py"}
+    assert place.python("jresnet") == sys.executable
+    for wrong in (tmp_path / "none", "/bin/true"):
+        assert script.main(["--peer-python", str(wrong)]) == 1
+        assert capsys.readouterr().err.startswith(f"error: --peer-python {wrong} is no Python that works")
 
 
 def test_without_a_gpu(script: ModuleType, fake: Path, capsys: pytest.CaptureFixture[str]) -> None:
