@@ -458,7 +458,7 @@ def fit_seeds(
     """Runs of the seeds ``config.seed``, ``config.seed + 1``, ..., one after the other, compiled once.
 
     Each is a run of its own in ``out/seed-N``; ``out/summary.json`` holds mean and standard deviation. One after the other
-    since at once, under ``jax.vmap``, kernels that differ by seed become grouped convolutions: half as fast or less on a CPU
+    since at once, under ``jax.vmap``, kernels that differ by seed become grouped convolutions, which are slower on a CPU
     (scripts/measure_runs.py).
 
     Args:
