@@ -379,16 +379,8 @@ def reach(place: Workplace, row: Row, name: str, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=place.folder) as folder:
         out = Path(folder) / "run"
         command = [place.python(name), str(ROOT / RUNS[name]), "--recipe", "fast", "--arch", row.arch]
-        command += [
-            "--seed",
-            str(seed),
-            "--batch-size",
-            str(row.batch),
-            "--precision",
-            row.precision,
-            "--dataset",
-            row.dataset,
-        ]
+        command += ["--seed", str(seed), "--batch-size", str(row.batch)]
+        command += ["--precision", row.precision, "--dataset", row.dataset]
         command += ["--data-dir", str(place.data_dir.absolute())] if place.data_dir else []
         execute([*command, "--out", str(out)], **place.environment())
         metrics = (out / ("metrics.jsonl" if name == "jresnet" else f"seed-{seed}/metrics.jsonl")).read_text()

@@ -174,12 +174,12 @@ def test_resuming_a_finished_run_changes_nothing(finished: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "runs", "folder"),
-    [(signal.SIGTERM, 143, [], "out"), (signal.SIGINT, 130, ["--runs", "2"], "out/seed-0")],
+    ("number", "code", "more", "folder"),
+    [(signal.SIGTERM, 143, ["--deterministic"], "out"), (signal.SIGINT, 130, ["--runs", "2"], "out/seed-0")],
 )
-def test_signals_save_and_exit(tmp_path: Path, number: int, code: int, runs: list[str], folder: str) -> None:
+def test_signals_save_and_exit(tmp_path: Path, number: int, code: int, more: list[str], folder: str) -> None:
     whole, out = tmp_path / "out", tmp_path / folder
-    arguments = [sys.executable, "-u", SCRIPT, *SHORT, "--epochs", "50", "--out", str(whole), *runs]
+    arguments = [sys.executable, "-u", SCRIPT, *SHORT, "--epochs", "50", "--out", str(whole), *more]
     with subprocess.Popen(arguments, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         for line in process.stdout:
@@ -189,6 +189,8 @@ def test_signals_save_and_exit(tmp_path: Path, number: int, code: int, runs: lis
         rest = process.stdout.read()
         assert process.wait(timeout=60) == code
     assert f"saved; the same command with --out {whole} --resume goes on" in rest
+    options = json.loads((out / "config.json").read_text())["options"]
+    assert options["deterministic"] == ("--deterministic" in more)
     assert weights.load(out / "last.safetensors")
     assert list((out / "checkpoints").iterdir())
     resumed = trainer(out, epochs=50)
