@@ -30,6 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import huge_pages
 from benchmark_common import CHECKED_IMAGES, ROOT
 from benchmark_table import PEERS, evaluate, footer, head, line, plot
 
@@ -145,7 +146,7 @@ class Workplace:
 
     def environment(self, cache: str = "cache", devices: int = 1) -> dict[str, str]:
         """Of a process that measures."""
-        found = {
+        found = huge_pages.environment() | {
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / cache / "jax"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "TORCHINDUCTOR_CACHE_DIR": str(self.folder / cache / "torch"),
@@ -437,6 +438,7 @@ def hardware() -> dict[str, Any]:
         "cpu": model[1] if model else platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "system": platform.platform(),
+        "huge_pages": huge_pages.there(),
     }
 
 

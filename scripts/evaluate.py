@@ -12,6 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import huge_pages
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
@@ -161,4 +163,5 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    huge_pages.ask()
     sys.exit(main())

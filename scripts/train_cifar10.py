@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import huge_pages
+
 # --depth to architecture: torchvision's family with the CIFAR stem, and the paper's own for CIFAR.
 DEPTHS = {depth: f"resnet{depth}" for depth in (18, 34, 50, 101, 152)} | {
     depth: f"resnet{depth}_cifar" for depth in (20, 32, 44, 56, 110, 1202)
@@ -266,6 +268,7 @@ def _tuples(values: dict) -> dict:
 
 
 if __name__ == "__main__":
+    huge_pages.ask()
     code = main()
     if code > 128:  # a compiler may still be at work in a thread, and Python would wait for it
         sys.stdout.flush()

@@ -105,7 +105,7 @@ def test_the_command(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureF
     report = json.loads(file.read_text())
     assert report["command"] == f"python scripts/benchmark.py {' '.join(argv)}"
     assert report["versions"].keys() >= {"python", "jax", "flax"}
-    assert report["hardware"].keys() == {"cpu", "cores", "system", "load", "device"}
+    assert report["hardware"].keys() == {"cpu", "cores", "system", "huge_pages", "load", "device"}
     assert report["ceilings"]["jresnet float32"] > 0
     assert report["left_out"] == []
     (row,), (shown,) = report["rows"], cells(out.split("\n\n")[0])

@@ -1,0 +1,50 @@
+"""Memory in large pages for a script and what it starts.
+
+XLA asks for a step's temporary memory anew at every step, and the kernel hands it over page by page. Where Linux gives
+pages of 2 MiB only to those who ask ("madvise", Debian's and Ubuntu's setting), glibc's malloc asks from 2.35 on if its
+tunable says so. It is read when a process starts.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+TUNABLES = "GLIBC_TUNABLES"
+HUGE = "glibc.malloc.hugetlb"
+SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+
+
+def environment() -> dict[str, str]:
+    """What a process must find in its environment to ask; nothing where it does already, need not, cannot or shall not.
+
+    ``GLIBC_TUNABLES=glibc.malloc.hugetlb=0`` is how to say that it shall not.
+    """
+    given = os.environ.get(TUNABLES, "")
+    if HUGE in given or _setting() != "madvise":
+        return {}
+    return {TUNABLES: ":".join(filter(None, [given, f"{HUGE}=1"]))}
+
+
+def there() -> bool:
+    """Whether a process with that environment gets them, as far as glibc is new enough."""
+    asked = f"{HUGE}=1" in {**os.environ, **environment()}.get(TUNABLES, "")
+    return _setting() == "always" or (_setting() == "madvise" and asked)
+
+
+def ask() -> None:
+    """Starts the running script anew with that environment, as the same process; before it has loaded or done anything."""
+    added = environment()
+    if added and sys.executable:
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **added})
+
+
+def _setting() -> str:
+    """ "always", "madvise" or "never"; empty on a system that has no such pages."""
+    try:
+        found = re.search(r"\[(\w+)\]", SETTING.read_text())
+    except OSError:
+        return ""
+    return found[1] if found else ""
