@@ -116,7 +116,7 @@ def summary(report: Mapping[str, Any]) -> str:
     table = [columns, ["---"] * len(columns)]
     for row in report["rows"]:
         ours, beside = row["results"]["jresnet"], row["results"].get(peers[0], {}) if peers else {}
-        unit = ("images_per_second", ".3g", " images/s") if "images_per_second" in ours else ("seconds", ".3g", " s")
+        unit = ("images_per_second", ".4g", " images/s") if "images_per_second" in ours else ("seconds", ".3g", " s")
         # What takes seconds can be had warm, too.
         speeds = [show(ours, *unit[:2]) + unit[2]] + [
             f"{name.removeprefix('jresnet, ')}: {show(found, *unit[:2])}{unit[2]}"
