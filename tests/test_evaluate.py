@@ -352,7 +352,8 @@ def test_not_one_good_image(script: ModuleType, file: Path, tmp_path: Path, caps
 
 @pytest.mark.parametrize("missing", ["PIL", "tqdm"])
 def test_what_is_not_installed_is_named_with_its_extra(missing: str) -> None:
-    code = f"import sys, runpy; sys.modules[{missing!r}] = None; runpy.run_path({SCRIPT!r}, run_name='__main__')"
+    begin = f"import sys, runpy; sys.path.insert(0, 'scripts'); sys.modules[{missing!r}] = None; "
+    code = begin + f"runpy.run_path({SCRIPT!r}, run_name='__main__')"
     done = command("-c", code, "--weights", "resnet18", "--data", ".")
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
