@@ -39,6 +39,7 @@ SUITES = ("train", "infer", "accuracy", "startup", "data", "scaling")
 RUNS = {"jresnet": "scripts/train_cifar10.py", "torch": "tests/parity/train_torch.py"}  # for the accuracy suite
 PACKAGES = {"jresnet": ("jax", "jaxlib", "flax", "optax", "numpy"), "torch": ("torch", "torchvision", "timm")}
 
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # as Linux names them; a model's name may not tell
 SECONDS = 3.0  # of steps a measurement, at least
 SMALL = 64  # pixels below which networks have the CIFAR stem and ten classes
 CHECKED_GFLOP = 2000  # up to which a row is computed in float64 too: that takes minutes on two cores
@@ -410,7 +411,9 @@ def execute(command: list[str], **environment: str) -> list[str]:
         WorkerError: with the last lines of what it complained about.
     """
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, **environment, "PYTHONPATH": os.pathsep.join(paths)}
+    # Sleeping threads, which OMP_WAIT_POLICY=passive asks for, take up to a third from PyTorch.
+    inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment = {**inherited, **environment, "PYTHONPATH": os.pathsep.join(paths)}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         # A session of its own: Ctrl-C reaches this process alone, which then ends the worker and its children.
         worker = subprocess.Popen(command, stdout=out, stderr=errors, env=environment, start_new_session=True)
@@ -437,6 +440,9 @@ def hardware() -> dict[str, Any]:
     return {
         "cpu": model[1] if model else platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "instructions": [
+            known for known in INSTRUCTIONS if re.search(rf"^flags\s*:.*\b{known}\b", described, re.MULTILINE)
+        ],
         "system": platform.platform(),
         "huge_pages": huge_pages.there(),
     }

@@ -93,8 +93,9 @@ def place(report: Mapping[str, Any]) -> str:
     machine = report["hardware"]
     software = ", ".join(f"{name} {found}" for name, found in report["versions"].items())
     ceilings = ", ".join(f"{name} {found:.4g}" for name, found in report["ceilings"].items())
-    pages = ", huge pages" if machine.get("huge_pages") else ""
-    where = f"{machine['cpu']}, {machine['cores']} cores{pages}; {machine['device']}; {software}"
+    about = [machine["cpu"], f"{machine['cores']} cores", *machine.get("instructions", ())]
+    about += ["huge pages"] if machine.get("huge_pages") else []
+    where = f"{', '.join(about)}; {machine['device']}; {software}"
     return where + (f"; GEMM, 1e9 operations/s: {ceilings}" if ceilings else "")
 
 

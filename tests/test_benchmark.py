@@ -105,7 +105,9 @@ def test_the_command(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureF
     report = json.loads(file.read_text())
     assert report["command"] == f"python scripts/benchmark.py {' '.join(argv)}"
     assert report["versions"].keys() >= {"python", "jax", "flax"}
-    assert report["hardware"].keys() == {"cpu", "cores", "system", "huge_pages", "load", "device"}
+    assert report["hardware"].keys() == {
+        "cpu", "cores", "instructions", "system", "huge_pages", "load", "device",
+    }  # fmt: skip
     assert report["ceilings"]["jresnet float32"] > 0
     assert report["left_out"] == []
     (row,), (shown,) = report["rows"], cells(out.split("\n\n")[0])
@@ -168,6 +170,14 @@ def test_caches(script: ModuleType, fake: Path, monkeypatch: pytest.MonkeyPatch)
         script.measure(script.Workplace(fake, "cpu", 2), row, ["jresnet", "jresnet, cached"], ABOUT)
     assert seen[0] == seen[1] != seen[2] == seen[3]
     assert set(seen[4:]) == {"cache"}
+
+
+def test_what_a_worker_inherits(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but a policy that slows PyTorch down, whoever set it."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    monkeypatch.setenv("MINE", "kept")
+    code = "import json, os; print(json.dumps([os.environ.get(name) for name in ('OMP_WAIT_POLICY', 'MINE', 'GIVEN')]))"
+    assert script.answer([sys.executable, "-c", code], GIVEN="too") == [None, "kept", "too"]
 
 
 def test_data_and_import(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
@@ -300,7 +310,7 @@ def test_the_readmes_table() -> None:
     report = {
         "command": "python scripts/benchmark.py", "date": "2026-11-23T01:02:03+00:00", "versions": {"jax": "1.2"},
         "ceilings": {"jresnet float32": 100.0},
-        "hardware": {"cpu": "X", "cores": 2, "device": "cpu (cpu)", "load": 0.0},
+        "hardware": {"cpu": "X", "cores": 2, "instructions": ["avx2"], "device": "cpu (cpu)", "load": 0.0},
         "rows": [
             {"what": "train", "results": results},
             {"what": "start", "results": {name: table.evaluate(name, starts, 1.0, 0.0) for name in starts}},
@@ -313,7 +323,9 @@ def test_the_readmes_table() -> None:
     assert first == ["train", "6 (4-8) images/s", "6%", "1.50 (1.00-2.00)", "2 / 4", "1.0e-07 / 2.0e-07"]
     assert second == ["start", "9 (9-9) s; cached: 4 (4-4) s", "-", "0.33 (0.33-0.33)", "- / -", "- / -"]
     assert third == ["broken", "-", "-", "1.50 (1.00-2.00)", "- / 4", "- / 2.0e-07"]
-    assert below.startswith("`python scripts/benchmark.py`, 2026-11-23: X, 2 cores; cpu (cpu); jax 1.2; GEMM, 1e9")
+    assert below.startswith(
+        "`python scripts/benchmark.py`, 2026-11-23: X, 2 cores, avx2; cpu (cpu); jax 1.2; GEMM, 1e9"
+    )
 
 
 def test_statistics(script: ModuleType) -> None:
