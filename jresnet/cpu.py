@@ -242,6 +242,17 @@ def _sum(x):
     return lax.optimization_barrier(x.sum(1)).sum((0, 1))
 
 
+def _mean(x):
+    """[N, H, W, C] -> [C].
+
+    Rounding grows along a sum of thousands of numbers that are large against their deviation, as in PyTorch's channels-last
+    kernel: a second sum, of the columns less their own mean, takes that back.
+    """
+    columns = lax.optimization_barrier(x.sum(1))
+    about = columns.mean((0, 1))
+    return (about + (columns - about).mean((0, 1))) / x.shape[1]
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
 def normalize_to_train(
     x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float
@@ -257,7 +268,7 @@ def normalize_to_train(
 def _normalize_forward(x, scale, bias, eps):
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     n = math.prod(x.shape[:-1])
-    mean = _sum(wide) / n
+    mean = _mean(wide)
     # Two passes: E[x²] - E[x]² cancels where the mean is large against the deviation.
     var = _sum(jnp.square(wide - mean)) / n
     inverse = inverse_sqrt(var + eps)
