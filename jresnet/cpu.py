@@ -41,7 +41,7 @@ from jax.typing import DTypeLike
 
 from jresnet.errors import InputError
 
-PIECE = 2**21  # bytes of shifted copies at a time: beyond the second-level cache, well inside the third
+PIECE = 2**22  # bytes of shifted copies at a time: beyond the second-level cache, well inside the third
 SPLIT_ROWS = 16  # rows from which shifting both operands pays: it computes two rows more
 
 # Which operations XLA hands to its library YNN, by jax's version. The choice is XLA's own default where a version is not
@@ -171,8 +171,8 @@ def _kernel_gradient(x, kernel, dy, stride, padding):
     split = stride == 1 and k == 3 and padding == 1 and x.shape[1] >= SPLIT_ROWS
     shifts = _both_shifted if split else _x_shifted
     copies = k * (channels + out) if split else k * k * channels
-    batch = len(x)
-    images = _images_in_a_piece(batch, copies * math.prod(dy.shape[1:3]) * x.dtype.itemsize)
+    batch, piece = len(x), max(PIECE, kernel.size * wide.itemsize)  # each piece reads and writes the sum, too
+    images = _images_in_a_piece(batch, piece // (copies * math.prod(dy.shape[1:3]) * x.dtype.itemsize))
     devices = jax.device_count()
     if devices > 1:  # pieces are taken across the devices' stretches of the batch, so that each image stays where it is
         x, dy = (a.reshape(images, len(a) // images, *a.shape[1:]) for a in (x, dy))
@@ -187,18 +187,22 @@ def _kernel_gradient(x, kernel, dy, stride, padding):
     return lax.fori_loop(0, batch // images, add, jnp.zeros(kernel.shape, wide))
 
 
-def _images_in_a_piece(batch: int, bytes_an_image: int) -> int:
-    """The largest divisor of the batch that fits, in whole numbers a device."""
+def _images_in_a_piece(batch: int, most: int) -> int:
+    """The largest divisor of the batch up to ``most``, in whole numbers a device."""
     devices = jax.device_count() if batch % jax.device_count() == 0 else 1
     each = batch // devices
-    most = max(PIECE // bytes_an_image // devices, 1)
+    most = max(most // devices, 1)
     return devices * max(d for d in range(1, each + 1) if each % d == 0 and d <= most)
 
 
 def _product(a, b, dtype):
-    """[..., i] and [..., j] -> [j, i] or [i, j] summed over all pixels, as [i, j]."""
-    a, b = (v.reshape(-1, v.shape[-1]) for v in (a, b))
-    return lax.dot_general(b, a, (((0,), (0,)), ((), ())), preferred_element_type=dtype).T
+    """[images, ..., i] and [images, ..., j] -> [i, j], summed over all pixels.
+
+    Two products of half the images keep cores busier than one. Over several devices the images stay as they lie.
+    """
+    halves = 2 if len(a) % 2 == 0 and jax.device_count() == 1 else 1
+    a, b = (v.reshape(halves, -1, v.shape[-1]) for v in (a, b))
+    return lax.dot_general(a, b, (((1,), (1,)), ((0,), (0,))), preferred_element_type=dtype).sum(0)
 
 
 def _x_shifted(x, dy, k, stride, padding, dtype):
