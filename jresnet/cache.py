@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 
 import jax
@@ -31,6 +32,8 @@ def keep_compiled() -> Path | None:
     if not os.access(folder, os.W_OK | os.X_OK):
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
+    # Programs with oneDNN's kernels cannot be kept: jax 0.12.0.1 fails to write them down, and would say so of each.
+    warnings.filterwarnings("ignore", r"Error writing persistent compilation cache entry .*std::bad_alloc")
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         # JAX's second leaves out what initialises a network: some seventy small programs.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

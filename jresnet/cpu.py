@@ -25,14 +25,16 @@ order by all cores. The gradient's rule here needs two such sums.
 
 The price is that forward-mode differentiation (``jax.jvp``) does not reach through a model in training on the CPU.
 
-**Compiler options.** :func:`compiler_options` has what ``jax.jit`` is given besides, by jax's version.
+**Compiler options.** :func:`compiler_options` has what ``jax.jit`` is given besides, by jax's version and the CPU.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from functools import partial
+import re
+from functools import lru_cache, partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -44,32 +46,41 @@ from jresnet.errors import InputError
 PIECE = 2**22  # bytes of shifted copies at a time: beyond the second-level cache, well inside the third
 SPLIT_ROWS = 16  # rows from which shifting both operands pays: it computes two rows more
 
-# Which operations XLA hands to its library YNN, by jax's version. The choice is XLA's own default where a version is not
-# named: each of these was faster than that in training and in inference (docs/speed.md).
+# Which library XLA hands convolutions and matrix products to, by jax's version and whether the CPU has AVX-512: YNN, Eigen
+# (where YNN gets nothing), or oneDNN, whose kernels for AVX-512 are the fastest and whose others are not. A version that is
+# not named gets XLA's own choice: each of these was faster in training and in inference (docs/speed.md).
 YNN = "xla_cpu_experimental_ynn_fusion_type"
-OPTIONS = {
-    "0.10.1": {YNN: "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_ELTWISE,LIBRARY_FUSION_TYPE_REDUCE"},
-    "0.12.0.1": {YNN: ""},
+ONEDNN = "xla_cpu_experimental_onednn_custom_call"
+Options = dict[str, str | bool]
+OPTIONS: dict[tuple[str, bool], Options] = {
+    ("0.10.1", False): {YNN: "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_ELTWISE,LIBRARY_FUSION_TYPE_REDUCE"},
+    ("0.10.1", True): {YNN: "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_ELTWISE,LIBRARY_FUSION_TYPE_REDUCE"},
+    ("0.12.0.1", False): {YNN: ""},
+    ("0.12.0.1", True): {YNN: "", ONEDNN: True},
 }
+AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}  # as oneDNN asks for them, by Linux's names
+CPUINFO = Path("/proc/cpuinfo")
 # XLA's CPU compiler drops optimization barriers and then merges what comes twice, so that it keeps what remat would compute
 # again. Without this pass it keeps them.
-BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+BARRIERS: Options = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
-def compiler_options(remat: bool = False) -> dict[str, str]:
+def compiler_options(remat: bool = False) -> Options:
     """The options with which XLA's CPU compiler makes the fastest programs of these networks, for ``jax.jit``.
 
     >>> import jax, jresnet
     >>> predict = jax.jit(jresnet.create("resnet20_cifar"), compiler_options=jresnet.compiler_options())
 
-    They choose among XLA's implementations of the same operations: results differ by rounding.
+    They choose among XLA's implementations of the same operations: results differ by rounding. Programs with oneDNN's
+    (AVX-512) do not outlive their process in JAX's compilation cache, which warns of each and goes on.
     ``JRESNET_COMPILER_OPTIONS=off`` switches them off, but for ``remat``'s, without which it saves nothing.
 
     Args:
         remat: for training a model that was created with ``remat=True``.
 
     Returns:
-        Nothing where JAX's default device is no CPU; of ``remat`` alone for a version of jax that was not measured.
+        What ``jax.jit`` takes: nothing where JAX's default device is no CPU; for ``remat`` alone with a version of jax that
+        was not measured.
 
     Raises:
         InputError: for another value of ``JRESNET_COMPILER_OPTIONS`` than ``on`` and ``off``.
@@ -79,7 +90,18 @@ def compiler_options(remat: bool = False) -> dict[str, str]:
         raise InputError(f"JRESNET_COMPILER_OPTIONS must be on or off, got {switch!r}")
     if jax.default_backend() != "cpu":
         return {}
-    return (OPTIONS.get(jax.__version__, {}) if switch == "on" else {}) | (BARRIERS if remat else {})
+    chosen = OPTIONS.get((jax.__version__, has_avx512()), {}) if switch == "on" else {}
+    return chosen | (BARRIERS if remat else {})
+
+
+@lru_cache
+def has_avx512() -> bool:
+    """Whether this is a CPU with AVX-512, as far as can be told: on Linux."""
+    try:
+        flags = re.search(r"^flags\s*:(.*)$", CPUINFO.read_text(), re.MULTILINE)
+    except OSError:
+        return False
+    return flags is not None and set(flags[1].split()) >= AVX512
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int) -> jax.Array:

@@ -226,7 +226,7 @@ class StepsLoop:
         step: TrainStep,
         devices: Devices,
         on_device: bool | None = None,
-        compiler_options: dict[str, str] | None = None,
+        compiler_options: dict[str, str | bool] | None = None,
     ):
         self.devices = devices
         self.on_device = devices.platform != "cpu" if on_device is None else on_device
