@@ -32,11 +32,11 @@ print(folder, counts["cache_hits"], counts["cache_misses"])
 """
 
 
-def start(home: Path, **environment: str) -> list[str]:
-    """The words that the program prints, with its own cache folder in ``home``."""
+def start(home: Path, program: str = PROGRAM, **environment: str) -> list[str]:
+    """The words that a program prints, with its own cache folder in ``home``."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
     found = subprocess.run(
-        [sys.executable, "-c", PROGRAM], cwd=REPOSITORY, text=True, capture_output=True, timeout=120,
+        [sys.executable, "-c", program], cwd=REPOSITORY, text=True, capture_output=True, timeout=120,
         env=inherited | {"XDG_CACHE_HOME": str(home), "PYTHONPATH": str(REPOSITORY)} | environment,
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
@@ -50,6 +50,19 @@ def test_a_second_start_compiles_nothing(tmp_path: Path) -> None:
     assert hits == "0"
     assert int(misses) > 0
     assert start(tmp_path) == [folder, misses, "0"]
+
+
+def test_no_word_of_programs_that_cannot_be_kept(tmp_path: Path) -> None:
+    """Those with oneDNN's kernels; of a full disk there is."""
+    program = """
+import warnings
+from jresnet import cache
+warnings.showwarning = lambda message, *_: print(str(message).split()[-1])
+cache.keep_compiled()
+for why in ("MemoryError: std::bad_alloc", "OSError: full"):
+    warnings.warn(f"Error writing persistent compilation cache entry for 'x': {why}")
+"""
+    assert start(tmp_path, program) == ["full"]
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no choice of cores")
