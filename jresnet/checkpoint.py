@@ -18,6 +18,7 @@ import math
 import os
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -158,6 +159,7 @@ class Checkpoints:
         except Exception as error:  # OSError, ValueError, RuntimeError: whatever ended one of Orbax's threads
             with contextlib.suppress(Exception):
                 self._manager.close()
+            _wait_for_writers()
             with contextlib.suppress(OSError):  # else what was known before the failure has to do
                 self._open()  # removes what is half-written, and knows again of those that were to make room for it
             steps = self._manager.all_steps()
@@ -325,6 +327,14 @@ def _layout(state: TrainState) -> list[list[Any]]:
 def _place(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     # Not jax.device_put: where the sharding spans processes, that waits for all of them.
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def _wait_for_writers() -> None:
+    """Orbax reports the first part of a checkpoint that fails while others are still written, to where the next one goes."""
+    for thread in threading.enumerate():
+        if type(thread).__name__ == "_SignalingThread":  # Orbax's own name
+            with contextlib.suppress(Exception):  # what ended that one
+                thread.join()
 
 
 def _digest(content: bytes | memoryview) -> str:
