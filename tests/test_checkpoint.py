@@ -94,25 +94,15 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
 @pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Called, it makes a write of the checkpoint under way, and of all after it, fail as on a full disk.
-
-    The arrays are still being written when the description has failed.
-    """
+    """Called, it makes a write of the checkpoint under way, and of all after it, fail as on a full disk."""
     failing, original = threading.Event(), ocp.JsonCheckpointHandler._save_fn
-    original_arrays = ocp.type_handlers.NumpyHandler._background_serialize
 
     async def write(self: Any, *arguments: Any) -> None:
         if failing.is_set():
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         await original(self, *arguments)
 
-    async def write_arrays(self: Any, *arguments: Any) -> None:
-        if failing.is_set():
-            await asyncio.sleep(0.5)
-        await original_arrays(self, *arguments)
-
     monkeypatch.setattr(ocp.JsonCheckpointHandler, "_save_fn", write)
-    monkeypatch.setattr(ocp.type_handlers.NumpyHandler, "_background_serialize", write_arrays)
     return failing.set
 
 
@@ -445,14 +435,25 @@ def test_a_failed_save_is_told_at_the_end(tmp_path: Path, full_disk: Callable[[]
 def test_a_failed_save_deletes_nothing_and_may_be_repeated(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_disk: Callable[[], None]
 ) -> None:
+    ended, original = threading.Event(), ocp.type_handlers.NumpyHandler._background_serialize
+
+    async def write_late(self: Any, *arguments: Any) -> None:
+        await asyncio.sleep(0.5)
+        try:
+            await original(self, *arguments)
+        finally:
+            ended.set()
+
     with Checkpoints(tmp_path) as checkpoints:
         for step in (1, 2, 3):
             checkpoints.save(state(step), progress(step))
         checkpoints.wait()
         full_disk()
+        monkeypatch.setattr(ocp.type_handlers.NumpyHandler, "_background_serialize", write_late)
         checkpoints.save(state(4), progress(4))
         with pytest.raises(InputError, match="The one of step 3 is whole"):
             checkpoints.wait()
+        assert ended.is_set(), "the arrays are still written to where the next attempt writes"
         assert {"1", "2", "3"} <= {path.name for path in tmp_path.iterdir()}
         monkeypatch.undo()
         checkpoints.save(state(4), progress(4))
