@@ -60,7 +60,7 @@ def test_float32_is_as_near_as_pytorchs(arch: str, chosen: dict) -> None:
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert verify.main(["--arch", "resnet20_cifar", "--networks", "1", "--json"]) == 0
+    assert verify.main(["--arch", "resnet20_cifar", "--json"]) == 0  # a single network's ratio is chance
     report = json.loads(capsys.readouterr().out)
     assert report["versions"]["torch"] == torch.__version__
     assert report["rows"][0]["float64"] < verify.EXACT
