@@ -331,7 +331,7 @@ def measure(place: Workplace, row: Row, contestants: Sequence[str], about: Mappi
     checked = row.suite == row.task and about["gflop"] * images <= CHECKED_GFLOP  # in "train" and "infer"
     with tempfile.TemporaryDirectory(dir=place.folder) as inputs:
         job = dataclasses.asdict(row) | {"config": about["config"], "folder": inputs, "epoch": EPOCH}
-        job |= {"seconds": SECONDS if timed else 0, "data_dir": place.data_dir and str(place.data_dir.absolute())}
+        job |= {"seconds": SECONDS if timed else 0, "data_dir": place.data_dir and str(place.data_dir)}
         if row.arch and not row.dataset:
             say(f"{row}: weights, images{', float64' if checked else ''}")
             try:
@@ -383,7 +383,7 @@ def reach(place: Workplace, row: Row, name: str, seed: int) -> dict[str, Any]:
         command = [place.python(name), str(ROOT / RUNS[name]), "--recipe", "fast", "--arch", row.arch]
         command += ["--seed", str(seed), "--batch-size", str(row.batch)]
         command += ["--precision", row.precision, "--dataset", row.dataset]
-        command += ["--data-dir", str(place.data_dir.absolute())] if place.data_dir else []
+        command += ["--data-dir", str(place.data_dir)] if place.data_dir else []
         execute([*command, "--out", str(out)], **place.environment())
         metrics = (out / ("metrics.jsonl" if name == "jresnet" else f"seed-{seed}/metrics.jsonl")).read_text()
     epochs = [json.loads(text) for text in metrics.splitlines()]

@@ -189,7 +189,10 @@ def training(job: Job) -> dict[str, Any]:
 
     arguments = (state, *batch, np.int32(1)) if on_device else (state, *batch)
     options = {"donate_argnums": 0, "out_shardings": where.whole, "compiler_options": jresnet.compiler_options()}
+    loaded: list[str] = []
+    jax.monitoring.register_event_listener(lambda event, **_: loaded.append(event))
     function, seconds = compiled(many if on_device else step, *arguments, **options)
+    kept = "/jax/compilation_cache/cache_hits" in loaded
 
     def run(steps: int) -> None:
         nonlocal state
@@ -201,6 +204,8 @@ def training(job: Job) -> dict[str, Any]:
         jax.block_until_ready(state)
 
     found = common.pace(job, run, job["batch"]) | {"compile_seconds": seconds}
+    if job["task"] == "first step":  # some programs cannot be kept (docs/speed.md)
+        found["note"] = "step loaded" if kept else "step compiled"
     if job["check"]:
         # The gradient that the timed function takes: after one step the momentum is the gradient and the decay.
         state, *_ = start()

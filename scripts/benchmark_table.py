@@ -118,11 +118,12 @@ def summary(report: Mapping[str, Any]) -> str:
     for row in report["rows"]:
         ours, beside = row["results"]["jresnet"], row["results"].get(peers[0], {}) if peers else {}
         unit = ("images_per_second", ".4g", " images/s") if "images_per_second" in ours else ("seconds", ".3g", " s")
-        # What takes seconds can be had warm, too.
-        speeds = [show(ours, *unit[:2]) + unit[2]] + [
-            f"{name.removeprefix('jresnet, ')}: {show(found, *unit[:2])}{unit[2]}"
-            for name, found in row["results"].items() if name.startswith("jresnet, ") and "failed" not in found
-        ]  # fmt: skip
+        speeds = []
+        for name, found in row["results"].items():  # what takes seconds can be had warm, too
+            if name.startswith("jresnet") and "failed" not in found:
+                note = f" ({found['note']})" if unit[0] == "seconds" and "note" in found else ""
+                who = "" if name == "jresnet" else name.removeprefix("jresnet, ") + ": "
+                speeds.append(who + show(found, *unit[:2]) + unit[2] + note)
         pairs = [[memory(found), show(found, "error", ".1e")] for found in ([ours, beside] if peers else [ours])]
         table.append([
             row["what"], "; ".join(speeds) if "failed" not in ours else "-", show(ours, "share_of_ceiling", ".0%"),

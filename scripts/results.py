@@ -1,9 +1,10 @@
-"""The README's tables from the files under ``results/``: ``python scripts/results.py``, ``--check``, ``add RUN NAME``.
+"""The documents' tables from the files under ``results/``: ``python scripts/results.py``, ``--check``, ``add RUN NAME``.
 
 A published row is a folder ``results/NAME`` with ``row.json``, ``summary.json`` and a folder ``seed-N`` a seed with its
 ``config.json``, ``metrics.jsonl`` and ``summary.json``. Every figure is computed anew from the seeds' files, and nothing
-is written where they contradict each other. Speeds are those of the files ``results/speed/*.json`` that
-``scripts/benchmark.py --json`` has written.
+is written where they contradict each other. Speeds are those of the files ``results/speed/NAME.json`` that
+``scripts/benchmark.py --json`` has written; each has its place in README.md or in docs/ between ``<!-- speed/NAME -->`` and
+``<!-- /speed/NAME -->``, the accuracies have theirs in README.md between ``<!-- results -->`` and ``<!-- /results -->``.
 """
 
 from __future__ import annotations
@@ -60,10 +61,12 @@ class Row(NamedTuple):
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
     parser = argparse.ArgumentParser(
-        description="Write the tables of accuracies and of speeds between their marks in README.md from results/.",
-        epilog="Exit code: 0; 1 where a folder contradicts itself or README.md differs; 2 for bad options.",
+        description="Write the tables of accuracies and of speeds between their marks in README.md and docs/ from results/.",
+        epilog="Exit code: 0; 1 where a folder contradicts itself or a document differs; 2 for bad options.",
     )
-    parser.add_argument("--check", action="store_true", help="write nothing; print how README.md differs, if it does")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; print how the documents differ, if they do"
+    )
     add = parser.add_subparsers(dest="verb", metavar="add").add_parser(
         "add", help="copy the small files of a finished run into results/ (add --help)"
     )
@@ -86,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
-    """Runs the command on ``root``, the folder of README.md and results/; returns its exit code."""
+    """Runs the command on ``root``, the folder of README.md, docs/ and results/; returns its exit code."""
     options = parser()
     args = options.parse_args(argv)
     try:
@@ -105,47 +108,58 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
 
 
 def update(root: Path, check: bool) -> int:
-    """Writes README.md's tables, or with ``check`` prints the difference; returns the exit code."""
-    path = root / "README.md"
-    try:
-        before = path.read_text()
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
+    """Writes the documents' tables, or with ``check`` prints the differences; returns the exit code."""
     rows, speeds = read_rows(root / "results"), read_speeds(root / "results" / "speed")
-    after, problems = before, []
-    blocks = {"results": block(rows), "speed": "\n\n".join(map(benchmark_table.summary, speeds))}
-    for name, text in blocks.items():  # each has its place between two marks
+    tables = {"results": block(rows).strip()} | speeds
+    before = {}
+    for path in (root / "README.md", *sorted((root / "docs").glob("*.md"))):
+        try:
+            before[path] = path.read_text()
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot read {path}: {error}") from error
+    after, problems = dict(before), []
+    for name, table in tables.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        if before.count(begin) != 1 or before.count(end) != 1 or before.index(begin) > before.index(end):
-            problems.append(f"{path} needs one line {begin} and after it one line {end}: the table goes between them")
+        places = [path for path, text in before.items() for _ in range(max(text.count(begin), text.count(end)))]
+        parts = re.split(f"{re.escape(begin)}|{re.escape(end)}", after[places[0]]) if len(places) == 1 else []
+        if len(parts) != 3 or after[places[0]].index(begin) > after[places[0]].index(end):
+            problems.append(
+                f"README.md or a file in docs/ needs one line {begin} and after it one line {end} for a table"
+            )
             continue
-        head, rest = after.split(begin)
-        after = f"{head}{begin}\n{text.strip()}{chr(10) * bool(text)}{end}{rest.split(end)[1]}"
+        after[places[0]] = f"{parts[0]}{begin}\n{table}{chr(10) * bool(table)}{end}{parts[2]}"
+    for path, text in before.items():
+        for mark in dict.fromkeys(re.findall(r"^<!-- /?(speed/.*) -->$", text, re.MULTILINE)):
+            if mark not in tables:
+                problems.append(f"{path.name} has a place for results/{mark}.json, which is not there")
     if problems:
         raise InputError("\n".join(problems))
-    if check and after != before:
-        old, new = (text.splitlines(keepends=True) for text in (before, after))
-        sys.stdout.writelines(difflib.unified_diff(old, new, "README.md", "README.md from results/"))
-        print("error: README.md is not what results/ says: run python scripts/results.py", file=sys.stderr)
+    differing = [path for path in before if after[path] != before[path]]
+    for path in differing:
+        if check:
+            old, new = (texts[path].splitlines(keepends=True) for texts in (before, after))
+            sys.stdout.writelines(difflib.unified_diff(old, new, path.name, f"{path.name} from results/"))
+        else:
+            write_atomically(path, after[path].encode())
+    names = ", ".join(path.name for path in differing)
+    if check and differing:
+        print(f"error: {names}: not what results/ says: run python scripts/results.py", file=sys.stderr)
         return 1
-    if after != before:
-        write_atomically(path, after.encode())
-    counts = f"{len(rows)} rows, {len(speeds)} benchmarks"
-    print(f"README.md {'says' if after == before else 'now says'} what results/ says: {counts}")
+    said = f"wrote {names}, to say" if differing else "README.md and docs/ say"
+    print(f"{said} what results/ says: {len(rows)} rows, {len(speeds)} benchmarks")
     return 0
 
 
-def read_speeds(folder: Path) -> list[dict[str, Any]]:
-    """The benchmarks' reports, in the order of their names.
+def read_speeds(folder: Path) -> dict[str, str]:
+    """The benchmarks' tables by ``speed/NAME``, in the order of their names.
 
     Raises:
         InputError: a line for each file that is no whole report.
     """
-    found, problems = [], []
+    found, problems = {}, []
     for path in sorted(folder.glob("*.json")):
         try:
-            found.append(read_json(path))
-            benchmark_table.summary(found[-1])
+            found[f"speed/{path.stem}"] = benchmark_table.summary(read_json(path))
         except (InputError, LookupError, TypeError, AttributeError) as error:
             problems.append(f"results/speed/{path.name} is no report of scripts/benchmark.py --json: {error!r}")
     if problems:

@@ -1,4 +1,4 @@
-"""The README's table of accuracies: made from results/, refused where those contradict themselves. Numbers are made up."""
+"""The documents' tables: made from results/, refused where those contradict themselves. Numbers are made up."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import pytest
 from conftest import command, load_script
 from test_report import edit, make_run, make_seeds
 
-SPEED = "<!-- speed -->\n<!-- /speed -->\n"
-README = f"# x\n\n<!-- results -->\nold\n<!-- /results -->\n\n{SPEED}more | text\n"
+SPEED = "<!-- speed/{0} -->\n<!-- /speed/{0} -->\n"
+README = "# x\n\n<!-- results -->\nold\n<!-- /results -->\n\nmore | text\n"
 TORCH = {"python": "3.11.7", "torch": "2.13.0"}
 OPTIONS = (
     "--title", "ResNet-20, fast, 3 epochs", "--images", "CIFAR-10, 45k/5k, validation", "--metric", "val_accuracy",
@@ -58,7 +58,7 @@ def test_the_table(results: ModuleType, root: Path) -> None:
     assert results.main([], root) == 0
     text = (root / "README.md").read_text()
     assert text.startswith("# x\n\n<!-- results -->\n| run | framework |")
-    assert text.endswith(f"</details>\n<!-- /results -->\n\n{SPEED}more | text\n")
+    assert text.endswith("</details>\n<!-- /results -->\n\nmore | text\n")
     title, hardware = "ResNet-20, fast, 3 epochs", "2-core AMD EPYC (AVX2), float32"
     # The standard deviation of 0.70, 0.72, 0.77 is sqrt(0.0013), that of 0.71, 0.73 sqrt(0.0002); the losses have the same.
     jax, torch = "Python 3.11.7, jax 0.10.1, flax 0.12.8", "Python 3.11.7, torch 2.13.0"
@@ -243,12 +243,25 @@ def test_speeds(results: ModuleType, root: Path, capsys: pytest.CaptureFixture[s
             "rows": [{"what": "import", "results": {"jresnet": ours}}],
         }  # fmt: skip
         (folder / f"{name}.json").write_text(json.dumps(report))
+    (root / "README.md").write_text(README + SPEED.format("cpu") + SPEED.format("old"))
+    assert results.main([], root) == 1
+    complaints = capsys.readouterr().err
+    assert "needs one line <!-- speed/gpu -->" in complaints
+    assert "README.md has a place for results/speed/old.json, which is not there" in complaints
+    (root / "docs").mkdir()
+    (root / "docs" / "speed.md").write_text("y\n" + SPEED.format("gpu") + "z\n")
+    (root / "README.md").write_text(README + SPEED.format("cpu"))
+    assert results.main(["--check"], root) == 1
+    assert "error: README.md, speed.md: not what results/ says" in capsys.readouterr().err
     assert results.main([], root) == 0
-    text = (root / "README.md").read_text().split("<!-- speed -->\n")[1]
-    first, second = text.removesuffix("\n<!-- /speed -->\nmore | text\n").split("\n\n| ")
+    first = (root / "README.md").read_text().split("<!-- speed/cpu -->\n")[1]
     assert "import | 2 (1-3) s | - | - | -" in first
-    assert first.endswith("`python scripts/benchmark.py --device cpu`, 2026-11-23: X, 2 cores; cpu; jax 1.")
-    assert "--device gpu" in second
+    assert first.endswith(
+        "`python scripts/benchmark.py --device cpu`, 2026-11-23: X, 2 cores; cpu; jax 1.\n<!-- /speed/cpu -->\n"
+    )
+    second = (root / "docs" / "speed.md").read_text()
+    assert second.startswith("y\n<!-- speed/gpu -->\n|")
+    assert second.endswith("--device gpu`, 2026-11-23: X, 2 cores; gpu; jax 1.\n<!-- /speed/gpu -->\nz\n")
     assert results.main(["--check"], root) == 0
     (folder / "cpu.json").write_text('{"rows": [{}]}')
     (folder / "gpu.json").write_text("{")
@@ -264,7 +277,7 @@ def test_a_readme_without_its_marks(
 ) -> None:
     (root / "README.md").write_text(text)
     assert results.main([], root) == 1
-    assert "README.md needs one line <!-- results -->" in capsys.readouterr().err
+    assert "README.md or a file in docs/ needs one line <!-- results -->" in capsys.readouterr().err
     assert (root / "README.md").read_text() == text
 
 
