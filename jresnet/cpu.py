@@ -1,4 +1,4 @@
-"""Convolution and batch normalisation for training on a CPU, with gradients of our own, all in plain JAX.
+"""Convolution, batch normalisation and max-pool for training on a CPU, with gradients of our own, all in plain JAX.
 
 **Convolution.** XLA's CPU compiler runs a forward convolution near the speed of a matrix product, but turns its gradients
 into convolutions that fit that code badly: the kernel's gradient has the whole image as its window and the whole batch as
@@ -10,6 +10,8 @@ gradient         of                              computed as
 kernel           1x1                             one matrix product of pixels, after the stride's slice
 kernel           3x3 at stride 1, 16 pixels up   pieces of the batch: x shifted along the rows by a matrix product with dy
                                                  shifted along the columns, so that neither is copied nine times
+kernel           above 3x3 (the stem)            pieces of the batch: x shifted along the rows by a matrix product for each
+                                                 row tap, for which whole rows are copied
 kernel           any other                       pieces of the batch: all shifts of x side by side by a matrix product
 input            stride 1                        XLA's own: a convolution with the kernel turned round
 input            stride above 1                  one small convolution for each phase of the stride
@@ -22,6 +24,9 @@ Sums of a kernel's gradient are kept in float32 at least.
 **Batch normalisation.** A sum over N, H and W of something computed on the way runs on one core and pixel by pixel, since
 XLA gives each core a part of the result and the result is one row of channels. Summed over H first, everything is read in
 order by all cores. The gradient's rule here needs two such sums.
+
+**Max-pool.** XLA scatters the gradient, pixel by pixel, after a search for the maxima that it has already found. Here each
+window remembers which of its pixels won, and a pixel asks the windows that see it, one to four by its phase of the stride.
 
 The price is that forward-mode differentiation (``jax.jvp``) does not reach through a model in training on the CPU.
 
@@ -189,10 +194,16 @@ def _kernel_gradient(x, kernel, dy, stride, padding):
     k, _, channels, out = kernel.shape
     wide = jnp.promote_types(kernel.dtype, jnp.float32)
     if k == 1 and padding == 0:
-        return _product(x[:, ::stride, ::stride], dy, wide).reshape(kernel.shape)
+        # Without the barrier XLA computes what it has, ReLU and all, once more in the product's shape.
+        x, dy = lax.optimization_barrier((x[:, ::stride, ::stride], dy))
+        return _product(x, dy, wide).reshape(kernel.shape)
     split = stride == 1 and k == 3 and padding == 1 and x.shape[1] >= SPLIT_ROWS
-    shifts = _both_shifted if split else _x_shifted
-    copies = k * (channels + out) if split else k * k * channels
+    if split:
+        shifts, copies = _both_shifted, k * (channels + out)
+    elif k > 3:
+        shifts, copies = _row_by_row, 2 * k * channels
+    else:
+        shifts, copies = _x_shifted, k * k * channels
     batch, piece = len(x), max(PIECE, kernel.size * wide.itemsize)  # each piece reads and writes the sum, too
     images = _images_in_a_piece(batch, piece // (copies * math.prod(dy.shape[1:3]) * x.dtype.itemsize))
     devices = jax.device_count()
@@ -235,6 +246,15 @@ def _x_shifted(x, dy, k, stride, padding, dtype):
     # Without the barrier XLA computes the copies inside the product, element by element.
     views = lax.optimization_barrier(jnp.concatenate(views, -1))
     return _product(views, dy, dtype).reshape(k, k, x.shape[-1], dy.shape[-1])
+
+
+def _row_by_row(x, dy, k, stride, padding, dtype):
+    """x shifted along its rows, k copies; the row taps one after the other, which copies whole rows."""
+    height, width = (stride * (size - 1) + 1 for size in dy.shape[1:3])
+    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
+    xs = lax.optimization_barrier(jnp.concatenate([x[:, :, j : j + width : stride] for j in range(k)], -1))
+    taps = jnp.stack([_product(xs[:, i : i + height : stride], dy, dtype) for i in range(k)])
+    return taps.reshape(k, k, x.shape[-1], dy.shape[-1])
 
 
 def _both_shifted(x, dy, k, stride, padding, dtype):
@@ -315,6 +335,65 @@ def _normalize_backward(eps, saved, upstream):
 
 
 normalize_to_train.defvjp(_normalize_forward, _normalize_backward)
+
+
+@jax.custom_vjp
+def max_pool_to_train(x: jax.Array) -> jax.Array:
+    """[N, H, W, C] -> [N, ceil(H / 2), ceil(W / 2), C]: 3x3 maximum at stride 2, padded by one pixel of -inf.
+
+    The gradient goes to the first maximum of a window, row by row, as PyTorch's does.
+    """
+    return _pool_forward(x)[0]
+
+
+@jax.jit
+def _pool(x):
+    """The maxima, and which tap of its window each is."""
+    height, width = (-(-size // 2) for size in x.shape[1:3])
+    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
+    taps = [x[:, i : i + 2 * height - 1 : 2, j : j + 2 * width - 1 : 2] for i in range(3) for j in range(3)]
+    y, winner = taps[0], jnp.zeros(taps[0].shape, jnp.int8)
+    for number, tap in enumerate(taps[1:], 1):
+        better = (tap > y) | jnp.isnan(tap)
+        y, winner = jnp.where(better, tap, y), jnp.where(better, jnp.int8(number), winner)
+    return y, winner
+
+
+def _pool_forward(x):
+    y, winner = _pool(x)
+    return y, (winner, x.shape)
+
+
+def _pool_backward(saved, dy):
+    winner, shape = saved
+    return (_unpool(shape[1:3], winner, dy),)
+
+
+@partial(jax.jit, static_argnums=0)
+def _unpool(size, winner, dy):
+    n, height, width, channels = dy.shape
+    edge = ((0, 0), (0, 1), (0, 1), (0, 0))
+    winner, dy = jnp.pad(winner, edge, constant_values=-1), jnp.pad(dy, edge)
+    # By a pixel's phase: the taps it is at, and of which window, its own or the next.
+    windows = ((1, 0),), ((2, 0), (0, 1))
+    rows = []
+    for row in windows:
+        columns = []
+        for column in windows:
+            parts = [
+                jnp.where(
+                    winner[:, a : a + height, b : b + width] == 3 * i + j, dy[:, a : a + height, b : b + width], 0
+                )
+                for i, a in row
+                for j, b in column
+            ]
+            columns.append(sum(parts[1:], parts[0]))
+        rows.append(jnp.stack(columns, 3))
+    dx = jnp.stack(rows, 2)  # [n, h, phase, w, phase, channels]
+    return dx.reshape(n, 2 * height, 2 * width, channels)[:, : size[0], : size[1]]
+
+
+max_pool_to_train.defvjp(_pool_forward, _pool_backward)
 
 
 def average_on_cpu(x: jax.Array, dtype: DTypeLike) -> jax.Array:

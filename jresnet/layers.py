@@ -18,7 +18,7 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
-from jresnet.cpu import average_on_cpu, convolve, convolve_to_train, inverse_sqrt, normalize_to_train
+from jresnet.cpu import average_on_cpu, convolve, convolve_to_train, inverse_sqrt, max_pool_to_train, normalize_to_train
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -166,8 +166,13 @@ class Linear(nnx.Module):
         return x @ self.kernel[...] + self.bias[...]
 
 
-def max_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c"]:
-    """The stem's 3x3 maximum at stride 2; the padding of one pixel is -inf, as in ``torch.nn.MaxPool2d(3, 2, 1)``."""
+def max_pool(x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n h2 w2 c"]:
+    """The stem's 3x3 maximum at stride 2; the padding of one pixel is -inf, as in ``torch.nn.MaxPool2d(3, 2, 1)``.
+
+    ``train`` changes how the gradient is computed on the CPU, not what it is (see :mod:`jresnet.cpu`).
+    """
+    if train and jax.default_backend() == "cpu":
+        return max_pool_to_train(x)
     padding = ((0, 0), (1, 1), (1, 1), (0, 0))
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding)
 

@@ -167,7 +167,7 @@ class ResNet(nnx.Module):
             raise TypeError(f"expected normalised floating-point images, got {x.dtype}: (x / 255 - mean) / std, say")
         x = jax.nn.relu(self.bn1(self.conv1(x, train), train))
         if self.config.stem == "imagenet":
-            x = max_pool(x)
+            x = max_pool(x, train)
         outputs = {"stem": x}
         for i in range(len(self.config.depths)):
             for block in getattr(self, f"layer{i + 1}"):

@@ -11,8 +11,8 @@ from flax import nnx
 
 import jresnet
 from jresnet import cpu
-from jresnet.cpu import convolve, convolve_to_train, normalize_to_train
-from jresnet.layers import global_average_pool
+from jresnet.cpu import convolve, convolve_to_train, max_pool_to_train, normalize_to_train
+from jresnet.layers import global_average_pool, max_pool
 
 
 # Every row of the module's table: 1x1, both ways of shifting, the 7x7 stem, odd sizes, strides above the kernel.
@@ -93,6 +93,26 @@ def test_the_average_of_a_fused_networks_last_stage(dtype) -> None:
     assert found.dtype == jnp.float32
     expected = np.asarray(jax.jit(last)(x, k)).astype(np.float64).mean((1, 2))
     np.testing.assert_allclose(found, expected, rtol=0.02, atol=1e-3)  # fused, the last stage may stay unrounded
+
+
+@pytest.mark.parametrize("dtype", [jnp.float64, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(3, 8, 8, 5), (2, 7, 9, 4), (1, 9, 8, 3), (2, 1, 2, 3)])
+def test_a_max_pools_gradient(shape, dtype) -> None:
+    """Of small whole numbers, so that most windows have several maxima, and the sums are exact."""
+    with jax.enable_x64(True):
+        draw = np.random.default_rng(0)
+        x = jnp.asarray(draw.integers(-2, 3, shape), dtype)
+        np.testing.assert_array_equal(max_pool_to_train(x), max_pool(x))
+        upstream = jnp.asarray(draw.integers(-9, 10, max_pool(x).shape), dtype)
+        found, expected = (jax.vjp(f, x)[1](upstream)[0] for f in (max_pool_to_train, max_pool))
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_max_pool_lets_no_nan_pass() -> None:
+    x = jnp.zeros((1, 8, 8, 1)).at[0, 2, 5, 0].set(jnp.nan)
+    np.testing.assert_array_equal(max_pool_to_train(x), max_pool(x))
+    assert jnp.isnan(max_pool_to_train(x)).sum() == 2
 
 
 def plain(x, scale, bias, eps):
