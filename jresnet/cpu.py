@@ -8,7 +8,7 @@ its channels, and a strided convolution's input gradient multiplies by the zeros
 gradient         of                              computed as
 ===============  ==============================  ==========================================================================
 kernel           1x1                             one matrix product of pixels, after the stride's slice
-kernel           3x3 at stride 1, 16 pixels up   pieces of the batch: x shifted along the rows by a matrix product with dy
+kernel           3x3 at stride 1, 8 pixels up    pieces of the batch: x shifted along the rows by a matrix product with dy
                                                  shifted along the columns, so that neither is copied nine times
 kernel           above 3x3 (the stem)            pieces of the batch: x shifted along the rows by a matrix product for each
                                                  row tap, for which whole rows are copied
@@ -49,7 +49,7 @@ from jax.typing import DTypeLike
 from jresnet.errors import InputError
 
 PIECE = 2**22  # bytes of shifted copies at a time: beyond the second-level cache, well inside the third
-SPLIT_ROWS = 16  # rows from which shifting both operands pays: it computes two rows more
+SPLIT_ROWS = 8  # from which shifting both operands pays, by measurement
 
 # Which library XLA hands convolutions and matrix products to, by jax's version and whether the CPU has AVX-512: YNN, Eigen
 # (where YNN gets nothing), or oneDNN, whose kernels for AVX-512 are the fastest and whose others are not. A version that is
@@ -258,18 +258,20 @@ def _row_by_row(x, dy, k, stride, padding, dtype):
 
 
 def _both_shifted(x, dy, k, stride, padding, dtype):
-    """x shifted along its rows by dy shifted along its columns: three copies of each, and one product gives all nine taps.
+    """For 3x3 at stride 1: x shifted along its rows by dy shifted along its columns, and one product gives all nine taps.
 
-    Tap (i, j) sums x[r, c + j] dy[r - i, c] over rows r of the padded x and columns c, where dy is zero outside its rows.
+    Tap (i, j) sums x[r, c + j - 1] dy[r - i + 1, c] over all rows r and columns c, both zero outside.
     """
-    width = dy.shape[2]
-    x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    dy = jnp.pad(dy, ((0, 0), (k - 1, k - 1), (0, 0), (0, 0)))
-    xs = jnp.concatenate([x[:, :, j : j + width] for j in range(k)], -1)
-    dys = jnp.concatenate([dy[:, k - 1 - i : k - 1 - i + x.shape[1]] for i in range(k)], -1)
+    xs = jnp.concatenate([_shift(x, 2, 1 - j) for j in range(k)], -1)
+    dys = jnp.concatenate([_shift(dy, 1, i - 1) for i in range(k)], -1)
     xs, dys = lax.optimization_barrier((xs, dys))
     taps = _product(xs, dys, dtype).reshape(k, x.shape[-1], k, dy.shape[-1])  # [j, channel, i, out]
     return taps.transpose(2, 0, 1, 3)
+
+
+def _shift(x, axis, by):
+    """x moved on by so many places, with zeros in the gap."""
+    return lax.pad(x, jnp.zeros((), x.dtype), [(by, -by, 0) if axis == i else (0, 0, 0) for i in range(x.ndim)])
 
 
 def inverse_sqrt(x: jax.Array) -> jax.Array:
