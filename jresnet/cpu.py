@@ -339,21 +339,27 @@ def _normalize_backward(eps, saved, upstream):
 normalize_to_train.defvjp(_normalize_forward, _normalize_backward)
 
 
-@jax.custom_vjp
 def max_pool_to_train(x: jax.Array) -> jax.Array:
     """[N, H, W, C] -> [N, ceil(H / 2), ceil(W / 2), C]: 3x3 maximum at stride 2, padded by one pixel of -inf.
 
     The gradient goes to the first maximum of a window, row by row, as PyTorch's does.
     """
+    height, width = x.shape[1:3]
+    return _pool(jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), constant_values=-jnp.inf))
+
+
+@jax.custom_vjp
+def _pool(x):
+    """For an even height and width."""
     return _pool_forward(x)[0]
 
 
 @jax.jit
-def _pool(x):
+def _pool_forward(x):
     """The maxima, and which tap of its window each is."""
-    height, width = (-(-size // 2) for size in x.shape[1:3])
-    x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=-jnp.inf)
-    taps = [x[:, i : i + 2 * height - 1 : 2, j : j + 2 * width - 1 : 2] for i in range(3) for j in range(3)]
+    height, width = x.shape[1:3]
+    x = jnp.pad(x, ((0, 0), (1, 0), (1, 0), (0, 0)), constant_values=-jnp.inf)
+    taps = [x[:, i : i + height : 2, j : j + width : 2] for i in range(3) for j in range(3)]
     y, winner = taps[0], jnp.zeros(taps[0].shape, jnp.int8)
     for number, tap in enumerate(taps[1:], 1):
         better = (tap > y) | jnp.isnan(tap)
@@ -361,18 +367,8 @@ def _pool(x):
     return y, winner
 
 
-def _pool_forward(x):
-    y, winner = _pool(x)
-    return y, (winner, x.shape)
-
-
-def _pool_backward(saved, dy):
-    winner, shape = saved
-    return (_unpool(shape[1:3], winner, dy),)
-
-
-@partial(jax.jit, static_argnums=0)
-def _unpool(size, winner, dy):
+@jax.jit
+def _pool_backward(winner, dy):
     n, height, width, channels = dy.shape
     edge = ((0, 0), (0, 1), (0, 1), (0, 0))
     winner, dy = jnp.pad(winner, edge, constant_values=-1), jnp.pad(dy, edge)
@@ -392,10 +388,10 @@ def _unpool(size, winner, dy):
             columns.append(sum(parts[1:], parts[0]))
         rows.append(jnp.stack(columns, 3))
     dx = jnp.stack(rows, 2)  # [n, h, phase, w, phase, channels]
-    return dx.reshape(n, 2 * height, 2 * width, channels)[:, : size[0], : size[1]]
+    return (dx.reshape(n, 2 * height, 2 * width, channels),)
 
 
-max_pool_to_train.defvjp(_pool_forward, _pool_backward)
+_pool.defvjp(_pool_forward, _pool_backward)
 
 
 def average_on_cpu(x: jax.Array, dtype: DTypeLike) -> jax.Array:

@@ -109,6 +109,16 @@ def test_a_max_pools_gradient(shape, dtype) -> None:
         np.testing.assert_array_equal(found, expected)
 
 
+def test_a_max_pools_gradient_inside_jit_and_vmap() -> None:
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 7, 8, 3)), jnp.float32)
+    gradient, *others = (
+        jax.grad(lambda x, f=f: jnp.square(f(x)).sum())(x)
+        for f in (max_pool, jax.jit(max_pool_to_train), jax.vmap(lambda one: max_pool_to_train(one[None])[0]))
+    )
+    for other in others:
+        np.testing.assert_array_equal(other, gradient)
+
+
 def test_a_max_pool_lets_no_nan_pass() -> None:
     x = jnp.zeros((1, 8, 8, 1)).at[0, 2, 5, 0].set(jnp.nan)
     np.testing.assert_array_equal(max_pool_to_train(x), max_pool(x))
