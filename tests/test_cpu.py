@@ -80,6 +80,29 @@ def test_a_bfloat16_kernels_gradient_is_summed_in_float32() -> None:
     np.testing.assert_array_equal(np.asarray(gradient[1, 1], np.float32), np.full((2, 2), 4096.0))
 
 
+def test_the_pieces_of_a_bfloat16_kernels_gradient_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """300 pieces of 64.0: bfloat16 stays at 16,384."""
+    monkeypatch.setattr(cpu, "PIECE", 1)
+    x, k = jnp.ones((300, 8, 8, 2), jnp.bfloat16), jnp.ones((3, 3, 2, 2), jnp.bfloat16)
+    gradient = jax.grad(lambda k: convolve_to_train(x, k, 1, 1, 1).astype(jnp.float32).sum())(k)
+    np.testing.assert_array_equal(np.asarray(gradient[1, 1], np.float32), np.full((2, 2), 19200.0))
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 7])
+def test_a_bfloat16_kernels_gradient_is_right_to_its_rounding(kernel: int) -> None:
+    draw = np.random.default_rng(0)
+    x, k, dy = (
+        draw.standard_normal(s).astype(jnp.bfloat16) for s in ((32, 16, 16, 8), (kernel, kernel, 8, 4), (32, 16, 16, 4))
+    )
+    gradients = []
+    for dtype, function in ((jnp.bfloat16, convolve_to_train), (jnp.float64, convolve)):
+        with jax.enable_x64(dtype == jnp.float64):
+            back = jax.vjp(lambda x, k, f=function: f(x, k, 1, kernel // 2, 1), x.astype(dtype), k.astype(dtype))[1]
+            gradients.append(np.asarray(back(jnp.asarray(dy, dtype))[1], np.float64))
+    ours, wanted = gradients
+    assert np.linalg.norm(ours - wanted) <= 2**-8 * np.linalg.norm(wanted)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_the_average_of_a_fused_networks_last_stage(dtype) -> None:
     """jax 0.12.0.1 makes NaN of it where it is written as a mean."""
@@ -153,6 +176,24 @@ def test_a_normalisation_of_bfloat16_takes_its_statistics_in_float32() -> None:
     np.testing.assert_allclose(mean, x.astype(jnp.float32).mean((0, 1, 2)), rtol=1e-5, atol=1e-7)
     gradients = jax.grad(lambda *a: normalize_to_train(*a, 1e-5)[0].sum(), (0, 1, 2))(x, jnp.ones(3), jnp.zeros(3))
     assert [g.dtype for g in gradients] == [jnp.bfloat16, jnp.float32, jnp.float32]
+
+
+@pytest.mark.parametrize("height", [1, 5, 7, 8, 9, 11, 12, 16, 28])
+def test_a_normalisation_of_bfloat16_and_its_gradients(height: int) -> None:
+    """Rows are summed in stretches, of which every height has its own number."""
+    draw = np.random.default_rng(height)
+    x, upstream = (draw.standard_normal((4, height, 6, 3)).astype(jnp.bfloat16) for _ in range(2))
+    scale, bias = draw.standard_normal(3).astype(np.float32), draw.standard_normal(3).astype(np.float32)
+    (y, *statistics), back = jax.vjp(lambda *a: normalize_to_train(*a, 1e-5), jnp.asarray(x), scale, bias)
+    dx, *small = back((jnp.asarray(upstream), *(jnp.zeros(3) for _ in range(2))))
+    with jax.enable_x64(True):
+        wide = [np.asarray(a, np.float64) for a in (x, scale, bias, upstream)]
+        expected, back = jax.vjp(lambda *a: plain(*a, 1e-5), *wide[:3])
+        wanted = back((wide[3], *(jnp.zeros(3) for _ in range(2))))
+    for ours, theirs in zip([*statistics, *small], [*expected[1:], *wanted[1:]], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    for ours, theirs in ((y, expected[0]), (dx, wanted[0])):  # half a unit in the last place of bfloat16
+        np.testing.assert_allclose(np.asarray(ours, np.float64), theirs, rtol=2**-8, atol=1e-5)
 
 
 def step_of(model: jresnet.ResNet, x: jax.Array, options: cpu.Options):
