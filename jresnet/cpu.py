@@ -25,8 +25,9 @@ Sums of a kernel's gradient are kept in float32 at least.
 XLA gives each core a part of the result and the result is one row of channels. Summed over H first, everything is read in
 order by all cores. The gradient's rule here needs two such sums.
 
-**Max-pool.** XLA scatters the gradient, pixel by pixel, after a search for the maxima that it has already found. Here each
-window remembers which of its pixels won, and a pixel asks the windows that see it, one to four by its phase of the stride.
+**Max-pool.** The maxima of rows, then those of columns, instead of XLA's of windows. XLA scatters the gradient, pixel by
+pixel, after a search for the maxima that it has already found. In training each window remembers which of its pixels won,
+and a pixel asks the windows that see it, one to four by its phase of the stride.
 
 The price is that forward-mode differentiation (``jax.jvp``) does not reach through a model in training on the CPU.
 
@@ -290,21 +291,26 @@ def inverse_sqrt(x: jax.Array) -> jax.Array:
 
 
 def _columns(x, narrow):
-    """[N, H, W, C] -> [N, W, C], summed over H; the barriers keep XLA from joining this sum and the next.
+    """[N, H, W, C] -> [N, W, C], summed over H; the barriers keep XLA from joining sums that follow one another.
 
-    XLA's sum of what it computes of a ``narrow`` dtype goes number by number, at a tenth of the speed: up to eight stretches
-    of rows, as many as divide H, are added to one another before.
+    XLA's sum goes number by number over what it computes of a ``narrow`` dtype, at a tenth of the speed, and window by
+    window over more than 32 rows, at half of it: there up to eight stretches of rows, as many as divide H, are added before.
     """
-    if narrow:
+    if narrow or x.shape[1] > 32:
         rows = x.shape[1] // max(d for d in range(1, 9) if x.shape[1] % d == 0)
         stretches = [x[:, start : start + rows] for start in range(0, x.shape[1], rows)]
         x = lax.optimization_barrier(sum(stretches[1:], stretches[0]))
     return lax.optimization_barrier(x.sum(1))
 
 
+def _total(columns):
+    """[N, W, C] -> [C], one axis after the other, which is faster and rounds less than both at once."""
+    return lax.optimization_barrier(columns.sum(1)).sum(0)
+
+
 def _sum(x, narrow):
     """[N, H, W, C] -> [C]"""
-    return _columns(x, narrow).sum((0, 1))
+    return _total(_columns(x, narrow))
 
 
 def _mean(x, narrow):
@@ -314,8 +320,9 @@ def _mean(x, narrow):
     kernel: a second sum, of the columns less their own mean, takes that back.
     """
     columns = _columns(x, narrow)
-    about = columns.mean((0, 1))
-    return (about + (columns - about).mean((0, 1))) / x.shape[1]
+    n = math.prod(columns.shape[:-1])
+    about = _total(columns) / n
+    return (about + _total(columns - about) / n) / x.shape[1]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -361,8 +368,40 @@ def max_pool_to_train(x: jax.Array) -> jax.Array:
 
     The gradient goes to the first maximum of a window, row by row, as PyTorch's does.
     """
+    return _pool(_even(x))
+
+
+def max_pool(x: jax.Array) -> jax.Array:
+    """What :func:`max_pool_to_train` computes, by XLA alone."""
+    padding = ((0, 0), (1, 1), (1, 1), (0, 0))
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding)
+
+
+@jax.custom_jvp
+def max_pool_on_cpu(x: jax.Array) -> jax.Array:
+    """:func:`max_pool` faster: first rows, then columns. Its derivatives are XLA's."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)  # of bfloat16 XLA would convert every maximum to and fro
+    rows = lax.optimization_barrier(_maxima(_even(x).astype(wide), 1))
+    return _maxima(rows, 2).astype(x.dtype)
+
+
+@max_pool_on_cpu.defjvp
+def _max_pool_derivative(x, tangent):
+    return jax.jvp(max_pool, x, tangent)
+
+
+def _maxima(x, axis):
+    """Of each pair along an axis and the number before it; half as long."""
+    pairs = x.reshape(*x.shape[:axis], -1, 2, *x.shape[axis + 1 :])
+    even, odd = (lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in range(2))
+    before = lax.pad(odd, jnp.array(-jnp.inf, x.dtype), [(int(i == axis), -int(i == axis), 0) for i in range(odd.ndim)])
+    return jnp.maximum(jnp.maximum(even, odd), before)
+
+
+def _even(x):
+    """Height and width filled up with -inf."""
     height, width = x.shape[1:3]
-    return _pool(jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), constant_values=-jnp.inf))
+    return jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), constant_values=-jnp.inf)
 
 
 @jax.custom_vjp

@@ -18,7 +18,7 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
-from jresnet.cpu import average_on_cpu, convolve, convolve_to_train, inverse_sqrt, max_pool_to_train, normalize_to_train
+from jresnet import cpu
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -84,14 +84,14 @@ class Conv(nnx.Module):
     def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n h2 w2 c2"]:
         kernel = self.kernel[...]
         dtype = self.dtype or jnp.promote_types(x.dtype, kernel.dtype)
-        function = convolve_to_train if train and jax.default_backend() == "cpu" else convolve
+        function = cpu.convolve_to_train if train and jax.default_backend() == "cpu" else cpu.convolve
         y = function(x.astype(dtype), kernel.astype(dtype), self.stride, self.padding, self.groups)
         return y if self.bias is None else y + self.bias[...].astype(dtype)
 
 
 def _normalize(x, mean, var, scale, bias, eps):
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return ((wide - mean) * (inverse_sqrt(var + eps) * scale) + bias).astype(x.dtype)
+    return ((wide - mean) * (cpu.inverse_sqrt(var + eps) * scale) + bias).astype(x.dtype)
 
 
 def _normalize_batch(x, scale, bias, eps):
@@ -132,7 +132,7 @@ class BatchNorm(nnx.Module):
                 f"training needs more than one value per channel, got activations of shape {x.shape}: "
                 "use a larger batch or larger images"
             )
-        function = normalize_to_train if jax.default_backend() == "cpu" else _normalize_batch
+        function = cpu.normalize_to_train if jax.default_backend() == "cpu" else _normalize_batch
         y, mean, var = function(x, scale, bias, self.eps)
         self._update(self.mean, mean)
         self._update(self.var, var * (n / (n - 1)))
@@ -166,20 +166,30 @@ class Linear(nnx.Module):
         return x @ self.kernel[...] + self.bias[...]
 
 
+def relu(x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+    """max(x, 0) as ``torch.relu``, whose derivative at 0 is 0.
+
+    bfloat16 goes through float32 on the CPU, where XLA computes it so anyway: written so, XLA hands it to oneDNN together
+    with the convolution before it.
+    """
+    if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        return jax.nn.relu(x.astype(jnp.float32)).astype(x.dtype)
+    return jax.nn.relu(x)
+
+
 def max_pool(x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n h2 w2 c"]:
     """The stem's 3x3 maximum at stride 2; the padding of one pixel is -inf, as in ``torch.nn.MaxPool2d(3, 2, 1)``.
 
     ``train`` changes how the gradient is computed on the CPU, not what it is (see :mod:`jresnet.cpu`).
     """
-    if train and jax.default_backend() == "cpu":
-        return max_pool_to_train(x)
-    padding = ((0, 0), (1, 1), (1, 1), (0, 0))
-    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding)
+    if jax.default_backend() == "cpu":
+        return cpu.max_pool_to_train(x) if train else cpu.max_pool_on_cpu(x)
+    return cpu.max_pool(x)
 
 
 def global_average_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n c"]:
     """Mean over H and W, accumulated and returned in float32 at least."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     if x.dtype != wide and jax.default_backend() == "cpu":
-        return average_on_cpu(x, wide)
+        return cpu.average_on_cpu(x, wide)
     return x.astype(wide).mean((1, 2))

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jresnet.layers import BatchNorm, Conv, Linear, global_average_pool, max_pool
+from jresnet.layers import BatchNorm, Conv, Linear, global_average_pool, max_pool, relu
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -61,9 +60,9 @@ class BasicBlock(nnx.Module):
         self.downsample = nnx.List(downsample)
 
     def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n h2 w2 c2"]:
-        y = jax.nn.relu(self.bn1(self.conv1(x, train), train))
+        y = relu(self.bn1(self.conv1(x, train), train))
         y = self.bn2(self.conv2(y, train), train)
-        return jax.nn.relu(y + shortcut(self.downsample, x, y.shape[-1], train))
+        return relu(y + shortcut(self.downsample, x, y.shape[-1], train))
 
 
 class Bottleneck(nnx.Module):
@@ -82,10 +81,10 @@ class Bottleneck(nnx.Module):
         self.downsample = nnx.List(downsample)
 
     def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n h2 w2 c2"]:
-        y = jax.nn.relu(self.bn1(self.conv1(x, train), train))
-        y = jax.nn.relu(self.bn2(self.conv2(y, train), train))
+        y = relu(self.bn1(self.conv1(x, train), train))
+        y = relu(self.bn2(self.conv2(y, train), train))
         y = self.bn3(self.conv3(y, train), train)
-        return jax.nn.relu(y + shortcut(self.downsample, x, y.shape[-1], train))
+        return relu(y + shortcut(self.downsample, x, y.shape[-1], train))
 
 
 def shortcut(
@@ -165,7 +164,7 @@ class ResNet(nnx.Module):
             raise ValueError(f"expected images [N, H, W, {channels}] (channels last), got shape {tuple(x.shape)}")
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"expected normalised floating-point images, got {x.dtype}: (x / 255 - mean) / std, say")
-        x = jax.nn.relu(self.bn1(self.conv1(x, train), train))
+        x = relu(self.bn1(self.conv1(x, train), train))
         if self.config.stem == "imagenet":
             x = max_pool(x, train)
         outputs = {"stem": x}

@@ -11,8 +11,8 @@ from flax import nnx
 
 import jresnet
 from jresnet import cpu
-from jresnet.cpu import convolve, convolve_to_train, max_pool_to_train, normalize_to_train
-from jresnet.layers import global_average_pool, max_pool
+from jresnet.cpu import convolve, convolve_to_train, max_pool, max_pool_on_cpu, max_pool_to_train, normalize_to_train
+from jresnet.layers import global_average_pool, relu
 
 
 # Every row of the module's table: 1x1, both ways of shifting, the 7x7 stem, odd sizes, strides above the kernel.
@@ -126,6 +126,8 @@ def test_a_max_pools_gradient(shape, dtype) -> None:
         draw = np.random.default_rng(0)
         x = jnp.asarray(draw.integers(-2, 3, shape), dtype)
         np.testing.assert_array_equal(max_pool_to_train(x), max_pool(x))
+        np.testing.assert_array_equal(max_pool_on_cpu(x), max_pool(x))
+        assert max_pool_on_cpu(x).dtype == dtype
         upstream = jnp.asarray(draw.integers(-9, 10, max_pool(x).shape), dtype)
         found, expected = (jax.vjp(f, x)[1](upstream)[0] for f in (max_pool_to_train, max_pool))
         assert found.dtype == dtype
@@ -142,10 +144,33 @@ def test_a_max_pools_gradient_inside_jit_and_vmap() -> None:
         np.testing.assert_array_equal(other, gradient)
 
 
-def test_a_max_pool_lets_no_nan_pass() -> None:
+@pytest.mark.parametrize("function", [max_pool_to_train, max_pool_on_cpu])
+def test_a_max_pool_lets_no_nan_pass(function) -> None:
     x = jnp.zeros((1, 8, 8, 1)).at[0, 2, 5, 0].set(jnp.nan)
-    np.testing.assert_array_equal(max_pool_to_train(x), max_pool(x))
-    assert jnp.isnan(max_pool_to_train(x)).sum() == 2
+    np.testing.assert_array_equal(function(x), max_pool(x))
+    assert jnp.isnan(function(x)).sum() == 2
+
+
+def test_a_max_pool_in_evaluation_has_both_derivatives() -> None:
+    """Of windows with several maxima, too: of the first, as XLA's."""
+    draw = np.random.default_rng(0)
+    x, direction = (jnp.asarray(draw.integers(-2, 3, (2, 7, 8, 3)), jnp.float32) for _ in range(2))
+    for mode in (jax.vjp, lambda f, x: (f(x), lambda upstream: jax.jvp(f, (x,), (direction,))[1])):
+        found, expected = (mode(jax.jit(f), x)[1](jnp.ones_like(f(x))) for f in (max_pool_on_cpu, max_pool))
+        for ours, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_array_equal(ours, wanted)
+    np.testing.assert_array_equal(jax.vmap(lambda one: max_pool_on_cpu(one[None])[0])(x), max_pool(x))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_relu_and_its_gradient(dtype) -> None:
+    x = jnp.asarray([-jnp.inf, -2.0, -0.0, 0.0, 1e-3, 3.0, jnp.inf], dtype)
+    assert relu(x).dtype == dtype
+    np.testing.assert_array_equal(relu(x), jax.nn.relu(x))
+    gradient = jax.grad(lambda x: relu(x).sum())(x)
+    assert gradient.dtype == dtype
+    np.testing.assert_array_equal(gradient, jnp.asarray([0, 0, 0, 0, 1, 1, 1], dtype))
+    assert jnp.isnan(relu(jnp.asarray([jnp.nan], dtype))).all()
 
 
 def plain(x, scale, bias, eps):
