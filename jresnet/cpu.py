@@ -19,7 +19,7 @@ either           groups above 1                  the kernel in up to eight piece
 ===============  ==============================  ==========================================================================
 
 A piece's shifted copies stay in the cache; the pieces run in a loop, so that compilation does not grow with their number.
-Sums of a kernel's gradient are kept in float32 at least.
+Pieces of a kernel's gradient are summed in float32 at least.
 
 **Batch normalisation.** A sum over N, H and W of something computed on the way runs on one core and pixel by pixel, since
 XLA gives each core a part of the result and the result is one row of channels. Summed over H first, everything is read in
