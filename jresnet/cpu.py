@@ -75,9 +75,10 @@ def compiler_options(remat: bool = False) -> Options:
     """The options with which XLA's CPU compiler makes the fastest programs of these networks, for ``jax.jit``.
 
     >>> import jax, jresnet
-    >>> predict = jax.jit(jresnet.create("resnet20_cifar"), compiler_options=jresnet.compiler_options())
+    >>> model = jresnet.fuse(jresnet.create("resnet20_cifar"))
+    >>> predict = jax.jit(model, compiler_options=jresnet.compiler_options())
 
-    They choose among XLA's implementations of the same operations: results differ by rounding. Programs with oneDNN's
+    (So the weights are constants of the program, which oneDNN then need not pack in every call.) They choose among XLA's implementations of the same operations: results differ by rounding. Programs with oneDNN's
     (AVX-512) do not outlive their process in JAX's compilation cache, which warns of each and goes on.
     ``JRESNET_COMPILER_OPTIONS=off`` switches them off, but for ``remat``'s, without which it saves nothing.
 

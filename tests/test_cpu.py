@@ -260,7 +260,9 @@ def test_programs_of_our_compiler_options_are_as_right_as_the_defaults(network: 
     ours = [options for (version, _), options in cpu.OPTIONS.items() if version == jax.__version__]
     for name, options in enumerate([{}, *ours]):
         train, arguments = step_of(model, x, options)
-        predict = jax.jit(jresnet.fuse(model), compiler_options=options)
+        predict = jax.jit(jresnet.fuse(model), compiler_options=options).lower(x).compile()
+        # Weights that are constants are packed when oneDNN's convolutions are compiled, not in every call.
+        assert ('"weights_prepacked":true' in predict.as_text()) == ("__onednn$convolution" in predict.as_text())
         outcomes[name] = (*train(*arguments), predict(x))
     with jax.enable_x64(True):
         wide = jresnet.ResNet(NETWORKS[network], rngs=nnx.Rngs(0))
