@@ -29,6 +29,9 @@ order by all cores. The gradient's rule here needs two such sums.
 pixel, after a search for the maxima that it has already found. In training each window remembers which of its pixels won,
 and a pixel asks the windows that see it, one to four by its phase of the stride.
 
+**Sums of residuals.** A barrier behind every block (:func:`jresnet.layers.computed_once`) keeps XLA from computing a block's
+output anew, and all outputs before it, wherever it is read.
+
 The price is that forward-mode differentiation (``jax.jvp``) does not reach through a model in training on the CPU.
 
 **Compiler options.** :func:`compiler_options` has what ``jax.jit`` is given besides, by jax's version and the CPU.
@@ -58,17 +61,18 @@ SPLIT_ROWS = 8  # from which shifting both operands pays, by measurement
 YNN = "xla_cpu_experimental_ynn_fusion_type"
 ONEDNN = "xla_cpu_experimental_onednn_custom_call"
 Options = dict[str, str | bool]
+FEW: Options = {YNN: "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_ELTWISE,LIBRARY_FUSION_TYPE_REDUCE"}
+# XLA's CPU compiler drops optimization barriers and then merges what comes twice, so that it keeps what remat would compute
+# again. Without this pass it keeps them. (0.10.1 drops those behind the blocks, too, and 0.12.0.1 does not.)
+BARRIERS: Options = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 OPTIONS: dict[tuple[str, bool], Options] = {
-    ("0.10.1", False): {YNN: "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_ELTWISE,LIBRARY_FUSION_TYPE_REDUCE"},
-    ("0.10.1", True): {YNN: "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_ELTWISE,LIBRARY_FUSION_TYPE_REDUCE"},
+    ("0.10.1", False): FEW | BARRIERS,
+    ("0.10.1", True): FEW | BARRIERS,
     ("0.12.0.1", False): {YNN: ""},
     ("0.12.0.1", True): {YNN: "", ONEDNN: True},
 }
 AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}  # as oneDNN asks for them, by Linux's names
 CPUINFO = Path("/proc/cpuinfo")
-# XLA's CPU compiler drops optimization barriers and then merges what comes twice, so that it keeps what remat would compute
-# again. Without this pass it keeps them.
-BARRIERS: Options = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
 def compiler_options(remat: bool = False) -> Options:
@@ -78,7 +82,9 @@ def compiler_options(remat: bool = False) -> Options:
     >>> model = jresnet.fuse(jresnet.create("resnet20_cifar"))
     >>> predict = jax.jit(model, compiler_options=jresnet.compiler_options())
 
-    (So the weights are constants of the program, which oneDNN then need not pack in every call.) They choose among XLA's implementations of the same operations: results differ by rounding. Programs with oneDNN's
+    (So the weights are constants of the program, which oneDNN then need not pack in every call.)
+
+    They choose among XLA's implementations of the same operations: results differ by rounding. Programs with oneDNN's
     (AVX-512) do not outlive their process in JAX's compilation cache, which warns of each and goes on.
     ``JRESNET_COMPILER_OPTIONS=off`` switches them off, but for ``remat``'s, without which it saves nothing.
 

@@ -177,6 +177,15 @@ def relu(x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
     return jax.nn.relu(x)
 
 
+def computed_once(x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n h w c"]:
+    """x itself, in training on the CPU behind a barrier, as its gradient then is.
+
+    Without it XLA's CPU compiler computes a block's output anew in every fusion that reads it, from the block's input, and
+    that from the one before: ResNet-110's step took 1.98 s instead of 1.29.
+    """
+    return lax.optimization_barrier(x) if train and jax.default_backend() == "cpu" else x
+
+
 def max_pool(x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n h2 w2 c"]:
     """The stem's 3x3 maximum at stride 2; the padding of one pixel is -inf, as in ``torch.nn.MaxPool2d(3, 2, 1)``.
 

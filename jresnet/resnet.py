@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jresnet.layers import BatchNorm, Conv, Linear, global_average_pool, max_pool, relu
+from jresnet.layers import BatchNorm, Conv, Linear, computed_once, global_average_pool, max_pool, relu
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -171,6 +171,7 @@ class ResNet(nnx.Module):
         for i in range(len(self.config.depths)):
             for block in getattr(self, f"layer{i + 1}"):
                 x = _rematerialized(block, x, train) if self.remat and train else block(x, train)
+                x = computed_once(x, train)
             outputs[f"layer{i + 1}"] = x
         return outputs
 
