@@ -61,13 +61,13 @@ SPLIT_ROWS = 8  # from which shifting both operands pays, by measurement
 YNN = "xla_cpu_experimental_ynn_fusion_type"
 ONEDNN = "xla_cpu_experimental_onednn_custom_call"
 Options = dict[str, str | bool]
-FEW: Options = {YNN: "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_ELTWISE,LIBRARY_FUSION_TYPE_REDUCE"}
+SOME_YNN: Options = {YNN: "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_ELTWISE,LIBRARY_FUSION_TYPE_REDUCE"}
 # XLA's CPU compiler drops optimization barriers and then merges what comes twice, so that it keeps what remat would compute
-# again. Without this pass it keeps them. (0.10.1 drops those behind the blocks, too, and 0.12.0.1 does not.)
+# again. Without this pass it keeps them. 0.10.1 drops those behind the blocks, too, so it has this always; 0.12.0.1 keeps them.
 BARRIERS: Options = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 OPTIONS: dict[tuple[str, bool], Options] = {
-    ("0.10.1", False): FEW | BARRIERS,
-    ("0.10.1", True): FEW | BARRIERS,
+    ("0.10.1", False): SOME_YNN | BARRIERS,
+    ("0.10.1", True): SOME_YNN | BARRIERS,
     ("0.12.0.1", False): {YNN: ""},
     ("0.12.0.1", True): {YNN: "", ONEDNN: True},
 }
