@@ -63,7 +63,7 @@ ONEDNN = "xla_cpu_experimental_onednn_custom_call"
 Options = dict[str, str | bool]
 SOME_YNN: Options = {YNN: "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_ELTWISE,LIBRARY_FUSION_TYPE_REDUCE"}
 # XLA's CPU compiler drops optimization barriers and then merges what comes twice, so that it keeps what remat would compute
-# again. Without this pass it keeps them. 0.10.1 drops those behind the blocks, too, so it has this always; 0.12.0.1 keeps them.
+# again. Without this pass it keeps them. 0.10.1 drops those behind the blocks, too, and always has this; 0.12.0.1 does not.
 BARRIERS: Options = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 OPTIONS: dict[tuple[str, bool], Options] = {
     ("0.10.1", False): SOME_YNN | BARRIERS,
