@@ -8,7 +8,8 @@ its channels, and a strided convolution's input gradient multiplies by the zeros
 gradient         of                              computed as
 ===============  ==============================  ==========================================================================
 kernel           1x1                             one matrix product of pixels, after the stride's slice
-kernel           3x3 at stride 1, 8 pixels up    pieces of the batch: x shifted along the rows by a matrix product with dy
+kernel           others to under 8x8 pixels      XLA's own: such a window fits, and nothing is copied
+kernel           3x3 at stride 1                 pieces of the batch: x shifted along the rows by a matrix product with dy
                                                  shifted along the columns, so that neither is copied nine times
 kernel           above 3x3 (the stem)            pieces of the batch: x shifted along the rows by a matrix product for each
                                                  row tap, for which whole rows are copied
@@ -53,7 +54,7 @@ from jax.typing import DTypeLike
 from jresnet.errors import InputError
 
 PIECE = 2**22  # bytes of shifted copies at a time: beyond the second-level cache, well inside the third
-SPLIT_ROWS = 8  # from which shifting both operands pays, by measurement
+SMALL = 8  # pixels a side, under which XLA's own gradient of a kernel is the faster, by measurement
 
 # Which library XLA hands convolutions and matrix products to, by jax's version and whether the CPU has AVX-512: YNN, Eigen
 # (where YNN gets nothing), or oneDNN, whose kernels for AVX-512 are the fastest and whose others are not. A version that is
@@ -144,7 +145,7 @@ def _backward(stride, padding, groups, saved, dy):
     x, kernel = saved
     if groups > 1:
         dx = _by_xla_input(x, kernel, dy, stride, padding, groups)
-        dk = _by_xla_kernel(x, kernel, dy, stride, padding, groups)
+        dk = _in_pieces_by_xla(x, kernel, dy, stride, padding, groups)
     else:
         dx = _phases(x, kernel, dy, stride, padding)
         dk = _kernel_gradient(x, kernel, dy, stride, padding)
@@ -159,11 +160,15 @@ def _by_xla_input(x, kernel, dy, stride, padding, groups):
 
 
 def _by_xla_kernel(x, kernel, dy, stride, padding, groups):
+    return jax.linear_transpose(lambda kernel: convolve(x, kernel, stride, padding, groups), kernel)(dy)[0]
+
+
+def _in_pieces_by_xla(x, kernel, dy, stride, padding, groups):
     # Half a megabyte of input a piece; more than eight pieces cost more compilation than they save time.
     size = max(2**19 // (4 * math.prod(x.shape[1:])), -(-len(x) // 8), 1)
     pieces = [
-        jax.linear_transpose(lambda k, part=part: convolve(x[part], k, stride, padding, groups), kernel)(dy[part])[0]
-        for part in (slice(start, start + size) for start in range(0, len(x), size))
+        _by_xla_kernel(x[start : start + size], kernel, dy[start : start + size], stride, padding, groups)
+        for start in range(0, len(x), size)
     ]
     return sum(pieces[1:], pieces[0])
 
@@ -205,8 +210,9 @@ def _kernel_gradient(x, kernel, dy, stride, padding):
         # Without the barrier XLA computes what it has, ReLU and all, once more in the product's shape.
         x, dy = lax.optimization_barrier((x[:, ::stride, ::stride], dy))
         return _product(x, dy, wide).reshape(kernel.shape)
-    split = stride == 1 and k == 3 and padding == 1 and x.shape[1] >= SPLIT_ROWS
-    if split:
+    if max(dy.shape[1:3]) < SMALL:
+        return _by_xla_kernel(x, kernel, dy, stride, padding, 1)
+    if stride == 1 and k == 3 and padding == 1:
         shifts, copies = _both_shifted, k * (channels + out)
     elif k > 3:
         shifts, copies = _row_by_row, 2 * k * channels

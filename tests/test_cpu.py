@@ -17,7 +17,7 @@ from jresnet.cpu import convolve, convolve_to_train, max_pool, max_pool_on_cpu, 
 from jresnet.layers import global_average_pool, relu
 
 
-# Every row of the module's table: 1x1, both ways of shifting, the 7x7 stem, odd sizes, strides above the kernel.
+# Every row of the table in cpu.py: 1x1, all ways of shifting, the stem, small outputs, odd sizes, strides above the kernel.
 @pytest.mark.parametrize(
     ("shape", "out", "kernel", "stride", "padding", "groups"),
     [
@@ -31,8 +31,11 @@ from jresnet.layers import global_average_pool, relu
         ((2, 31, 32, 3), 6, 7, 2, 3, 1),
         ((4, 32, 31, 8), 6, 1, 2, 0, 1),
         ((4, 9, 8, 8), 6, 1, 1, 0, 1),
-        ((2, 11, 10, 4), 5, 2, 3, 0, 1),
-        ((2, 11, 12, 4), 5, 5, 3, 1, 1),
+        ((2, 26, 25, 4), 5, 2, 3, 0, 1),
+        ((2, 27, 30, 4), 5, 5, 3, 1, 1),
+        ((6, 4, 4, 8), 5, 3, 1, 1, 1),
+        ((5, 13, 14, 8), 5, 3, 2, 1, 1),
+        ((3, 11, 12, 4), 5, 5, 3, 1, 1),
         ((2, 9, 9, 4), 5, 3, 1, 0, 1),
         ((2, 9, 9, 4), 5, 1, 1, 1, 1),
     ],
@@ -74,9 +77,10 @@ def test_a_piece_fits_the_cache_and_the_devices(devices: int, monkeypatch: pytes
         assert images <= most or images in (1, devices)
 
 
-def test_a_bfloat16_kernels_gradient_is_summed_in_float32() -> None:
+@pytest.mark.parametrize(("batch", "size"), [(16, 16), (256, 4)])
+def test_a_bfloat16_kernels_gradient_is_summed_in_float32(batch: int, size: int) -> None:
     """4,096 summands of 1.0: bfloat16 cannot count beyond 256."""
-    x, k = jnp.ones((16, 16, 16, 2), jnp.bfloat16), jnp.ones((3, 3, 2, 2), jnp.bfloat16)
+    x, k = jnp.ones((batch, size, size, 2), jnp.bfloat16), jnp.ones((3, 3, 2, 2), jnp.bfloat16)
     gradient = jax.grad(lambda k: convolve_to_train(x, k, 1, 1, 1).astype(jnp.float32).sum())(k)
     assert gradient.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(gradient[1, 1], np.float32), np.full((2, 2), 4096.0))
