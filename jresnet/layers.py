@@ -84,7 +84,9 @@ class Conv(nnx.Module):
     def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n h2 w2 c2"]:
         kernel = self.kernel[...]
         dtype = self.dtype or jnp.promote_types(x.dtype, kernel.dtype)
-        function = cpu.convolve_to_train if train and jax.default_backend() == "cpu" else cpu.convolve
+        function = cpu.convolve
+        if jax.default_backend() == "cpu":
+            function = cpu.convolve_to_train if train else cpu.convolve_on_cpu
         y = function(x.astype(dtype), kernel.astype(dtype), self.stride, self.padding, self.groups)
         return y if self.bias is None else y + self.bias[...].astype(dtype)
 

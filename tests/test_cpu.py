@@ -13,7 +13,15 @@ from flax import nnx
 
 import jresnet
 from jresnet import cpu
-from jresnet.cpu import convolve, convolve_to_train, max_pool, max_pool_on_cpu, max_pool_to_train, normalize_to_train
+from jresnet.cpu import (
+    convolve,
+    convolve_on_cpu,
+    convolve_to_train,
+    max_pool,
+    max_pool_on_cpu,
+    max_pool_to_train,
+    normalize_to_train,
+)
 from jresnet.layers import global_average_pool, relu
 
 
@@ -54,6 +62,64 @@ def test_a_convolutions_gradients(shape, out: int, kernel: int, stride: int, pad
         for ours, wanted in zip(found, expected, strict=True):
             assert ours.dtype == wanted.dtype
             np.testing.assert_allclose(ours, wanted, rtol=1e-9, atol=1e-9)
+
+
+# One piece and several, odd sizes, more channels than come.
+@pytest.mark.parametrize(
+    ("shape", "out"), [((1, 14, 14, 128), 128), ((6, 28, 28, 128), 160), ((7, 15, 13, 136), 128), ((5, 7, 7, 128), 128)]
+)
+def test_winograds_algorithm_is_as_exact_as_the_convolution(shape, out: int) -> None:
+    draw = np.random.default_rng(0)
+    x, k = draw.standard_normal(shape), draw.standard_normal((3, 3, shape[-1], out))
+    with jax.enable_x64(True):
+        exact = np.asarray(convolve(x, k, 1, 1, 1))
+        taps = (cpu.TAPS_2D @ k.reshape(9, -1)).reshape(16, *k.shape[2:])
+        np.testing.assert_allclose(cpu._by_winograd(x, taps), exact, rtol=1e-9, atol=1e-9)
+    x, k = jnp.asarray(x, jnp.float32), jnp.asarray(k, jnp.float32)
+    program = jax.jit(lambda x: convolve_on_cpu(x, k, 1, 1, 1)).lower(x)
+    assert "stablehlo.convolution" not in program.as_text()
+    found, direct = program.compile()(x), jax.jit(lambda x, k: convolve(x, k, 1, 1, 1))(x, k)
+    errors = [np.linalg.norm(np.asarray(y, np.float64) - exact) for y in (found, direct)]
+    assert errors[0] <= 4 * errors[1]
+
+
+def test_winograds_algorithm_is_for_some_convolutions_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(
+        shape=(8, 14, 14, 128), kernel=(3, 3, 128, 128), stride=1, padding=1, groups=1, dtype=jnp.float32
+    ) -> bool:
+        k = jnp.ones(kernel, dtype)
+        function = jax.jit(lambda x: convolve_on_cpu(x, k, stride, padding, groups))
+        return "stablehlo.convolution" not in function.lower(jax.ShapeDtypeStruct(shape, dtype)).as_text()
+
+    assert taken()
+    assert not taken(shape=(8, 14, 14, 64), kernel=(3, 3, 64, 128)), "few channels"
+    assert not taken(kernel=(3, 3, 128, 64)), "few channels"
+    assert not taken(shape=(1, 7, 7, 128)), "few windows"
+    assert not taken(shape=(128, 3, 3, 128)), "a window larger than the image"
+    assert not taken(stride=2)
+    assert not taken(padding=0)
+    assert not taken(kernel=(3, 3, 128, 256), shape=(8, 14, 14, 256), groups=2)
+    assert not taken(kernel=(1, 1, 128, 128))
+    assert not taken(dtype=jnp.bfloat16)
+    x, k = jnp.ones((2, 14, 14, 128)), jnp.ones((3, 3, 128, 128))
+    argument = jax.jit(lambda x, k: convolve_on_cpu(x, k, 1, 1, 1))
+    assert "stablehlo.convolution" in argument.lower(x, k).as_text()
+    with monkeypatch.context() as patched:
+        patched.setattr(cpu, "_by_winograd", None)
+        convolve_on_cpu(x, k, 1, 1, 1)  # outside jit
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    assert not taken(), "several devices"
+
+
+def test_winograds_algorithm_has_the_convolutions_derivatives() -> None:
+    draw = np.random.default_rng(0)
+    x, dx = (jnp.asarray(draw.standard_normal((4, 14, 14, 128)), jnp.float32) for _ in range(2))
+    k = jnp.asarray(draw.standard_normal((3, 3, 128, 128)), jnp.float32)
+    for mode in (jax.vjp, lambda f, x: (f(x), lambda dx: jax.jvp(f, (x,), (dx,))[1])):
+        ours, wanted = (mode(jax.jit(lambda x, f=f: f(x, k, 1, 1, 1)), x)[1](dx) for f in (convolve_on_cpu, convolve))
+        np.testing.assert_array_equal(jax.tree.leaves(ours)[0], jax.tree.leaves(wanted)[0])
+    each = jax.jit(jax.vmap(lambda one: convolve_on_cpu(one[None], k, 1, 1, 1)[0]))(x)
+    np.testing.assert_allclose(each, convolve(x, k, 1, 1, 1), rtol=1e-4, atol=1e-3)
 
 
 def test_a_convolutions_gradients_under_vmap_and_jit() -> None:
