@@ -87,7 +87,7 @@ def compare(model: ResNet, reference: Any, size: int | None = None, batch: int =
     ``size`` is the random images' height and width, by default 224, or 32 for the CIFAR stem.
     """
     images = _images(model, size, batch)
-    exact, theirs = _torch_logits(reference, images)
+    exact, theirs = torch_logits(reference, images)
     return Check(True, jresnet=relative(_logits(model, images), exact), torch=relative(theirs, exact))
 
 
@@ -98,7 +98,7 @@ def _images(model: ResNet, size: int | None, batch: int) -> np.ndarray:
     return draw.standard_normal((batch, model.config.in_channels, size, size), np.float32).transpose(0, 2, 3, 1)
 
 
-def _torch_logits(reference: Any, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def torch_logits(reference: Any, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A float32 torch module's logits in float64 and in float32."""
     import copy
 
@@ -257,7 +257,7 @@ def survey(arch: str, networks: int = 3, size: int = 64, batch: int = 2, **chose
         found = torch2flax.match(network.state_dict(), arch, **chosen)
         model = weights.fill(found.config, found.values)
         images = _images(model, size, batch)
-        exact, theirs = _torch_logits(network, images)
+        exact, theirs = torch_logits(network, images)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             narrow = network(torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))).float().numpy()
         logits = [_logits(model, images), _logits(weights.fill(found.config, found.values, "bfloat16"), images)]

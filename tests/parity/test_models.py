@@ -19,7 +19,7 @@ from flax import nnx
 import jresnet
 from convert import keymap, torch2flax, verify
 from jresnet import weights
-from jresnet.layers import BatchNorm
+from jresnet.layers import BatchNorm, Conv
 
 ARCHS = (*networks.TORCHVISION, "resnet20_cifar", "resnet56_cifar", "resnet34_projection", "resnet18_d2l")
 EXACT = 1e-10  # relative, in float64: a few thousand roundings of 1e-16, enlarged by BN's divisions
@@ -46,6 +46,20 @@ def test_fused_logits_are_pytorchs(arch: str) -> None:
     found = verify.compare(model, reference, 32 if model.config.stem == "cifar" else 64)
     print(f"{arch}: {found}")
     assert found.jresnet <= verify.ALLOWED * found.torch
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_logits_of_the_fastest_program_are_pytorchs(arch: str) -> None:
+    """The weights as its constants, so that convolutions go by Winograd's algorithm, with one piece and with several."""
+    reference = networks.build(arch)
+    fused = jresnet.fuse(converted(arch, reference))
+    images = np.random.default_rng(0).standard_normal((16, 128, 128, 3), np.float32)
+    program = jax.jit(fused, compiler_options=jresnet.compiler_options()).lower(images)
+    convolutions = sum(isinstance(module, Conv) for _, module in nnx.iter_modules(fused))
+    assert program.as_text().count("stablehlo.convolution") < convolutions
+    exact, theirs = verify.torch_logits(reference, images)
+    found = verify.relative(np.asarray(program.compile()(images)), exact)
+    assert found <= verify.ALLOWED * verify.relative(theirs, exact)
 
 
 @pytest.mark.parametrize(
