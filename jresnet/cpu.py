@@ -1,25 +1,25 @@
 """Convolution, batch normalisation and max-pool on a CPU, with gradients of our own in training, all in plain JAX.
 
-**3x3 convolutions at stride 1** of 128 channels or more, in float32, whose kernels are constants of the program, take 16
-products a channel for four pixels instead of 36, by Winograd's minimal filtering (:func:`convolve_on_cpu`): in inference by
-a jitted function that closes over its model. In other programs the kernels' transformation takes what would be gained.
+**3x3 convolutions at stride 1** of 64 channels or more, in float32, take 16 products a channel for four pixels instead of 36
+inside a jitted function, by Winograd's algorithm (:mod:`jresnet.winograd`), and so do their gradients.
 
-**Convolutions' gradients.** XLA's CPU compiler runs a forward convolution near the speed of a matrix product, but turns its
-gradients into convolutions that fit that code badly: the kernel's gradient has the whole image as its window and the whole
-batch as its channels, and a strided convolution's input gradient multiplies by the zeros between the pixels. What is done
-instead:
+**Convolutions' other gradients.** XLA's CPU compiler runs a forward convolution near the speed of a matrix product, but
+turns its gradients into convolutions that fit that code badly: the kernel's gradient has the whole image as its window and
+the whole batch as its channels, and a strided convolution's input gradient multiplies by the zeros between the pixels. What
+is done instead:
 
 ===============  ==============================  ==========================================================================
 gradient         of                              computed as
 ===============  ==============================  ==========================================================================
+either           3x3 at stride 1, 64 channels    by Winograd's algorithm, in float32
 kernel           1x1                             one matrix product of pixels, after the stride's slice
 kernel           others to under 8x8 pixels      XLA's own: such a window fits, and nothing is copied
-kernel           3x3 at stride 1                 pieces of the batch: x shifted along the rows by a matrix product with dy
+kernel           others of 3x3 at stride 1       pieces of the batch: x shifted along the rows by a matrix product with dy
                                                  shifted along the columns, so that neither is copied nine times
 kernel           above 3x3 (the stem)            pieces of the batch: x shifted along the rows by a matrix product for each
                                                  row tap, for which whole rows are copied
 kernel           any other                       pieces of the batch: all shifts of x side by side by a matrix product
-input            stride 1                        XLA's own: a convolution with the kernel turned round
+input            others at stride 1              XLA's own: a convolution with the kernel turned round
 input            stride above 1                  one small convolution for each phase of the stride
 either           groups above 1                  the kernel in up to eight pieces of the batch by XLA, the input by XLA
 ===============  ==============================  ==========================================================================
@@ -40,16 +40,14 @@ output anew, and all outputs before it, wherever it is read.
 
 The price is that forward-mode differentiation (``jax.jvp``) does not reach through a model in training on the CPU.
 
-**Compiler options.** :func:`compiler_options` has what ``jax.jit`` is given besides, by jax's version and the CPU.
+**Compiler options.** :func:`compiler_options` has what ``jax.jit`` is given besides, by jax's version.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import re
-from functools import lru_cache, partial
-from pathlib import Path
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -57,17 +55,18 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
+from jresnet import winograd
 from jresnet.errors import InputError
 
 PIECE = 2**22  # bytes of shifted copies at a time: beyond the second-level cache, well inside the third
 SMALL = 8  # pixels a side, under which XLA's own gradient of a kernel is the faster, by measurement
-# By Winograd's algorithm, which was the faster, by measurement, from so many channels and windows at a time on: with fewer
-# channels moving the pixels costs more than the products save, with fewer windows reading the larger kernel does.
-WINOGRAD_CHANNELS, WINOGRAD_WINDOWS = 128, 48
+# By Winograd's algorithm, which was the faster, by measurement, from so many channels and windows of two by two pixels on:
+# with fewer channels moving the pixels costs more than the products save, with fewer windows transforming the kernel does.
+WINOGRAD_CHANNELS, WINOGRAD_WINDOWS = 64, 48
 
-# Which library XLA hands convolutions and matrix products to, by jax's version and whether the CPU has AVX-512: YNN, Eigen
-# (where YNN gets nothing), or oneDNN, whose kernels for AVX-512 are the fastest and whose others are not. A version that is
-# not named gets XLA's own choice: each of these was faster in training and in inference (docs/speed.md).
+# Which library XLA hands convolutions and matrix products to, by jax's version: YNN, Eigen (where YNN gets nothing), or
+# oneDNN. A version that is not named gets XLA's own choice: each of these was faster in training and in inference, with
+# AVX2 and with AVX-512 (docs/speed.md).
 YNN = "xla_cpu_experimental_ynn_fusion_type"
 ONEDNN = "xla_cpu_experimental_onednn_custom_call"
 Options = dict[str, str | bool]
@@ -75,14 +74,10 @@ SOME_YNN: Options = {YNN: "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_ELTWISE,L
 # XLA's CPU compiler drops optimization barriers and then merges what comes twice, so that it keeps what remat would compute
 # again. Without this pass it keeps them. 0.10.1 drops those behind the blocks, too, and always has this; 0.12.0.1 does not.
 BARRIERS: Options = {"xla_disable_hlo_passes": "cse_barrier_expander"}
-OPTIONS: dict[tuple[str, bool], Options] = {
-    ("0.10.1", False): SOME_YNN | BARRIERS,
-    ("0.10.1", True): SOME_YNN | BARRIERS,
-    ("0.12.0.1", False): {YNN: ""},
-    ("0.12.0.1", True): {YNN: "", ONEDNN: True},
+OPTIONS: dict[str, Options] = {
+    "0.10.1": SOME_YNN | BARRIERS,
+    "0.12.0.1": {YNN: "", ONEDNN: True},
 }
-AVX512 = {"avx512f", "avx512bw", "avx512dq", "avx512vl"}  # as oneDNN asks for them, by Linux's names
-CPUINFO = Path("/proc/cpuinfo")
 
 
 def compiler_options(remat: bool = False) -> Options:
@@ -92,11 +87,10 @@ def compiler_options(remat: bool = False) -> Options:
     >>> model = jresnet.fuse(jresnet.create("resnet20_cifar"))
     >>> predict = jax.jit(model, compiler_options=jresnet.compiler_options())
 
-    (So the weights are constants of the program: oneDNN need not pack them in every call, and 3x3 convolutions of many
-    channels go by Winograd's algorithm, in float32.)
+    (So the weights are constants of the program, which oneDNN need not pack in every call.)
 
-    They choose among XLA's implementations of the same operations: results differ by rounding. Programs with oneDNN's
-    (AVX-512) do not outlive their process in JAX's compilation cache, which warns of each and goes on.
+    They choose among XLA's implementations of the same operations: results differ by rounding. Programs with oneDNN's, which
+    are those of jax 0.12.0.1, do not outlive their process in JAX's compilation cache, which warns of each and goes on.
     ``JRESNET_COMPILER_OPTIONS=off`` switches them off, but for ``remat``'s, without which it saves nothing.
 
     Args:
@@ -114,18 +108,8 @@ def compiler_options(remat: bool = False) -> Options:
         raise InputError(f"JRESNET_COMPILER_OPTIONS must be on or off, got {switch!r}")
     if jax.default_backend() != "cpu":
         return {}
-    chosen = OPTIONS.get((jax.__version__, has_avx512()), {}) if switch == "on" else {}
+    chosen = OPTIONS.get(jax.__version__, {}) if switch == "on" else {}
     return chosen | (BARRIERS if remat else {})
-
-
-@lru_cache
-def has_avx512() -> bool:
-    """Whether this is a CPU with AVX-512, as far as can be told: on Linux."""
-    try:
-        flags = re.search(r"^flags\s*:(.*)$", CPUINFO.read_text(), re.MULTILINE)
-    except OSError:
-        return False
-    return flags is not None and set(flags[1].split()) >= AVX512
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int) -> jax.Array:
@@ -140,78 +124,44 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups:
     )
 
 
-# Winograd's F(2, 3) in two directions (Lavin & Gray 2016, arXiv:1509.09308, section 4.1): four pixels of input and three
-# taps, each transformed, are multiplied number by number for two pixels of output.
-TAPS = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
-TAPS_2D = np.einsum("ia,jb->ijab", TAPS, TAPS).reshape(16, 9)
-
-
 def convolve_on_cpu(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int) -> jax.Array:
     """:func:`convolve`, by Winograd's algorithm where that is faster. Its derivatives are XLA's.
 
     Rounding errors are of the same size, since for two pixels at a time it has no factor but 1/2. What is not a number, or
     infinite, reaches up to two pixels further.
     """
-    direct = partial(convolve, kernel=kernel, stride=stride, padding=padding, groups=groups)
-    images = _images_for_winograd(x, kernel, stride, padding, groups)
-    if not images:
-        return direct(x)
-    taps = (TAPS_2D @ np.asarray(kernel, np.float64).reshape(9, -1)).astype(kernel.dtype).reshape(16, *kernel.shape[2:])
-
-    @jax.custom_jvp
-    def winograd(x):
-        pieces = x.reshape(len(x) // images, images, *x.shape[1:])
-        y = _by_winograd(x, taps) if len(pieces) == 1 else lax.map(lambda piece: _by_winograd(piece, taps), pieces)
-        return y.reshape(*x.shape[:3], -1)
-
-    winograd.defjvp(lambda x, dx: jax.jvp(direct, x, dx))
-    return winograd(x)
+    direct = partial(convolve, stride=stride, padding=padding, groups=groups)
+    if not _winograd_pays(x, kernel, stride, padding, groups):
+        return direct(x, kernel)
+    if isinstance(kernel, jax.core.Tracer):
+        faster = jax.custom_jvp(lambda x, kernel: winograd.convolve(x, winograd.transformed(kernel), PIECE))
+        faster.defjvp(lambda primals, tangents: jax.jvp(direct, primals, tangents))
+        return faster(x, kernel)
+    taps = winograd.transformed(np.asarray(kernel, np.float64)).astype(kernel.dtype)  # now, not by XLA
+    faster = jax.custom_jvp(lambda x: winograd.convolve(x, taps, PIECE))
+    faster.defjvp(lambda x, dx: jax.jvp(partial(direct, kernel=kernel), x, dx))
+    return faster(x)
 
 
-def _images_for_winograd(x, kernel, stride, padding, groups):
-    """How many images at a time, 0 for none."""
+def _winograd_pays(x, kernel, stride, padding, groups):
     n, height, width, channels = x.shape
-    fits = kernel.shape[:2] == (3, 3) and (stride, padding, groups) == (1, 1, 1) and x.dtype == jnp.float32
-    pays = min(kernel.shape[2:]) >= WINOGRAD_CHANNELS and min(height, width) >= 4
-    # A kernel that is no constant would be transformed, and then packed, in every call; outside jit each step would be a
-    # call. A batch without a number is one that is exported.
-    known = isinstance(x, jax.core.Tracer) and not isinstance(kernel, jax.core.Tracer) and isinstance(n, int)
-    if not (fits and pays and known) or jax.device_count() > 1:  # over several, XLA shares out its own, not a loop
-        return 0
-    windows = -(-height // 2) * -(-width // 2)
-    images = _images_in_a_piece(n, PIECE // (16 * windows * channels * x.dtype.itemsize))
-    return images if images * windows >= WINOGRAD_WINDOWS else 0
-
-
-def _by_winograd(x, taps):
-    n, height, width, channels = x.shape
-    rows, columns = -(-height // 2), -(-width // 2)
-    x = jnp.pad(x, ((0, 0), (1, 2 * rows + 1 - height), (1, 2 * columns + 1 - width), (0, 0)))
-
-    def spread(a, b, c, d):  # four pixels transformed
-        return a - c, b + c, c - b, b - d
-
-    def gather(a, b, c, d):  # two pixels of what became of them
-        return a + b + c, b - c - d
-
-    windows = [[x[:, i : i + 2 * rows - 1 : 2, j : j + 2 * columns - 1 : 2] for i in range(4)] for j in range(4)]
-    half = [spread(*window) for window in windows]  # [column][row]
-    both = [spread(*(half[j][i] for j in range(4))) for i in range(4)]
-    inputs = jnp.stack([part.reshape(-1, channels) for row in both for part in row])
-    products = lax.dot_general(inputs, taps, (((2,), (1,)), ((0,), (0,)))).reshape(4, 4, n, rows, columns, -1)
-    half = [gather(*products[:, j]) for j in range(4)]
-    y = jnp.stack([jnp.stack(gather(*(half[j][i] for j in range(4))), 3) for i in range(2)], 2)
-    return y.reshape(n, 2 * rows, 2 * columns, -1)[:, :height, :width]
+    same = kernel.shape == (3, 3, channels, channels) and (stride, padding, groups) == (1, 1, 1)
+    # Outside jit each step would be a call. A batch without a number is one that is exported. Over several devices XLA
+    # shares out its own convolutions, not a loop.
+    known = isinstance(x, jax.core.Tracer) and isinstance(n, int) and jax.device_count() == 1
+    if not (same and known and x.dtype == jnp.float32) or channels < WINOGRAD_CHANNELS or min(height, width) < 4:
+        return False
+    return n * -(-height // 2) * -(-width // 2) >= WINOGRAD_WINDOWS
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def convolve_to_train(x: jax.Array, kernel: jax.Array, stride: int, padding: int, groups: int) -> jax.Array:
-    """:func:`convolve` with the gradients of the table above."""
-    return convolve(x, kernel, stride, padding, groups)
+    """:func:`convolve_on_cpu` with the gradients of the table above."""
+    return convolve_on_cpu(x, kernel, stride, padding, groups)
 
 
 def _forward(x, kernel, stride, padding, groups):
-    return convolve(x, kernel, stride, padding, groups), (x, kernel)
+    return convolve_on_cpu(x, kernel, stride, padding, groups), (x, kernel)
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2))
@@ -249,6 +199,8 @@ def _in_pieces_by_xla(x, kernel, dy, stride, padding, groups):
 
 def _phases(x, kernel, dy, stride, padding):
     """The input's gradient: pixels of one phase (row and column modulo the stride) meet every stride-th tap alone."""
+    if _winograd_pays(dy, kernel, stride, padding, 1):
+        return winograd.input_gradient(dy, kernel, PIECE)
     if stride == 1:
         return _by_xla_input(x, kernel, dy, stride, padding, 1)
     n, *size, channels = x.shape
@@ -284,6 +236,8 @@ def _kernel_gradient(x, kernel, dy, stride, padding):
         # Without the barrier XLA computes what it has, ReLU and all, once more in the product's shape.
         x, dy = lax.optimization_barrier((x[:, ::stride, ::stride], dy))
         return _product(x, dy, wide).reshape(kernel.shape)
+    if _winograd_pays(x, kernel, stride, padding, 1):
+        return winograd.kernel_gradient(x, dy, PIECE)
     if max(dy.shape[1:3]) < SMALL:
         return _by_xla_kernel(x, kernel, dy, stride, padding, 1)
     if stride == 1 and k == 3 and padding == 1:
@@ -311,9 +265,7 @@ def _kernel_gradient(x, kernel, dy, stride, padding):
 def _images_in_a_piece(batch: int, most: int) -> int:
     """The largest divisor of the batch up to ``most``, in whole numbers a device."""
     devices = jax.device_count() if batch % jax.device_count() == 0 else 1
-    each = batch // devices
-    most = max(most // devices, 1)
-    return devices * max(d for d in range(1, each + 1) if each % d == 0 and d <= most)
+    return devices * winograd.largest_divisor(batch // devices, most // devices)
 
 
 def _product(a, b, dtype):
@@ -538,12 +490,17 @@ _pool.defvjp(_pool_forward, _pool_backward)
 
 
 def average_on_cpu(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """[N, H, W, C] -> [N, C] as a matrix product with ones.
+    """[N, H, W, C] -> [N, C], summed in ``dtype``.
 
-    Where jax 0.12.0.1 sums max(convolution(max(x, 0)), 0) of bfloat16 in float32, some sums are not numbers (its YNN
-    fusions; without them they are right), and a fused network ends so.
+    XLA goes number by number over both axes at once (32 images of 7x7, 2,048 channels: 5.6 ms, one axis at a time 0.3).
+    What is narrower than ``dtype`` is a matrix product with ones: where jax 0.12.0.1 sums max(convolution(max(x, 0)), 0) of
+    bfloat16 in float32, some sums are not numbers (its YNN fusions; without them they are right), and a fused network ends
+    so.
     """
-    pixels = x.reshape(len(x), -1, x.shape[-1])
-    ones = jnp.ones((len(x), 1, pixels.shape[1]), x.dtype)
-    total = lax.dot_general(ones, pixels, (((2,), (1,)), ((0,), (0,))), preferred_element_type=dtype)
-    return total[:, 0] / pixels.shape[1]
+    pixels = x.shape[1] * x.shape[2]
+    if x.dtype == dtype:
+        return lax.optimization_barrier(x.sum(1)).sum(1) / pixels
+    ones = jnp.ones((len(x), 1, pixels), x.dtype)
+    flat = x.reshape(len(x), -1, x.shape[-1])
+    total = lax.dot_general(ones, flat, (((2,), (1,)), ((0,), (0,))), preferred_element_type=dtype)
+    return total[:, 0] / pixels
