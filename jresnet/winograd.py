@@ -41,7 +41,7 @@ def input_gradient(dy: jax.Array, kernel: jax.Array, piece: int) -> jax.Array:
 def kernel_gradient(x: jax.Array, dy: jax.Array, piece: int) -> jax.Array:
     """:func:`convolve`'s gradient in the kernel: two of [N, H, W, C] -> [3, 3, C, C]."""
     zeros = jnp.zeros((16, x.shape[-1], dy.shape[-1]), x.dtype)
-    images = _images(x, 2 * max(piece, zeros.nbytes))  # each piece reads and writes the sum, too
+    images = _images(x, 2 * max(piece, zeros.nbytes))  # larger ones, since each reads and writes the sum, too
 
     def add_piece(i, total):
         windows, pairs = (lax.dynamic_slice_in_dim(a, i * images, images) for a in (x, dy))
@@ -86,8 +86,8 @@ def _convolve(x, taps, contracted, piece):
     images = _images(x, piece)
 
     def add_piece(i, y):  # in the place of the pixels that it is made of: where these are done with, nothing is copied
-        piece = _convolve_piece(lax.dynamic_slice_in_dim(y, i * images, images), taps, contracted)
-        return lax.dynamic_update_slice_in_dim(y, piece, i * images, 0)
+        done = _convolve_piece(lax.dynamic_slice_in_dim(y, i * images, images), taps, contracted)
+        return lax.dynamic_update_slice_in_dim(y, done, i * images, 0)
 
     if images == len(x):
         return _convolve_piece(x, taps, contracted)
