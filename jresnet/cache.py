@@ -1,10 +1,12 @@
-"""Compiled programs that outlive their process: JAX's persistent compilation cache, as the scripts use it."""
+"""Compiled programs, and how they outlive their process: JAX's persistent compilation cache, as the scripts use it."""
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -38,6 +40,22 @@ def keep_compiled() -> Path | None:
         # JAX's second leaves out what initialises a network: some seventy small programs.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return folder
+
+
+def compiled(jitted: Any, *arguments: Any) -> jax.stages.Compiled:
+    """What ``jax.jit`` returned, compiled for arguments like these, or loaded.
+
+    Python's search for garbage waits while JAX traces. Tracing makes objects by the million that live on, and looking
+    through all of them time and again takes a fifth of it.
+    """
+    searching = gc.isenabled()
+    gc.disable()
+    try:
+        lowered = jitted.lower(*arguments)
+    finally:
+        if searching:
+            gc.enable()
+    return lowered.compile()
 
 
 def _default() -> Path:

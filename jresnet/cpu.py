@@ -160,6 +160,7 @@ def convolve_to_train(x: jax.Array, kernel: jax.Array, stride: int, padding: int
     return convolve_on_cpu(x, kernel, stride, padding, groups)
 
 
+@partial(jax.jit, static_argnums=(2, 3, 4))
 def _forward(x, kernel, stride, padding, groups):
     return convolve_on_cpu(x, kernel, stride, padding, groups), (x, kernel)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
@@ -104,6 +105,11 @@ def _normalize_batch(x, scale, bias, eps):
     return _normalize(x, mean, var, scale, bias, eps), mean, var
 
 
+@partial(jax.jit, static_argnums=2)  # traced once for each number of channels
+def _newer(running, new, momentum):
+    return (1 - momentum) * running + momentum * new.astype(running.dtype)
+
+
 class BatchNorm(nnx.Module):
     """Batch normalisation over N, H and W, as ``torch.nn.BatchNorm2d`` (Ioffe & Szegedy 2015).
 
@@ -136,14 +142,10 @@ class BatchNorm(nnx.Module):
             )
         function = cpu.normalize_to_train if jax.default_backend() == "cpu" else _normalize_batch
         y, mean, var = function(x, scale, bias, self.eps)
-        self._update(self.mean, mean)
-        self._update(self.var, var * (n / (n - 1)))
+        for running, new in ((self.mean, mean), (self.var, var * (n / (n - 1)))):
+            # Not running[...] = value: that asks a traced value for its sharding, in time quadratic in the depth.
+            running.set_value(_newer(running[...], lax.stop_gradient(new), self.momentum))
         return y
-
-    def _update(self, running: nnx.BatchStat, new: Float[Array, " c"]) -> None:
-        new = lax.stop_gradient(new).astype(running[...].dtype)
-        # Not running[...] = value: that asks a traced value for its sharding, which takes JAX time quadratic in the depth.
-        running.set_value((1 - self.momentum) * running[...] + self.momentum * new)
 
 
 class Fused(nnx.Module):

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 import jresnet.data
-from jresnet import devices, optim, train, weights
+from jresnet import cache, devices, optim, train, weights
 from jresnet.config import RunConfig
 from jresnet.cpu import compiler_options
 from jresnet.data import Dataset, Split
@@ -117,7 +117,7 @@ class Program:
             try:
                 self.loop.compile(state, self.train_images, order, key)
                 batch, _ = next(train.batches(self.splits["test"], self.config.batch_size, self.devices))
-                self.eval_step = self.eval_step.lower(train.evaluated(state), batch).compile()
+                self.eval_step = cache.compiled(self.eval_step, train.evaluated(state), batch)
             except BaseException as error:
                 failures.append(error)
 

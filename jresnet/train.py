@@ -18,6 +18,7 @@ from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from jresnet import cache
 from jresnet.augment import Pipeline, alternate
 from jresnet.data import Split
 from jresnet.devices import Devices
@@ -242,7 +243,7 @@ class StepsLoop:
     def compile(self, state: TrainState, split: Images, order: np.ndarray, key: jax.Array) -> None:
         """Compiles for arguments like these, all at once: the first call is then as quick as any."""
         if self._compiled is self._jitted:
-            self._compiled = self._jitted.lower(state, split, *self._bounds(order, 0, 1), key).compile()
+            self._compiled = cache.compiled(self._jitted, state, split, *self._bounds(order, 0, 1), key)
 
     def __call__(
         self,

@@ -24,7 +24,7 @@ from jax import lax
 
 import jresnet
 from convert import flax2torch, keymap, torch2flax
-from jresnet import augment, data, devices, optim, recipes, train, weights
+from jresnet import augment, cache, data, devices, optim, recipes, train, weights
 
 Job = Mapping[str, Any]
 
@@ -143,7 +143,7 @@ def measure(job: Job) -> dict[str, Any]:
 def compiled(function: Callable, *arguments: Any, **options: Any) -> tuple[Callable, float]:
     """A function compiled for such arguments, and the seconds it took."""
     began = time.perf_counter()
-    return jax.jit(function, **options).lower(*arguments).compile(), time.perf_counter() - began
+    return cache.compiled(jax.jit(function, **options), *arguments), time.perf_counter() - began
 
 
 def infer(job: Job) -> dict[str, Any]:

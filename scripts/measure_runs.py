@@ -47,7 +47,7 @@ def measure(create: Callable[[int], Any], size: int, batch_size: int, runs: int,
     import numpy as np
     from flax import nnx
 
-    from jresnet import compiler_options, optim, recipes, train
+    from jresnet import cache, compiler_options, optim, recipes, train
     from jresnet.augment import Pipeline
 
     models = [create(seed) for seed in range(runs)]
@@ -66,7 +66,7 @@ def measure(create: Callable[[int], Any], size: int, batch_size: int, runs: int,
     def compiled(function: Callable, *arguments: Any) -> tuple[Callable, float]:
         began = time.perf_counter()
         jitted = jax.jit(function, donate_argnums=0, compiler_options=compiler_options())
-        return jitted.lower(*arguments).compile(), time.perf_counter() - began
+        return cache.compiled(jitted, *arguments), time.perf_counter() - began
 
     alone, alone_seconds = compiled(step, states[0], split, order[0], keys[0])
     together, together_seconds = compiled(jax.vmap(step, (0, None, 0, 0)), stacked, split, order, keys)

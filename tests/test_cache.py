@@ -1,10 +1,12 @@
 """What the scripts compile is kept for their next start."""
 
+import gc
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 from conftest import REPOSITORY, load_script
 
@@ -104,3 +106,23 @@ def test_the_scripts_use_it_before_anything_else(script: str, options: list[str]
     module = load_script(script)
     with pytest.raises(Asked):
         module.main(options)
+
+
+def test_the_search_for_garbage_waits_while_jax_traces_and_goes_on_after_an_error():
+    seen = []
+
+    def function(x):
+        seen.append(gc.isenabled())
+        return x + "no number"
+
+    assert float(cache.compiled(jax.jit(lambda x: x * 3), 2.0)(2.0)) == 6.0
+    with pytest.raises(TypeError):
+        cache.compiled(jax.jit(function), 2.0)
+    assert seen == [False]
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        cache.compiled(jax.jit(lambda x: x), 2.0)
+        assert not gc.isenabled()  # as it was
+    finally:
+        gc.enable()
