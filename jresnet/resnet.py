@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jresnet.layers import BatchNorm, Conv, Linear, computed_once, global_average_pool, max_pool, relu
+from jresnet.layers import BatchNorm, Conv, Linear, added_in_place, computed_once, global_average_pool, max_pool, relu
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -96,7 +96,7 @@ def shortcut(
             x = layer(x, train)
         return x
     if x.shape[-1] == channels:
-        return x
+        return added_in_place(x, train)
     new = channels - x.shape[-1]
     return jnp.pad(x[:, ::2, ::2], ((0, 0), (0, 0), (0, 0), (new // 2, new - new // 2)))
 

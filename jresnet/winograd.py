@@ -15,7 +15,8 @@ Both directions one after the other make 16 products of 4 by 4 numbers, each of 
 There is no factor but 1/2, so that rounding errors stay of the size of the direct sum's; those of larger windows do not.
 
 Arrays are NHWC and HWIO, with one pixel of zeros around the images; as many channels come out as go in. ``piece`` is how
-many bytes of transformed pixels, which are four times the pixels, are made at a time, so that they stay in the cache.
+many bytes of transformed pixels, which are four times the pixels, are made at a time, of a product's two operands together,
+so that they stay in the cache.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def input_gradient(dy: jax.Array, kernel: jax.Array, piece: int) -> jax.Array:
 def kernel_gradient(x: jax.Array, dy: jax.Array, piece: int) -> jax.Array:
     """:func:`convolve`'s gradient in the kernel: two of [N, H, W, C] -> [3, 3, C, C]."""
     zeros = jnp.zeros((16, x.shape[-1], dy.shape[-1]), x.dtype)
-    images = _images(x, 2 * max(piece, zeros.nbytes))  # larger ones, since each reads and writes the sum, too
+    images = _images(x, piece // 2)  # of two operands
 
     def add_piece(i, total):
         windows, pairs = (lax.dynamic_slice_in_dim(a, i * images, images) for a in (x, dy))

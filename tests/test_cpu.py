@@ -385,6 +385,21 @@ def test_no_chain_of_blocks_is_computed_anew() -> None:
     assert rectified <= 3 * 19  # nineteen ReLUs; without the barrier there are more than 200
 
 
+def test_a_block_in_evaluation_adds_where_its_input_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes less memory, and which oneDNN's convolutions, where there are any, do themselves."""
+    model, x = (
+        jresnet.ResNet(dataclasses.replace(NETWORKS["bottleneck"], depths=(3, 2, 1)), rngs=nnx.Rngs(0)),
+        (8, 64, 64, 3),
+    )
+    ours, plain = [], []
+    for programs in (ours, plain):
+        jitted = jax.jit(jresnet.fuse(model), compiler_options=jresnet.compiler_options())
+        programs.append(jitted.lower(jax.ShapeDtypeStruct(x, jnp.float32)).compile())
+        monkeypatch.setattr(jresnet.resnet, "added_in_place", lambda x, train: x)
+    assert ours[0].memory_analysis().temp_size_in_bytes < plain[0].memory_analysis().temp_size_in_bytes
+    assert "BINARY_ADD" not in ours[0].as_text()  # oneDNN's sum of two into a third
+
+
 def test_the_options_are_those_of_the_version_and_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     for version, options in cpu.OPTIONS.items():
         monkeypatch.setattr(jax, "__version__", version)
