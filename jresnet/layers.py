@@ -199,6 +199,18 @@ def added_in_place(x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n h
     return x if train or jax.default_backend() != "cpu" else lax.optimization_barrier(x)
 
 
+def in_pieces(
+    function: Callable[[jax.Array], jax.Array], x: Float[Array, "n h w c"], stride: int, channels: int, dtype: DTypeLike
+) -> Float[Array, "n classes"]:
+    """``function(x)``, on the CPU a few images at a time, so that each layer finds in the cache what the one before it left.
+
+    ``stride``, ``channels`` and ``dtype`` are those of the first stage, whose output is the largest.
+    """
+    if jax.default_backend() != "cpu" or x.ndim != 4 or not all(isinstance(size, int) for size in x.shape):
+        return function(x)  # a size without a number is one of a network that is exported
+    return cpu.in_pieces(function, x, math.prod(x.shape[1:3]) // stride**2 * channels * jnp.dtype(dtype).itemsize)
+
+
 def max_pool(x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n h2 w2 c"]:
     """The stem's 3x3 maximum at stride 2; the padding of one pixel is -inf, as in ``torch.nn.MaxPool2d(3, 2, 1)``.
 

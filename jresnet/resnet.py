@@ -16,7 +16,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jresnet.layers import BatchNorm, Conv, Linear, added_in_place, computed_once, global_average_pool, max_pool, relu
+from jresnet.layers import (
+    BatchNorm,
+    Conv,
+    Fused,
+    Linear,
+    added_in_place,
+    computed_once,
+    global_average_pool,
+    in_pieces,
+    max_pool,
+    relu,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -190,4 +201,13 @@ class ResNet(nnx.Module):
             ValueError: for another rank or number of channels, or, in training, one value per channel.
             TypeError: for integer images.
         """
-        return self.fc(global_average_pool(self.features(x, train)[f"layer{len(self.config.depths)}"]))
+
+        def logits(x: Float[Array, "n h w c"]) -> Float[Array, "n classes"]:
+            return self.fc(global_average_pool(self.features(x, train)[f"layer{len(self.config.depths)}"]))
+
+        if train or not isinstance(self.bn1, Fused):
+            return logits(x)
+        x = jnp.asarray(x)
+        stride = 1 if self.config.stem == "cifar" else 4
+        channels = self.config.widths[0] * (Bottleneck if self.config.block == "bottleneck" else BasicBlock).expansion
+        return in_pieces(logits, x, stride, channels, self.conv1.dtype or x.dtype)

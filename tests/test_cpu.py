@@ -64,6 +64,43 @@ def test_a_convolutions_gradients(shape, out: int, kernel: int, stride: int, pad
             np.testing.assert_allclose(ours, wanted, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("shape", "kernel", "stride", "padding"),
+    [
+        ((4, 1, 1, 8), 3, 1, 1),
+        ((4, 1, 1, 8), 3, 2, 1),
+        ((4, 2, 2, 8), 3, 1, 1),
+        ((5, 2, 2, 8), 3, 2, 1),
+        ((5, 4, 2, 3), 3, 1, 1),
+        ((3, 2, 3, 3), 3, 2, 1),
+        ((3, 6, 5, 3), 7, 2, 3),
+        ((3, 3, 2, 3), 3, 1, 2),
+    ],
+)
+def test_an_image_of_fewer_pixels_than_the_kernel_has_taps(shape, kernel: int, stride: int, padding: int) -> None:
+    options = (stride, padding, 1)
+    with jax.enable_x64(True):
+        draw = np.random.default_rng(0)
+        x, k = (jnp.asarray(draw.standard_normal(size)) for size in (shape, (kernel, kernel, shape[-1], 5)))
+        y, back = jax.vjp(lambda x, k: convolve(x, k, *options), x, k)
+        dy = jnp.asarray(draw.standard_normal(y.shape))
+        wanted = (y, *back(dy))
+        for function in (convolve_on_cpu, convolve_to_train):
+
+            def found(x, k, dy, function=function):
+                y, back = jax.vjp(lambda x, k: function(x, k, *options), x, k)
+                return y, *back(dy)
+
+            program = jax.jit(found).lower(x, k, dy)
+            assert "stablehlo.convolution" not in program.as_text()
+            for ours, right in zip(program.compile()(x, k, dy), wanted, strict=True):
+                assert ours.dtype == right.dtype
+                np.testing.assert_allclose(ours, right, rtol=1e-10, atol=1e-10)
+        constant = jax.jit(lambda x: convolve_on_cpu(x, k, *options))
+        np.testing.assert_allclose(constant(x), y, rtol=1e-10, atol=1e-10)
+        assert "stablehlo.convolution" not in constant.lower(x).as_text()
+
+
 @pytest.mark.parametrize("train", [False, True])
 @pytest.mark.parametrize("constant", [False, True])
 def test_winograds_algorithm_is_for_some_convolutions_alone(
@@ -398,6 +435,36 @@ def test_a_block_in_evaluation_adds_where_its_input_lies(monkeypatch: pytest.Mon
         monkeypatch.setattr(jresnet.resnet, "added_in_place", lambda x, train: x)
     assert ours[0].memory_analysis().temp_size_in_bytes < plain[0].memory_analysis().temp_size_in_bytes
     assert "BINARY_ADD" not in ours[0].as_text()  # oneDNN's sum of two into a third
+
+
+@pytest.mark.parametrize(("batch", "pieces", "images"), [(8, None, 8), (9, 2, 5), (16, 2, 8), (17, 3, 6), (20, 4, 5)])
+def test_a_fused_network_takes_a_batch_in_pieces(
+    batch: int, pieces, images: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as the cache holds, or so few less that the last piece has none to fill up."""
+    model = jresnet.ResNet(NETWORKS["bottleneck"], rngs=nnx.Rngs(0))
+    randomise(model)
+    fused, x = jresnet.fuse(model), jax.random.normal(jax.random.key(0), (batch, 32, 32, 3))
+    monkeypatch.setattr(cpu, "BATCH_PIECE", 8 * 8 * 8 * 256 * 4)  # eight images: the first stage is 8 x 8 x 256
+    program = jax.jit(lambda x: fused(x)).lower(x)
+    text = program.as_text()
+    assert (f"tensor<{pieces}x{images}x32x32x3xf32>" in text) == (pieces is not None)
+    whole = jax.jit(model)(x)
+    np.testing.assert_allclose(program.compile()(x), whole, rtol=1e-4, atol=1e-4)
+    with monkeypatch.context() as patched:
+        patched.setattr(jax, "device_count", lambda: 2)
+        assert "stablehlo.while" not in jax.jit(lambda x: fused(x) + 0).lower(x).as_text(), "several devices"
+        patched.undo()
+        patched.setattr(cpu.lax, "map", None)
+        fused(x), model(x)  # outside jit
+        jax.jit(lambda x: model(x)).lower(x)  # not fused: its gradient may be asked
+
+
+def test_bfloat16_takes_twice_as_many_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = jresnet.fuse(jresnet.ResNet(NETWORKS["bottleneck"], dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
+    monkeypatch.setattr(cpu, "BATCH_PIECE", 8 * 8 * 8 * 256 * 4)
+    text = jax.jit(lambda x: fused(x)).lower(jax.ShapeDtypeStruct((32, 32, 32, 3), jnp.float32)).as_text()
+    assert "tensor<2x16x32x32x3xf32>" in text
 
 
 def test_the_options_are_those_of_the_version_and_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from conftest import REPOSITORY, command
 import jresnet
 from jresnet import logs, recipes, run, weights
 from jresnet.config import RunConfig, default_config
+from jresnet.cpu import ONEDNN
 from jresnet.errors import InputError
 from jresnet.pretrained import Preprocessing
 from jresnet.program import load_data
@@ -47,6 +48,15 @@ def trainer(out: Path, stop: StopRequest | None = None, **changes) -> run.Traine
 
 def values_of(path: Path) -> dict[str, np.ndarray]:
     return weights.read(path)[2]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_that_are_kept():
+    """With oneDNN's calls none is (docs/speed.md), and each of these runs, whose speed is not asked, would compile anew."""
+    with pytest.MonkeyPatch.context() as patched:
+        if jresnet.compiler_options().get(ONEDNN):
+            patched.setenv("JRESNET_COMPILER_OPTIONS", "off")
+        yield
 
 
 @pytest.fixture(scope="module")
