@@ -12,6 +12,8 @@ is done instead:
 gradient         of                              computed as
 ===============  ==============================  ==========================================================================
 either           3x3 at stride 1, 64 channels    by Winograd's algorithm, in float32
+either           images of fewer pixels than     JAX's, of one matrix product of all the image's pixels
+                 the kernel has taps
 kernel           1x1                             one matrix product of pixels, after the stride's slice
 kernel           others to under 8x8 pixels      XLA's own: such a window fits, and nothing is copied
 kernel           others of 3x3 at stride 1       pieces of the batch: x shifted along the rows by a matrix product with dy
@@ -135,7 +137,7 @@ def convolve_on_cpu(x: jax.Array, kernel: jax.Array, stride: int, padding: int, 
     """:func:`convolve`, by Winograd's algorithm where that is faster. Its derivatives are XLA's.
 
     Rounding errors are of the same size, since for two pixels at a time it has no factor but 1/2. What is not a number, or
-    infinite, reaches up to two pixels further.
+    infinite, reaches up to two pixels further. An image of fewer pixels than the kernel has taps goes by one matrix product.
     """
     if _fewer_pixels_than_taps(x, kernel, groups):
         return _by_one_product(x, kernel, stride, padding)
@@ -170,7 +172,7 @@ def _by_one_product(x, kernel, stride, padding):
     k, out, dtype, numpy = kernel.shape[0], kernel.shape[3], kernel.dtype, jnp
     if not isinstance(kernel, jax.core.Tracer):  # now, not by XLA
         kernel, numpy = np.asarray(kernel, np.float64), np
-    rows, columns = ((size + 2 * padding - k) // stride + 1 for size in (height, width))
+    rows, columns = (max(0, (size + 2 * padding - k) // stride + 1) for size in (height, width))
 
     def between(size, length):  # [pixel, output's pixel, tap]
         tap = np.arange(size)[:, None] + padding - stride * np.arange(length)
