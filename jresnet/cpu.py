@@ -245,10 +245,8 @@ def _phases(x, kernel, dy, stride, padding):
     """The input's gradient: pixels of one phase (row and column modulo the stride) meet every stride-th tap alone."""
     if _winograd_pays(dy, kernel, stride, padding, 1):
         return winograd.input_gradient(dy, kernel, PIECE)
-    if stride == 1:
-        return _by_xla_input(x, kernel, dy, stride, padding, 1)
     n, *size, channels = x.shape
-    taps = kernel.swapaxes(2, 3)[::-1, ::-1]  # the transposed convolution's kernel, turned round
+    taps = kernel[::-1, ::-1]
     rows = []
     for row in range(stride):
         columns = []
@@ -262,7 +260,9 @@ def _phases(x, kernel, dy, stride, padding):
                 last = kernel.shape[axis] - 1 - first  # in the kernel turned round
                 parts.append(slice(last % stride, last + 1, stride) if count > 0 else slice(0, 0))
                 pads.append((count - 1 - shift, length - 1 + shift - (dy.shape[1 + axis] - 1)))
-            sub = taps[parts[0], parts[1]]
+            # The transposed convolution's kernel. Transposed last: XLA gives oneDNN no kernel that is a reverse, and what is
+            # left of bfloat16 it converts to float32.
+            sub = taps[parts[0], parts[1]].swapaxes(2, 3)
             if sub.size:
                 y = lax.conv_general_dilated(dy, sub, (1, 1), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
             else:
