@@ -21,8 +21,7 @@ kernel           others of 3x3 at stride 1       pieces of the batch: x shifted 
 kernel           above 3x3 (the stem)            pieces of the batch: x shifted along the rows by a matrix product for each
                                                  row tap, for which whole rows are copied
 kernel           any other                       pieces of the batch: all shifts of x side by side by a matrix product
-input            others at stride 1              XLA's own: a convolution with the kernel turned round
-input            stride above 1                  one small convolution for each phase of the stride
+input            any other                       one convolution for each phase of the stride, with the taps turned round
 either           groups above 1                  the kernel in up to eight pieces of the batch by XLA, the input by XLA
 ===============  ==============================  ==========================================================================
 

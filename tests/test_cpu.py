@@ -412,6 +412,22 @@ def test_programs_of_our_compiler_options_are_as_right_as_the_defaults(network: 
     assert max(np.median(ratios, 0)) <= 3  # of gradients, of statistics, of logits
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_onednn_takes_a_bfloat16_inputs_gradient_as_it_is(stride: int) -> None:
+    """It gets no kernel that is a reverse; XLA would convert all three arrays to float32."""
+    x, dy = (jnp.zeros((2, size, size, 64), jnp.bfloat16) for size in (16, 16 // stride))
+    kernel = jnp.zeros((3, 3, 64, 64), jnp.float32)
+
+    def gradient(x, kernel, dy):
+        return jax.vjp(lambda x: convolve_to_train(x, kernel.astype(x.dtype), stride, 1, 1), x)[1](dy)
+
+    options = jresnet.compiler_options()
+    program = jax.jit(gradient, compiler_options=options).lower(x, kernel, dy).compile().as_text()
+    calls = [line for line in program.splitlines() if 'custom_call_target="__onednn$convolution"' in line]
+    assert bool(calls) == bool(options.get(cpu.ONEDNN))
+    assert all("= (bf16[" in call for call in calls)
+
+
 def test_no_chain_of_blocks_is_computed_anew() -> None:
     """In training a sum of residuals is not computed from all blocks before it wherever it is read; XLA may repeat one."""
     deep = dataclasses.replace(NETWORKS["basic"], depths=(8, 1))
