@@ -245,7 +245,7 @@ def _phases(x, kernel, dy, stride, padding):
     if _winograd_pays(dy, kernel, stride, padding, 1):
         return winograd.input_gradient(dy, kernel, PIECE)
     n, *size, channels = x.shape
-    taps = kernel[::-1, ::-1]
+    taps = kernel[::-1, ::-1]  # turned round
     rows = []
     for row in range(stride):
         columns = []
