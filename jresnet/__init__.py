@@ -1,7 +1,6 @@
 """jresnet: ResNets in JAX and Flax NNX, the same function as PyTorch's, training included."""
 
 from jresnet import optim
-from jresnet.cpu import compiler_options
 from jresnet.errors import DataError, DownloadError, InputError, WeightsError
 from jresnet.factory import (
     create,
@@ -26,6 +25,7 @@ from jresnet.factory import (
     wide_resnet101_2,
 )
 from jresnet.inference import fuse
+from jresnet.kernels.cpu import compiler_options
 from jresnet.resnet import BasicBlock, Bottleneck, ResNet, ResNetConfig
 from jresnet.weights import load, save
 

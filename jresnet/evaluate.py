@@ -23,9 +23,9 @@ from tqdm import tqdm
 from jresnet import cache, factory, hub, images, pretrained, recipes
 from jresnet import weights as native
 from jresnet.augment import normalise
-from jresnet.cpu import compiler_options
 from jresnet.data import load_cifar10
 from jresnet.errors import DataError, InputError, WeightsError
+from jresnet.kernels.cpu import compiler_options
 from jresnet.pretrained import Preprocessing
 from jresnet.resnet import ResNet
 

@@ -19,7 +19,7 @@ def fuse(model: ResNet) -> ResNet:
 
     A convolution followed by BN in evaluation is a convolution with another kernel and bias (Jacob et al. 2018,
     arXiv:1712.05877, section 3.2; ``torch.nn.utils.fuse_conv_bn_weights``). They are computed in float64 and rounded once.
-    On the CPU, inside ``jax.jit``, a batch goes through in pieces that fit the cache (:func:`jresnet.cpu.in_pieces`).
+    On the CPU, inside ``jax.jit``, a batch goes through in pieces that fit the cache (:func:`jresnet.kernels.cpu.in_pieces`).
 
     >>> import jax.numpy as jnp, jresnet
     >>> fused = jresnet.fuse(jresnet.create("resnet20_cifar"))

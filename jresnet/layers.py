@@ -19,7 +19,7 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
-from jresnet import cpu
+from jresnet.kernels import cpu
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -61,7 +61,7 @@ class Conv(nnx.Module):
 
     ``[N, H, W, in_channels] -> [N, H', W', out_channels]`` with ``H' = (H + 2 * padding - kernel_size) // stride + 1``.
     The kernel is ``[kernel_size, kernel_size, in_channels // groups, out_channels]``. ``train`` changes how the gradient
-    is computed on the CPU, not what it is (see :mod:`jresnet.cpu`).
+    is computed on the CPU, not what it is (see :mod:`jresnet.kernels.cpu`).
     """
 
     def __init__(
@@ -214,7 +214,7 @@ def in_pieces(
 def max_pool(x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n h2 w2 c"]:
     """The stem's 3x3 maximum at stride 2; the padding of one pixel is -inf, as in ``torch.nn.MaxPool2d(3, 2, 1)``.
 
-    ``train`` changes how the gradient is computed on the CPU, not what it is (see :mod:`jresnet.cpu`).
+    ``train`` changes how the gradient is computed on the CPU, not what it is (see :mod:`jresnet.kernels.cpu`).
     """
     if jax.default_backend() == "cpu":
         return cpu.max_pool_to_train(x) if train else cpu.max_pool_on_cpu(x)

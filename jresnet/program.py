@@ -16,10 +16,10 @@ from flax import nnx
 import jresnet.data
 from jresnet import cache, devices, optim, train, weights
 from jresnet.config import RunConfig
-from jresnet.cpu import compiler_options
 from jresnet.data import Dataset, Split
 from jresnet.devices import Devices
 from jresnet.errors import InputError
+from jresnet.kernels.cpu import compiler_options
 from jresnet.resnet import ResNet
 from jresnet.stop import Interrupted, StopRequest
 

@@ -3,7 +3,7 @@
 At once is ``jax.vmap`` of the training step over states, batches and keys. Kernels then differ by seed, so that JAX makes
 one grouped convolution of N ordinary ones. One after the other is the step alone, each waiting for the one before it, as
 in N runs; both are compiled, give the state's memory away, and take turns, so that both meet the same load. The vmapped
-step traces as it is, the CPU's own gradient of a convolution (``jresnet.cpu.convolve_to_train``) included.
+step traces as it is, the CPU's own gradient of a convolution (``jresnet.kernels.cpu.convolve_to_train``) included.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ from conftest import randomise
 from flax import nnx
 
 import jresnet
-from jresnet import cpu
-from jresnet.cpu import (
+from jresnet.kernels import cpu
+from jresnet.kernels.cpu import (
     convolve,
     convolve_on_cpu,
     convolve_to_train,

@@ -18,8 +18,8 @@ from conftest import REPOSITORY, command
 import jresnet
 from jresnet import logs, recipes, run, weights
 from jresnet.config import RunConfig, default_config
-from jresnet.cpu import ONEDNN
 from jresnet.errors import InputError
+from jresnet.kernels.cpu import ONEDNN
 from jresnet.pretrained import Preprocessing
 from jresnet.program import load_data
 from jresnet.stop import Interrupted, StopRequest

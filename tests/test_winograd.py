@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jresnet import cpu, winograd
+from jresnet.kernels import cpu, winograd
 
 
 def direct(x, k):

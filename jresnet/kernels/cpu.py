@@ -1,7 +1,7 @@
 """Convolution, batch normalisation and max-pool on a CPU, with gradients of our own in training, all in plain JAX.
 
 **3x3 convolutions at stride 1** of 64 channels or more, in float32, take 16 products a channel for four pixels instead of 36
-inside a jitted function, by Winograd's algorithm (:mod:`jresnet.winograd`), and so do their gradients.
+inside a jitted function, by Winograd's algorithm (:mod:`jresnet.kernels.winograd`), and so do their gradients.
 
 **Convolutions' other gradients.** XLA's CPU compiler runs a forward convolution near the speed of a matrix product, but
 turns its gradients into convolutions that fit that code badly: the kernel's gradient has the whole image as its window and
@@ -60,8 +60,8 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from jresnet import winograd
 from jresnet.errors import InputError
+from jresnet.kernels import winograd
 
 PIECE = 2**22  # bytes of shifted copies at a time: beyond the second-level cache, well inside the third
 # Bytes of the first stage's output at a time in inference: 2 images of 224 pixels for ResNet-50, 64 of 32 for ResNet-20, by
