@@ -19,7 +19,7 @@ from convert.torch2flax import Say, report, to_torch, with_common_options
 from jresnet.errors import InputError, WeightsError
 
 if TYPE_CHECKING:
-    from jresnet.resnet import ResNet, ResNetConfig
+    from jresnet.models.resnet import ResNet, ResNetConfig
 
 SUFFIXES = (".pth", ".pt", ".safetensors")
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from convert.verify import import_torchvision
 
 if TYPE_CHECKING:
-    from jresnet.resnet import ResNetConfig
+    from jresnet.models.resnet import ResNetConfig
 
 # Where the networks that torchvision has not begin from; what their configurations say is then changed.
 _RELATIVES = {"resnet34_projection": "resnet34", "resnet18_d2l": "resnet18"}

@@ -21,7 +21,7 @@ import numpy as np
 from jresnet.errors import InputError, WeightsError
 
 if TYPE_CHECKING:
-    from jresnet.resnet import ResNet, ResNetConfig, Shortcut, Stem
+    from jresnet.models.resnet import ResNet, ResNetConfig, Shortcut, Stem
 
 Say = Callable[[str, str], None]  # a title of eight letters, and what there is to say
 
@@ -279,7 +279,7 @@ def _architectures(arch: str, tensors: Mapping[str, Any]) -> list[str]:
     """The other architectures of which the file has every tensor; stem and head may be of any size."""
     from convert import keymap
     from jresnet import weights
-    from jresnet.zoo import ZOO
+    from jresnet.models.zoo import ZOO
 
     got = {k: tuple(v.shape) for k, v in tensors.items() if k.rpartition(".")[2] != keymap.COUNTER}
     size = sum(math.prod(shape) for shape in got.values())
@@ -300,7 +300,7 @@ def _architectures(arch: str, tensors: Mapping[str, Any]) -> list[str]:
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
     from convert.keymap import DIALECTS
-    from jresnet.zoo import ZOO
+    from jresnet.models.zoo import ZOO
 
     parser = argparse.ArgumentParser(
         prog="python -m convert.torch2flax",

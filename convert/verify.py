@@ -20,7 +20,7 @@ import numpy as np
 from jresnet.errors import InputError, WeightsError
 
 if TYPE_CHECKING:
-    from jresnet.resnet import ResNet, ResNetConfig
+    from jresnet.models.resnet import ResNet, ResNetConfig
 
 # jresnet's float32 distance to PyTorch's float64 over PyTorch's own float32 distance. A wrong weight gives 1e5 and more;
 # this allows for another order of summation and for the difference between two draws of rounding errors.
@@ -120,7 +120,7 @@ def _forward() -> Any:
 def _logits(model: ResNet, images: np.ndarray) -> np.ndarray:
     import jax
 
-    from jresnet.layers import global_average_pool
+    from jresnet.models.layers import global_average_pool
 
     x, forward = jax.numpy.asarray(images), _forward()
     with jax.default_matmul_precision("highest"):  # no TF32 on a GPU
@@ -287,7 +287,7 @@ def line(row: Row) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
-    from jresnet.zoo import ZOO
+    from jresnet.models.zoo import ZOO
 
     parser = argparse.ArgumentParser(
         prog="python -m convert.verify",

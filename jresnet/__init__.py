@@ -24,9 +24,9 @@ from jresnet.factory import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
-from jresnet.inference import fuse
 from jresnet.kernels.cpu import compiler_options
-from jresnet.resnet import BasicBlock, Bottleneck, ResNet, ResNetConfig
+from jresnet.models.fuse import fuse
+from jresnet.models.resnet import BasicBlock, Bottleneck, ResNet, ResNetConfig
 from jresnet.weights import load, save
 
 __version__ = "0.1.0"

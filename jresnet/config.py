@@ -10,10 +10,11 @@ from typing import Any
 
 import jax
 
-from jresnet import recipes, zoo
+from jresnet import recipes
 from jresnet.augment import Pipeline
 from jresnet.errors import InputError
-from jresnet.resnet import Stem
+from jresnet.models import zoo
+from jresnet.models.resnet import Stem
 
 
 @dataclass(frozen=True)

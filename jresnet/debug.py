@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jresnet.resnet import ResNet
+from jresnet.models.resnet import ResNet
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float

@@ -26,8 +26,8 @@ from jresnet.augment import normalise
 from jresnet.data import load_cifar10
 from jresnet.errors import DataError, InputError, WeightsError
 from jresnet.kernels.cpu import compiler_options
+from jresnet.models.resnet import ResNet
 from jresnet.pretrained import Preprocessing
-from jresnet.resnet import ResNet
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, UInt8

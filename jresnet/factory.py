@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jresnet import hub, pretrained, zoo
+from jresnet import hub, pretrained
 from jresnet import weights as native
 from jresnet.errors import InputError, WeightsError
-from jresnet.resnet import ResNet, Shortcut, Stem
+from jresnet.models import zoo
+from jresnet.models.resnet import ResNet, Shortcut, Stem
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def create(
             resnet18_d2l). A stem for 3 is adapted to another number, as in timm (:func:`jresnet.weights.adapt`).
         stem: ``"imagenet"`` (7x7 at stride 2, max-pool) or ``"cifar"`` (3x3 at stride 1, no max-pool).
             ``None``: that of the weights, else the architecture's own.
-        shortcut: ``"pad"``, ``"projection"``, ``"projection_first"`` or ``"conv"`` (:mod:`jresnet.resnet` has what they
+        shortcut: ``"pad"``, ``"projection"``, ``"projection_first"`` or ``"conv"`` (:mod:`jresnet.models.resnet` has what they
             mean). ``None``: that of the weights, else the architecture's own.
         zero_init_residual: start each block's last BN scale at 0; without effect where ``weights`` are given.
         dtype: a floating-point dtype to compute in; parameters, statistics and logits stay float32.

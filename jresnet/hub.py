@@ -28,15 +28,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jresnet import download, pretrained, zoo
+from jresnet import download, pretrained
 from jresnet.errors import DownloadError, InputError, WeightsError
+from jresnet.models import zoo
 from jresnet.pretrained import Preprocessing
 
 if TYPE_CHECKING:
     import numpy as np
     from huggingface_hub import HfFileMetadata
 
-    from jresnet.resnet import ResNetConfig
+    from jresnet.models.resnet import ResNetConfig
 
 PREFIX = "hf:"
 WEIGHTS, CONFIG = "model.safetensors", "config.json"

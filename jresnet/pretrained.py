@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import numpy as np
     from jax.typing import DTypeLike
 
-    from jresnet.resnet import ResNet, ResNetConfig
+    from jresnet.models.resnet import ResNet, ResNetConfig
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from jresnet.data import Dataset, Split
 from jresnet.devices import Devices
 from jresnet.errors import InputError
 from jresnet.kernels.cpu import compiler_options
-from jresnet.resnet import ResNet
+from jresnet.models.resnet import ResNet
 from jresnet.stop import Interrupted, StopRequest
 
 

@@ -22,7 +22,7 @@ from jresnet import cache
 from jresnet.augment import Pipeline, alternate
 from jresnet.data import Split
 from jresnet.devices import Devices
-from jresnet.resnet import ResNet
+from jresnet.models.resnet import ResNet
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Int32, UInt8

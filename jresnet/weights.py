@@ -27,10 +27,10 @@ import safetensors.numpy
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jresnet import zoo
 from jresnet.errors import InputError, WeightsError
-from jresnet.layers import Linear
-from jresnet.resnet import ResNet, ResNetConfig
+from jresnet.models import zoo
+from jresnet.models.layers import Linear
+from jresnet.models.resnet import ResNet, ResNetConfig
 
 FORMAT = "jresnet-1"
 FREE = ("num_classes", "in_channels", "stem", "shortcut")  # what may be chosen apart from an architecture's row

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 
 from jresnet import augment, data, devices, optim, train
-from jresnet.resnet import ResNet, ResNetConfig
+from jresnet.models.resnet import ResNet, ResNetConfig
 
 TINY = ResNetConfig("basic", (1, 1), (4, 8), num_classes=10, stem="cifar", shortcut="pad")
 

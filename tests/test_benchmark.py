@@ -20,8 +20,9 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, command, load_script
 
-from jresnet import compiler_options, zoo
-from jresnet.resnet import ResNetConfig
+from jresnet import compiler_options
+from jresnet.models import zoo
+from jresnet.models.resnet import ResNetConfig
 
 TINY = ResNetConfig("basic", (1,), (4,), num_classes=10, stem="cifar")
 ABOUT = {"config": dataclasses.asdict(TINY), "gflop": 1.0}

@@ -14,7 +14,7 @@ import jresnet
 from convert import keymap, torch2flax, verify
 from jresnet import weights
 from jresnet.errors import InputError, WeightsError
-from jresnet.zoo import ZOO
+from jresnet.models.zoo import ZOO
 
 
 def state_dict_of(arch: str, dialect: str = "torchvision", **chosen) -> dict[str, np.ndarray]:

@@ -22,7 +22,7 @@ from jresnet.kernels.cpu import (
     max_pool_to_train,
     normalize_to_train,
 )
-from jresnet.layers import global_average_pool, relu
+from jresnet.models.layers import global_average_pool, relu
 
 
 # Every row of the table in cpu.py: 1x1, all ways of shifting, the stem, small outputs, odd sizes, strides above the kernel.
@@ -451,7 +451,7 @@ def test_a_block_in_evaluation_adds_where_its_input_lies(monkeypatch: pytest.Mon
     for programs in (ours, plain):
         jitted = jax.jit(jresnet.fuse(model), compiler_options=jresnet.compiler_options())
         programs.append(jitted.lower(jax.ShapeDtypeStruct(x, jnp.float32)).compile())
-        monkeypatch.setattr(jresnet.resnet, "added_in_place", lambda x, train: x)
+        monkeypatch.setattr(jresnet.models.resnet, "added_in_place", lambda x, train: x)
     assert ours[0].memory_analysis().temp_size_in_bytes < plain[0].memory_analysis().temp_size_in_bytes
     assert "BINARY_ADD" not in ours[0].as_text()  # oneDNN's sum of two into a third
 

@@ -18,7 +18,7 @@ import jresnet
 from convert import flax2torch, keymap, torch2flax, torchfile, torchsave
 from jresnet import weights
 from jresnet.errors import InputError
-from jresnet.resnet import ResNet
+from jresnet.models.resnet import ResNet
 
 DTYPES = [np.dtype(name) for name in ("float32", "int64", "float64", "float16", ml_dtypes.bfloat16)]
 

@@ -9,7 +9,7 @@ import pytest
 from conftest import command, load_script
 from flax import nnx
 
-from jresnet.resnet import ResNet, ResNetConfig
+from jresnet.models.resnet import ResNet, ResNetConfig
 
 SCRIPT = "scripts/measure_runs.py"
 TINY = ResNetConfig("basic", (1, 1), (4, 8), num_classes=10, stem="cifar", shortcut="pad")

@@ -12,7 +12,7 @@ from conftest import randomise
 from flax import nnx
 
 import jresnet
-from jresnet.layers import BatchNorm, Conv, Linear, kaiming_normal, max_pool
+from jresnet.models.layers import BatchNorm, Conv, Linear, kaiming_normal, max_pool
 
 
 @pytest.fixture(scope="module")

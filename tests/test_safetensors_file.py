@@ -19,9 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jresnet
-from jresnet import weights, zoo
+from jresnet import weights
 from jresnet.errors import WeightsError
-from jresnet.resnet import ResNetConfig
+from jresnet.models import zoo
+from jresnet.models.resnet import ResNetConfig
 
 CONFIG = {"num_classes": 2, "in_channels": 1, "stem": "cifar", "shortcut": "projection"}
 ONE = {"a": np.zeros(1, np.float32)}

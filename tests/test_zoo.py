@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from jresnet import zoo
 from jresnet.errors import InputError
-from jresnet.resnet import ResNet
+from jresnet.models import zoo
+from jresnet.models.resnet import ResNet
 
 PUBLISHED = {  # torchvision's documentation
     "resnet18": 11_689_512, "resnet34": 21_797_672, "resnet50": 25_557_032, "resnet101": 44_549_160,

@@ -37,9 +37,9 @@ pixel, after a search for the maxima that it has already found. In training each
 and a pixel asks the windows that see it, one to four by its phase of the stride.
 
 **Inference.** A fused network takes a batch a few images at a time (:func:`in_pieces`), and each block adds its output where
-its input lies (:func:`jresnet.layers.added_in_place`).
+its input lies (:func:`jresnet.models.layers.added_in_place`).
 
-**Sums of residuals.** A barrier behind every block (:func:`jresnet.layers.computed_once`) keeps XLA from computing a block's
+**Sums of residuals.** A barrier behind every block (:func:`jresnet.models.layers.computed_once`) keeps XLA from computing a block's
 output anew, and all outputs before it, wherever it is read.
 
 The price is that forward-mode differentiation (``jax.jvp``) does not reach through a model in training on the CPU.

@@ -13,7 +13,7 @@ from conftest import load_script
 
 from convert import verify
 from jresnet import weights
-from jresnet.resnet import ResNetConfig
+from jresnet.models.resnet import ResNetConfig
 
 REPOSITORY = Path(__file__).parent.parent.parent
 TINY = ResNetConfig("basic", (1, 1, 1), (4, 8, 16), num_classes=10, stem="cifar", shortcut="pad")

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jresnet.resnet import ResNetConfig
+from jresnet.models.resnet import ResNetConfig
 
 TINY = ResNetConfig("basic", (1, 1, 1), (4, 8, 16), num_classes=10, stem="cifar", shortcut="pad")
 EXACT = 1e-10  # relative L2 error of a tensor; rounding alone gives 1e-16 to 1e-15

@@ -27,7 +27,7 @@ from convert.reference import CifarResNet, randomise
 from jresnet import augment, data, optim, train, weights
 from jresnet.config import RunConfig, default_config
 from jresnet.errors import InputError
-from jresnet.resnet import ResNetConfig
+from jresnet.models.resnet import ResNetConfig
 
 TINY = ResNetConfig("basic", (1, 1, 1), (4, 8, 16), num_classes=10, stem="cifar", shortcut="pad")
 BATCH, STEPS_PER_EPOCH, EPOCHS, PIXELS = 16, 2, 3, 8

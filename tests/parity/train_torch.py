@@ -33,9 +33,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convert import reference
-from jresnet import data, report, weights, zoo
+from jresnet import data, report, weights
 from jresnet.config import RunConfig, default_config, differences, read_config
 from jresnet.errors import InputError
+from jresnet.models import zoo
 
 PADDING = 4  # black pixels around an image that is cropped at random
 FILES = ("config.json", "metrics.jsonl", "summary.json", "state.pt")

@@ -10,8 +10,8 @@ import numpy as np
 from flax import nnx
 
 from jresnet.errors import InputError
-from jresnet.layers import BatchNorm, Conv, Fused
-from jresnet.resnet import ResNet
+from jresnet.models.layers import BatchNorm, Conv, Fused
+from jresnet.models.resnet import ResNet
 
 
 def fuse(model: ResNet) -> ResNet:

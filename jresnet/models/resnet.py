@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jresnet.layers import (
+from jresnet.models.layers import (
     BatchNorm,
     Conv,
     Fused,

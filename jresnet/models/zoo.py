@@ -11,7 +11,7 @@ import difflib
 from dataclasses import dataclass
 
 from jresnet.errors import InputError
-from jresnet.resnet import Block, ResNetConfig
+from jresnet.models.resnet import Block, ResNetConfig
 
 
 @dataclass(frozen=True)
