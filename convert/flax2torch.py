@@ -52,7 +52,7 @@ def state_dict(
         InputError: for an unknown dialect, or one that has no network like ``model``.
     """
     from convert import keymap
-    from jresnet import weights
+    from jresnet.weights import native as weights
 
     check_dialect(model.config, dialect)
     values = weights.arrays(model)
@@ -127,7 +127,7 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     import safetensors.numpy
 
     from convert import keymap, torchsave, verify
-    from jresnet import weights
+    from jresnet.weights import native as weights
 
     path, output = args.file, args.output or args.file.with_suffix(".pth")
     if path.suffix in (".pth", ".pt", ".th"):
@@ -198,7 +198,7 @@ def _check_written(
 ) -> None:
     """Reads ``output`` without torch: the same tensors, and on the way back the arrays of the native file."""
     from convert import torch2flax
-    from jresnet import weights
+    from jresnet.weights import native as weights
 
     found = torch2flax.read(output)
     chosen = {name: getattr(config, name) for name in weights.FREE}
@@ -209,7 +209,8 @@ def _check_written(
 
 def _build(arch: str, config: ResNetConfig, dialect: str) -> list[str]:
     """The line that builds the PyTorch network, where that is one call of torchvision's."""
-    from jresnet import pretrained, weights
+    from jresnet.weights import native as weights
+    from jresnet.weights import published as pretrained
 
     plain = weights.configure(arch, num_classes=config.num_classes)
     if dialect == "torchvision" and config == plain and pretrained.names(arch):

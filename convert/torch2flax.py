@@ -63,7 +63,7 @@ def convert(
             (``module.``, ``_orig_mod.``, ``model.``) and an enclosing ``{"state_dict": ...}`` are peeled off.
         arch: a name of :func:`jresnet.list_models`.
         num_classes: the head's. Another number than the state_dict's asks for a fresh head.
-        in_channels: the stem's. Another number than the state_dict's 3 adapts it, as :func:`jresnet.weights.adapt` does.
+        in_channels: the stem's. Another number than the state_dict's 3 adapts it, as :func:`jresnet.weights.native.adapt` does.
         stem, shortcut, dtype: as in :func:`jresnet.create`.
         dialect: a name of :data:`convert.keymap.DIALECTS`; ``None``: the one that the keys fit best.
         seed: of a fresh head.
@@ -73,7 +73,7 @@ def convert(
         WeightsError: unless every parameter and statistic is filled exactly once; one message lists all missing,
             unexpected and misshapen keys.
     """
-    from jresnet import weights
+    from jresnet.weights import native as weights
 
     chosen: dict[str, Any] = {
         "num_classes": num_classes, "in_channels": in_channels, "stem": stem, "shortcut": shortcut,
@@ -89,10 +89,10 @@ def match(
     """The network of ``arch`` in a ``state_dict``; arguments and errors as :func:`convert`.
 
     ``source`` names the weights in errors. Where the head or the stem is of another size than asked for, this is the
-    state_dict's own; :func:`jresnet.weights.adapt` makes it the one that was asked for.
+    state_dict's own; :func:`jresnet.weights.native.adapt` makes it the one that was asked for.
     """
     from convert import keymap
-    from jresnet import weights
+    from jresnet.weights import native as weights
 
     tensors, notes = _peel(state_dict, source)
     dialect, config = _find_dialect(arch, tensors.keys(), dialect, chosen)
@@ -135,7 +135,7 @@ def read(path: str | Path) -> Any:
         WeightsError: where it cannot be read, or holds anything but plain data.
     """
     if Path(path).suffix == ".safetensors":
-        from jresnet.weights import read_safetensors
+        from jresnet.weights.native import read_safetensors
 
         return read_safetensors(path)[0]
     from convert import torchfile
@@ -146,7 +146,7 @@ def read(path: str | Path) -> Any:
 def _peel(found: Any, source: str) -> tuple[dict[str, Any], list[str]]:
     """The state_dict inside a checkpoint, without wrappers' prefixes, and what was passed over."""
     from convert.keymap import CONTAINERS, IGNORED, strip_wrappers
-    from jresnet import weights
+    from jresnet.weights import native as weights
 
     notes = []
     for _ in range(8):  # deeper than any script nests them, and an end for one that holds itself
@@ -175,7 +175,7 @@ def _find_dialect(
 ) -> tuple[str, ResNetConfig]:
     """The dialect in which the fewest keys are missing or unexpected, and the network's configuration in it."""
     from convert import keymap
-    from jresnet import weights
+    from jresnet.weights import native as weights
 
     own = weights.configure(arch, **chosen)
     if asked is not None and asked not in keymap.DIALECTS:
@@ -278,8 +278,8 @@ def _advice(expected: Mapping[str, tuple[int, ...]], got: Mapping[str, Any], pat
 def _architectures(arch: str, tensors: Mapping[str, Any]) -> list[str]:
     """The other architectures of which the file has every tensor; stem and head may be of any size."""
     from convert import keymap
-    from jresnet import weights
     from jresnet.models.zoo import ZOO
+    from jresnet.weights import native as weights
 
     got = {k: tuple(v.shape) for k, v in tensors.items() if k.rpartition(".")[2] != keymap.COUNTER}
     size = sum(math.prod(shape) for shape in got.values())
@@ -382,8 +382,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     from convert import verify
-    from jresnet import download, hub, pretrained, weights
+    from jresnet import download
     from jresnet.factory import is_path
+    from jresnet.weights import hub
+    from jresnet.weights import native as weights
+    from jresnet.weights import published as pretrained
 
     chosen = {name: getattr(args, name) for name in weights.FREE}
     weights.configure(args.arch, **chosen)  # an unknown architecture is told before anything is downloaded
@@ -456,7 +459,7 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
 def _metadata(found: Conversion) -> dict[str, str]:
     """What a native file keeps of a conversion: the dialect, the counters, and the dialect's preprocessing."""
     from convert.keymap import DIALECTS
-    from jresnet.pretrained import Preprocessing
+    from jresnet.weights.published import Preprocessing
 
     kept = {"dialect": found.dialect}
     if found.counters:

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jresnet import weights
 from jresnet.errors import InputError
+from jresnet.weights import native as weights
 
 ALIGNMENT = 64  # bytes: where each record begins, as torch aligns them, so that a mapped file's tensors are aligned
 _KINDS = {"float64": "Double", "float32": "Float", "float16": "Half", "bfloat16": "BFloat16", "int64": "Long"}

@@ -245,7 +245,7 @@ def survey(arch: str, networks: int = 3, size: int = 64, batch: int = 2, **chose
     import torch
 
     from convert import reference, torch2flax
-    from jresnet import weights
+    from jresnet.weights import native as weights
 
     config = weights.configure(arch, **chosen)
     size = 32 if config.stem == "cifar" else size

@@ -27,7 +27,7 @@ from jresnet.factory import (
 from jresnet.kernels.cpu import compiler_options
 from jresnet.models.fuse import fuse
 from jresnet.models.resnet import BasicBlock, Bottleneck, ResNet, ResNetConfig
-from jresnet.weights import load, save
+from jresnet.weights.native import load, save
 
 __version__ = "0.1.0"
 

@@ -32,7 +32,7 @@ import orbax.checkpoint as ocp
 
 from jresnet.errors import InputError, WeightsError
 from jresnet.train import TrainState
-from jresnet.weights import printable
+from jresnet.weights.native import printable
 
 KEPT = 3  # the newest ones; the best one beside them
 

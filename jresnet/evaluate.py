@@ -20,14 +20,15 @@ from flax import nnx
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from jresnet import cache, factory, hub, images, pretrained, recipes
-from jresnet import weights as native
+from jresnet import cache, factory, images, recipes
 from jresnet.augment import normalise
 from jresnet.data import load_cifar10
 from jresnet.errors import DataError, InputError, WeightsError
 from jresnet.kernels.cpu import compiler_options
 from jresnet.models.resnet import ResNet
-from jresnet.pretrained import Preprocessing
+from jresnet.weights import hub, native
+from jresnet.weights import published as pretrained
+from jresnet.weights.published import Preprocessing
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, UInt8

@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jresnet import hub, pretrained
-from jresnet import weights as native
 from jresnet.errors import InputError, WeightsError
 from jresnet.models import zoo
 from jresnet.models.resnet import ResNet, Shortcut, Stem
+from jresnet.weights import hub, native
+from jresnet.weights import published as pretrained
 
 _log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def create(
         num_classes: logits. ``None``: those of the weights, else the architecture's own (1,000, or 10 for the CIFAR
             family). Another number than the weights' asks for a fresh head, as in timm.
         in_channels: channels of the images. ``None``: those of the weights, else the architecture's own (3; 1 for
-            resnet18_d2l). A stem for 3 is adapted to another number, as in timm (:func:`jresnet.weights.adapt`).
+            resnet18_d2l). A stem for 3 is adapted to another number, as in timm (:func:`jresnet.weights.native.adapt`).
         stem: ``"imagenet"`` (7x7 at stride 2, max-pool) or ``"cifar"`` (3x3 at stride 1, no max-pool).
             ``None``: that of the weights, else the architecture's own.
         shortcut: ``"pad"``, ``"projection"``, ``"projection_first"`` or ``"conv"`` (:mod:`jresnet.models.resnet` has what they

@@ -14,11 +14,12 @@ from typing import Any
 import jax
 
 import jresnet
-from jresnet import plots, train, weights
+from jresnet import plots, train
 from jresnet.config import RunConfig, differences, read_config
 from jresnet.errors import InputError
-from jresnet.pretrained import Preprocessing
 from jresnet.program import Program
+from jresnet.weights import native as weights
+from jresnet.weights.published import Preprocessing
 
 FILES = ("config.json", "metrics.jsonl", "summary.json", "last.safetensors", "best.safetensors", "checkpoints")
 

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from jresnet.errors import DataError
-from jresnet.pretrained import Preprocessing
+from jresnet.weights.published import Preprocessing
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8

@@ -112,7 +112,9 @@ class WandB:
     """
 
     def __init__(self, project: str, name: str, config: dict[str, Any], folder: Path):
-        from jresnet.weights import write_atomically  # here: it brings in jax, which readers of logs need not wait for
+        from jresnet.weights.native import (
+            write_atomically,  # here: it brings in jax, which readers of logs need not wait for
+        )
 
         try:
             from wandb import Error, init  # type: ignore[import-not-found]
@@ -167,7 +169,7 @@ class Metrics:
     def _begin(self, epochs: int) -> None:
         from tensorboardX import SummaryWriter
 
-        from jresnet.weights import write_atomically  # here: as above
+        from jresnet.weights.native import write_atomically  # here: as above
 
         self.rows = read_metrics(self.path, epochs)
         if len(self.rows) < epochs:

@@ -254,7 +254,9 @@ def _figure(size: tuple[float, float]) -> Figure:
 
 def _save(figure: Figure, path: Path) -> None:
     """Writes a PNG, whole or not at all."""
-    from jresnet.weights import write_atomically  # here: it brings in jax, which a table of runs need not wait for
+    from jresnet.weights.native import (
+        write_atomically,  # here: it brings in jax, which a table of runs need not wait for
+    )
 
     content = io.BytesIO()
     figure.savefig(content, dpi=120, format="png")

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 import jresnet.data
-from jresnet import cache, devices, optim, train, weights
+from jresnet import cache, devices, optim, train
 from jresnet.config import RunConfig
 from jresnet.data import Dataset, Split
 from jresnet.devices import Devices
@@ -22,6 +22,7 @@ from jresnet.errors import InputError
 from jresnet.kernels.cpu import compiler_options
 from jresnet.models.resnet import ResNet
 from jresnet.stop import Interrupted, StopRequest
+from jresnet.weights import native as weights
 
 
 class Program:

@@ -16,13 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jresnet import debug, devices, folder, logs, report, train, weights
+from jresnet import debug, devices, folder, logs, report, train
 from jresnet.checkpoint import Checkpoints, Lock
 from jresnet.config import RunConfig
 from jresnet.data import Dataset
 from jresnet.devices import Devices
 from jresnet.program import Program, describe
 from jresnet.stop import Interrupted, StopRequest
+from jresnet.weights import native as weights
 
 ROLLBACKS = 3  # how often a run goes back to its last checkpoint
 STRETCH = 2.0  # seconds of training between two looks: at metrics, signals and the clock

@@ -24,7 +24,8 @@ from jax import lax
 
 import jresnet
 from convert import flax2torch, keymap, torch2flax
-from jresnet import augment, cache, data, devices, optim, recipes, train, weights
+from jresnet import augment, cache, data, devices, optim, recipes, train
+from jresnet.weights import native as weights
 
 Job = Mapping[str, Any]
 

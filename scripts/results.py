@@ -24,7 +24,7 @@ import benchmark_table
 
 from jresnet.errors import InputError
 from jresnet.report import Entry, percent, plus_minus, read_entry, read_json, spread, summarise
-from jresnet.weights import write_atomically
+from jresnet.weights.native import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED_FILES = ("config.json", "metrics.jsonl", "summary.json")

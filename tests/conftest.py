@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 
 import jresnet
-from jresnet import weights
+from jresnet.weights import native as weights
 
 REPOSITORY = Path(__file__).parent.parent
 sys.path.append(str(REPOSITORY / "scripts"))  # where scripts find what they share

@@ -12,9 +12,9 @@ from conftest import REPOSITORY, command
 
 import jresnet
 from convert import keymap, torch2flax, verify
-from jresnet import weights
 from jresnet.errors import InputError, WeightsError
 from jresnet.models.zoo import ZOO
+from jresnet.weights import native as weights
 
 
 def state_dict_of(arch: str, dialect: str = "torchvision", **chosen) -> dict[str, np.ndarray]:

@@ -15,9 +15,11 @@ from conftest import command, load_script, randomise
 from PIL import Image
 
 import jresnet
-from jresnet import evaluate, images, pretrained, recipes, weights
+from jresnet import evaluate, images, recipes
 from jresnet.errors import DataError, InputError, WeightsError
-from jresnet.pretrained import Preprocessing
+from jresnet.weights import native as weights
+from jresnet.weights import published as pretrained
+from jresnet.weights.published import Preprocessing
 
 SCRIPT = "scripts/evaluate.py"
 CLASSES = ("auk", "bee", "cat", "dog", "eel", "fox", "gnu")
@@ -204,7 +206,7 @@ CIFAR_STATISTICS, IMAGENET_STATISTICS = recipes.STATISTICS["cifar10"], recipes.S
     ],
 )
 def test_preprocessing_is_the_weights_own_or_said_to_be_a_guess(arch, own, cifar10, expected, origin) -> None:
-    model = jresnet.ResNet(jresnet.weights.configure(arch), rngs=None)
+    model = jresnet.ResNet(jresnet.weights.native.configure(arch), rngs=None)
     chosen, found = evaluate.choose_preprocessing(evaluate.Resolved(arch, model, own, None), cifar10=cifar10)
     assert chosen == expected
     assert found.startswith(origin)

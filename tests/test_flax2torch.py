@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 import jresnet
 from convert import flax2torch, keymap, torch2flax, torchfile, torchsave
-from jresnet import weights
 from jresnet.errors import InputError
 from jresnet.models.resnet import ResNet
+from jresnet.weights import native as weights
 
 DTYPES = [np.dtype(name) for name in ("float32", "int64", "float64", "float16", ml_dtypes.bfloat16)]
 

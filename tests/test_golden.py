@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from convert import keymap, torch2flax, verify
-from jresnet import weights
+from jresnet.weights import native as weights
 
 sys.path.insert(0, str(Path(__file__).parent / "golden"))
 import make_golden

@@ -20,9 +20,9 @@ from typing import Any
 import pytest
 
 import jresnet
-from jresnet import hub
 from jresnet.errors import DownloadError, InputError, WeightsError
-from jresnet.pretrained import Preprocessing
+from jresnet.weights import hub
+from jresnet.weights.published import Preprocessing
 
 REPO = "timm/resnet18.a1_in1k"
 FIRST, SECOND = "1" * 40, "2" * 40  # commits
@@ -595,12 +595,12 @@ def test_no_type_is_unexpected(tmp_path: Path, value: Any) -> None:
 
 def test_check_against_the_network(tmp_path: Path) -> None:
     described = hub.Published("hf:a/b@c", tmp_path, SHA256, FIRST, "resnet18", 3, Preprocessing(256, 224), None)
-    config = jresnet.weights.configure("resnet18", num_classes=3)
+    config = jresnet.weights.native.configure("resnet18", num_classes=3)
     hub.check(described, "resnet18", config)
     with pytest.raises(WeightsError, match="describes a resnet18, not a resnet34; 3 classes, not 10; images of 3 chan"):
-        hub.check(described, "resnet34", jresnet.weights.configure("resnet34", num_classes=10, in_channels=1))
+        hub.check(described, "resnet34", jresnet.weights.native.configure("resnet34", num_classes=10, in_channels=1))
     silent = dataclasses.replace(described, arch=None, num_classes=None, preprocessing=None)
-    hub.check(silent, "resnet34", jresnet.weights.configure("resnet34", in_channels=1))
+    hub.check(silent, "resnet34", jresnet.weights.native.configure("resnet34", in_channels=1))
 
 
 def test_models_commands_and_evaluation_take_them(
@@ -611,7 +611,8 @@ def test_models_commands_and_evaluation_take_them(
     import safetensors.numpy
 
     from convert import keymap, torch2flax
-    from jresnet import evaluate, weights
+    from jresnet import evaluate
+    from jresnet.weights import native as weights
 
     shapes = weights.shapes(weights.configure("resnet20_cifar", num_classes=3))
     draw = np.random.default_rng(0)

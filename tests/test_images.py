@@ -17,7 +17,7 @@ from PIL import Image
 
 from jresnet import images
 from jresnet.errors import DataError
-from jresnet.pretrained import Preprocessing
+from jresnet.weights.published import Preprocessing
 
 GREY = {"mean": (0.5,), "std": (0.5,)}
 

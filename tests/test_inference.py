@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 import jresnet
-from jresnet import weights
 from jresnet.errors import InputError
+from jresnet.weights import native as weights
 
 
 def randomised(arch: str, **chosen) -> jresnet.ResNet:

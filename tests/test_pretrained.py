@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from jresnet import download, pretrained
+from jresnet import download
 from jresnet.errors import DownloadError, InputError, WeightsError
-from jresnet.pretrained import Preprocessing
+from jresnet.weights import published as pretrained
+from jresnet.weights.published import Preprocessing
 
 ARCHS = [
     "resnet18",
@@ -260,7 +261,7 @@ def stand_in(request, row, monkeypatch):
     import safetensors.numpy
 
     from convert import keymap, torch2flax
-    from jresnet import weights
+    from jresnet.weights import native as weights
 
     draw = np.random.default_rng(0)
     shapes = weights.shapes(weights.configure("resnet20_cifar"))

@@ -16,13 +16,14 @@ import pytest
 from conftest import REPOSITORY, command
 
 import jresnet
-from jresnet import logs, recipes, run, weights
+from jresnet import logs, recipes, run
 from jresnet.config import RunConfig, default_config
 from jresnet.errors import InputError
 from jresnet.kernels.cpu import ONEDNN
-from jresnet.pretrained import Preprocessing
 from jresnet.program import load_data
 from jresnet.stop import Interrupted, StopRequest
+from jresnet.weights import native as weights
+from jresnet.weights.published import Preprocessing
 
 SCRIPT = "scripts/train_cifar10.py"
 # Small enough for a test: 4 steps an epoch on 64 digits.

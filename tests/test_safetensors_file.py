@@ -1,4 +1,4 @@
-"""Safetensors files from strangers: whatever their bytes, ``jresnet.weights`` gives what they hold or a WeightsError."""
+"""Safetensors files from strangers: whatever their bytes, ``jresnet.weights.native`` gives what they hold or a WeightsError."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jresnet
-from jresnet import weights
 from jresnet.errors import WeightsError
 from jresnet.models import zoo
 from jresnet.models.resnet import ResNetConfig
+from jresnet.weights import native as weights
 
 CONFIG = {"num_classes": 2, "in_channels": 1, "stem": "cifar", "shortcut": "projection"}
 ONE = {"a": np.zeros(1, np.float32)}

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from jresnet import weights
+from jresnet.weights import native as weights
 
 COMMAND = (
     sys.executable, "-u", "scripts/train_cifar10.py", "--depth", "20", "--dataset", "digits", "--limit-train", "64",

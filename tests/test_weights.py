@@ -9,8 +9,8 @@ import pytest
 import safetensors.numpy
 
 import jresnet
-from jresnet import weights
 from jresnet.errors import InputError, WeightsError
+from jresnet.weights import native as weights
 
 
 def rewrite(path: Path, to: Path, change) -> Path:

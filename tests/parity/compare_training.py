@@ -30,9 +30,10 @@ import torch.nn.functional as F
 from flax import nnx
 
 from convert import flax2torch, keymap, torch2flax, verify
-from jresnet import ResNet, create, data, optim, recipes, train, weights
+from jresnet import ResNet, create, data, optim, recipes, train
 from jresnet.augment import Pipeline
 from jresnet.errors import InputError
+from jresnet.weights import native as weights
 
 ARCH = "resnet20_cifar"
 RECIPE = recipes.RECIPES["step"]  # 200 steps end long before its first milestone

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convert import reference
-from jresnet import weights
+from jresnet.weights import native as weights
 
 WIDTHS, CIFAR_WIDTHS = (64, 128, 256, 512), (16, 32, 64)
 DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet20_cifar": (3, 3, 3)}

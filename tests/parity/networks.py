@@ -10,7 +10,7 @@ from torch import nn
 from convert import reference
 from convert.reference import randomise
 from convert.verify import import_torchvision
-from jresnet import weights
+from jresnet.weights import native as weights
 
 models = import_torchvision().models
 

@@ -12,8 +12,8 @@ import pytest
 from conftest import load_script
 
 from convert import verify
-from jresnet import weights
 from jresnet.models.resnet import ResNetConfig
+from jresnet.weights import native as weights
 
 REPOSITORY = Path(__file__).parent.parent.parent
 TINY = ResNetConfig("basic", (1, 1, 1), (4, 8, 16), num_classes=10, stem="cifar", shortcut="pad")

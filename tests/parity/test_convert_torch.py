@@ -33,7 +33,8 @@ def test_a_published_file_through_the_cache(
     import dataclasses
 
     import jresnet
-    from jresnet import download, pretrained
+    from jresnet import download
+    from jresnet.weights import published as pretrained
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     row = pretrained.find("resnet18")

@@ -35,7 +35,8 @@ def in_jax(folder: Path) -> None:
     from flax import nnx
 
     from convert import keymap, torch2flax
-    from jresnet import devices, optim, train, weights
+    from jresnet import devices, optim, train
+    from jresnet.weights import native as weights
 
     tensors = np.load(folder / "start.npz")
     batches = np.load(folder / "batches.npz")

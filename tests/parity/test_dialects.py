@@ -14,8 +14,8 @@ from networks import randomise
 from torch import nn
 
 from convert import torch2flax, verify
-from jresnet import weights
 from jresnet.errors import WeightsError
+from jresnet.weights import native as weights
 
 ALL = [(dialect, arch, build) for dialect, rows in DIALECT_NETWORKS.items() for arch, build in rows]
 

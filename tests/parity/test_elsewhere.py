@@ -12,8 +12,9 @@ import torch
 from flax import nnx
 
 from convert import reference, torch2flax, verify
-from jresnet import data, recipes, weights
+from jresnet import data, recipes
 from jresnet.augment import normalise
+from jresnet.weights import native as weights
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from torch import nn
 
 import jresnet
 from convert import flax2torch, torch2flax, torchsave, verify
-from jresnet import weights
+from jresnet.weights import native as weights
 
 DTYPES = [np.dtype(name) for name in ("float32", "int64", "float64", "float16", ml_dtypes.bfloat16)]
 ENTRIES = [(dialect, *entry) for dialect, entries in DIALECT_NETWORKS.items() for entry in entries]

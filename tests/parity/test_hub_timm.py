@@ -12,9 +12,9 @@ import torch
 from networks import TORCHVISION
 
 from convert import torch2flax, verify
-from jresnet import hub
 from jresnet.errors import WeightsError
-from jresnet.pretrained import Preprocessing
+from jresnet.weights import hub
+from jresnet.weights.published import Preprocessing
 
 verify.import_torchvision()  # which timm imports, and which does not import by itself beside a CPU build of torch
 

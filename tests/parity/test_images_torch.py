@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from convert.verify import import_torchvision
-from jresnet import augment, images, pretrained
-from jresnet.pretrained import Preprocessing
+from jresnet import augment, images
+from jresnet.weights import published as pretrained
+from jresnet.weights.published import Preprocessing
 
 torchvision = import_torchvision()
 datasets, transforms = torchvision.datasets, torchvision.transforms

@@ -18,8 +18,8 @@ from flax import nnx
 
 import jresnet
 from convert import keymap, torch2flax, verify
-from jresnet import weights
 from jresnet.models.layers import BatchNorm, Conv
+from jresnet.weights import native as weights
 
 ARCHS = (*networks.TORCHVISION, "resnet20_cifar", "resnet56_cifar", "resnet34_projection", "resnet18_d2l")
 EXACT = 1e-10  # relative, in float64: a few thousand roundings of 1e-16, enlarged by BN's divisions

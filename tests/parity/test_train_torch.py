@@ -24,10 +24,11 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 import jresnet
 from convert import keymap, torch2flax
 from convert.reference import CifarResNet, randomise
-from jresnet import augment, data, optim, train, weights
+from jresnet import augment, data, optim, train
 from jresnet.config import RunConfig, default_config
 from jresnet.errors import InputError
 from jresnet.models.resnet import ResNetConfig
+from jresnet.weights import native as weights
 
 TINY = ResNetConfig("basic", (1, 1, 1), (4, 8, 16), num_classes=10, stem="cifar", shortcut="pad")
 BATCH, STEPS_PER_EPOCH, EPOCHS, PIXELS = 16, 2, 3, 8

@@ -33,10 +33,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convert import reference
-from jresnet import data, report, weights
+from jresnet import data, report
 from jresnet.config import RunConfig, default_config, differences, read_config
 from jresnet.errors import InputError
 from jresnet.models import zoo
+from jresnet.weights import native as weights
 
 PADDING = 4  # black pixels around an image that is cropped at random
 FILES = ("config.json", "metrics.jsonl", "summary.json", "state.pt")

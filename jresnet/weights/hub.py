@@ -28,10 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jresnet import download, pretrained
+from jresnet import download
 from jresnet.errors import DownloadError, InputError, WeightsError
 from jresnet.models import zoo
-from jresnet.pretrained import Preprocessing
+from jresnet.weights import published as pretrained
+from jresnet.weights.published import Preprocessing
 
 if TYPE_CHECKING:
     import numpy as np

@@ -278,7 +278,7 @@ def name_mismatch(filename: str, sha256: str) -> str | None:
 @functools.cache
 def categories() -> tuple[str, ...]:
     """The 1,000 ImageNet class names in the order of the logits, as torchvision spells them."""
-    text = importlib.resources.files("jresnet").joinpath("imagenet_classes.txt").read_text(encoding="utf-8")
+    text = importlib.resources.files("jresnet.weights").joinpath("imagenet_classes.txt").read_text(encoding="utf-8")
     return tuple(text.splitlines())
 
 
@@ -312,6 +312,6 @@ def converted(path: Path, arch: str, **chosen: Any) -> "tuple[ResNetConfig, dict
 
 def load(weights: Weights, dtype: "DTypeLike | None" = None) -> "ResNet":
     """Published weights as a model; errors as :func:`read`."""
-    from jresnet import weights as native
+    from jresnet.weights import native
 
     return native.fill(*read(weights), dtype)
