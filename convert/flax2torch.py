@@ -36,11 +36,11 @@ def state_dict(
     """The weights of ``model`` as PyTorch's ``load_state_dict(strict=True)`` takes them, after ``torch.from_numpy``.
 
     ``{key: torch.from_numpy(value) for key, value in state_dict(model).items()}`` is a state_dict of torch's;
-    :func:`convert.torchsave.write` makes a ``.pth`` of it without torch.
+    :func:`jresnet.pytorch.torchsave.write` makes a ``.pth`` of it without torch.
 
     Args:
         model: its parameters and running statistics are taken as they are, bit by bit.
-        dialect: whose names, of :data:`convert.keymap.DIALECTS`.
+        dialect: whose names, of :data:`jresnet.pytorch.keymap.DIALECTS`.
         counters: what each BN's ``num_batches_tracked`` is to be: one number, or numbers by torchvision's key, 0 where
             it has none. Only ``BatchNorm2d(momentum=None)`` reads it.
 
@@ -51,7 +51,7 @@ def state_dict(
     Raises:
         InputError: for an unknown dialect, or one that has no network like ``model``.
     """
-    from convert import keymap
+    from jresnet.pytorch import keymap
     from jresnet.weights import native as weights
 
     check_dialect(model.config, dialect)
@@ -68,7 +68,7 @@ def state_dict(
 
 def check_dialect(config: ResNetConfig, dialect: str) -> None:
     """Raises :class:`InputError` for an unknown dialect, or one whose networks differ from ``config``."""
-    from convert.keymap import DIALECTS
+    from jresnet.pytorch.keymap import DIALECTS
 
     if dialect not in DIALECTS:
         raise InputError(f"unknown dialect {dialect!r}: there are {', '.join(DIALECTS)}")
@@ -81,7 +81,7 @@ def check_dialect(config: ResNetConfig, dialect: str) -> None:
 
 def _differences(config: ResNetConfig, dialect: str) -> list[str]:
     """In what the networks of ``dialect`` are not like ``config``."""
-    from convert.keymap import DIALECTS
+    from jresnet.pytorch.keymap import DIALECTS
 
     return [
         f"{field} is {value!r} there, {getattr(config, field)!r} here"
@@ -96,7 +96,7 @@ def _rank(path: str) -> list[int]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
-    from convert.keymap import DIALECTS
+    from jresnet.pytorch.keymap import DIALECTS
 
     parser = argparse.ArgumentParser(
         prog="python -m convert.flax2torch",
@@ -126,7 +126,8 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     import safetensors.numpy
 
-    from convert import keymap, torchsave, verify
+    from convert import verify
+    from jresnet.pytorch import keymap, torchsave
     from jresnet.weights import native as weights
 
     path, output = args.file, args.output or args.file.with_suffix(".pth")

@@ -39,7 +39,7 @@ class Conversion:
 
     def torchvision(self) -> dict[str, np.ndarray]:
         """The tensors by torchvision's keys, in PyTorch's layout."""
-        from convert import keymap
+        from jresnet.pytorch import keymap
 
         return {keymap.torch_key(path): to_torch(value) for path, value in self.values.items()}
 
@@ -65,7 +65,7 @@ def convert(
         num_classes: the head's. Another number than the state_dict's asks for a fresh head.
         in_channels: the stem's. Another number than the state_dict's 3 adapts it, as :func:`jresnet.weights.native.adapt` does.
         stem, shortcut, dtype: as in :func:`jresnet.create`.
-        dialect: a name of :data:`convert.keymap.DIALECTS`; ``None``: the one that the keys fit best.
+        dialect: a name of :data:`jresnet.pytorch.keymap.DIALECTS`; ``None``: the one that the keys fit best.
         seed: of a fresh head.
 
     Raises:
@@ -91,7 +91,7 @@ def match(
     ``source`` names the weights in errors. Where the head or the stem is of another size than asked for, this is the
     state_dict's own; :func:`jresnet.weights.native.adapt` makes it the one that was asked for.
     """
-    from convert import keymap
+    from jresnet.pytorch import keymap
     from jresnet.weights import native as weights
 
     tensors, notes = _peel(state_dict, source)
@@ -138,14 +138,14 @@ def read(path: str | Path) -> Any:
         from jresnet.weights.native import read_safetensors
 
         return read_safetensors(path)[0]
-    from convert import torchfile
+    from jresnet.pytorch import torchfile
 
     return torchfile.read(path)
 
 
 def _peel(found: Any, source: str) -> tuple[dict[str, Any], list[str]]:
     """The state_dict inside a checkpoint, without wrappers' prefixes, and what was passed over."""
-    from convert.keymap import CONTAINERS, IGNORED, strip_wrappers
+    from jresnet.pytorch.keymap import CONTAINERS, IGNORED, strip_wrappers
     from jresnet.weights import native as weights
 
     notes = []
@@ -174,7 +174,7 @@ def _find_dialect(
     arch: str, keys: Collection[str], asked: str | None, chosen: Mapping[str, Any]
 ) -> tuple[str, ResNetConfig]:
     """The dialect in which the fewest keys are missing or unexpected, and the network's configuration in it."""
-    from convert import keymap
+    from jresnet.pytorch import keymap
     from jresnet.weights import native as weights
 
     own = weights.configure(arch, **chosen)
@@ -215,7 +215,7 @@ def _without_aliases(
     tensors: Mapping[str, Any], dialect: str, known: Collection[str]
 ) -> tuple[dict[str, Any], list[str]]:
     """The tensors without second names; what is wrong where a second name's tensor is not that of the first."""
-    from convert import keymap
+    from jresnet.pytorch import keymap
 
     tensors, differ = dict(tensors), []
     for key in known:
@@ -277,8 +277,8 @@ def _advice(expected: Mapping[str, tuple[int, ...]], got: Mapping[str, Any], pat
 
 def _architectures(arch: str, tensors: Mapping[str, Any]) -> list[str]:
     """The other architectures of which the file has every tensor; stem and head may be of any size."""
-    from convert import keymap
     from jresnet.models.zoo import ZOO
+    from jresnet.pytorch import keymap
     from jresnet.weights import native as weights
 
     got = {k: tuple(v.shape) for k, v in tensors.items() if k.rpartition(".")[2] != keymap.COUNTER}
@@ -299,8 +299,8 @@ def _architectures(arch: str, tensors: Mapping[str, Any]) -> list[str]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
-    from convert.keymap import DIALECTS
     from jresnet.models.zoo import ZOO
+    from jresnet.pytorch.keymap import DIALECTS
 
     parser = argparse.ArgumentParser(
         prog="python -m convert.torch2flax",
@@ -458,7 +458,7 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
 
 def _metadata(found: Conversion) -> dict[str, str]:
     """What a native file keeps of a conversion: the dialect, the counters, and the dialect's preprocessing."""
-    from convert.keymap import DIALECTS
+    from jresnet.pytorch.keymap import DIALECTS
     from jresnet.weights.published import Preprocessing
 
     kept = {"dialect": found.dialect}

@@ -23,8 +23,9 @@ from flax import nnx
 from jax import lax
 
 import jresnet
-from convert import flax2torch, keymap, torch2flax
+from convert import flax2torch, torch2flax
 from jresnet import augment, cache, data, devices, optim, recipes, train
+from jresnet.pytorch import keymap
 from jresnet.weights import native as weights
 
 Job = Mapping[str, Any]

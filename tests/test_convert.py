@@ -11,9 +11,10 @@ import safetensors.numpy
 from conftest import REPOSITORY, command
 
 import jresnet
-from convert import keymap, torch2flax, verify
+from convert import torch2flax, verify
 from jresnet.errors import InputError, WeightsError
 from jresnet.models.zoo import ZOO
+from jresnet.pytorch import keymap
 from jresnet.weights import native as weights
 
 

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jresnet
-from convert import flax2torch, keymap, torch2flax, torchfile, torchsave
+from convert import flax2torch, torch2flax
 from jresnet.errors import InputError
 from jresnet.models.resnet import ResNet
+from jresnet.pytorch import keymap, torchfile, torchsave
 from jresnet.weights import native as weights
 
 DTYPES = [np.dtype(name) for name in ("float32", "int64", "float64", "float16", ml_dtypes.bfloat16)]

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from convert import keymap, torch2flax, verify
+from convert import torch2flax, verify
+from jresnet.pytorch import keymap
 from jresnet.weights import native as weights
 
 sys.path.insert(0, str(Path(__file__).parent / "golden"))

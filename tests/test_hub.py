@@ -610,8 +610,9 @@ def test_models_commands_and_evaluation_take_them(
     import numpy as np
     import safetensors.numpy
 
-    from convert import keymap, torch2flax
+    from convert import torch2flax
     from jresnet import evaluate
+    from jresnet.pytorch import keymap
     from jresnet.weights import native as weights
 
     shapes = weights.shapes(weights.configure("resnet20_cifar", num_classes=3))

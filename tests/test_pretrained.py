@@ -260,7 +260,8 @@ def stand_in(request, row, monkeypatch):
     import numpy as np
     import safetensors.numpy
 
-    from convert import keymap, torch2flax
+    from convert import torch2flax
+    from jresnet.pytorch import keymap
     from jresnet.weights import native as weights
 
     draw = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""``convert.torchfile`` without torch: files of both formats built by hand, and a corpus of hostile ones."""
+"""``jresnet.pytorch.torchfile`` without torch: files of both formats built by hand, and a corpus of hostile ones."""
 
 import contextlib
 import io
@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from convert import torchfile
-from convert.torchfile import read
 from jresnet.errors import WeightsError
+from jresnet.pytorch import torchfile
+from jresnet.pytorch.torchfile import read
 
 # --- Builders: pickle opcodes, and the two formats around them.
 
@@ -667,7 +667,7 @@ def test_flipped_bytes(load, name):
 
 ARENA = """
 import os, random, resource, sys
-from convert.torchfile import read
+from jresnet.pytorch.torchfile import read
 from jresnet.errors import WeightsError
 
 folder, damaged = sys.argv[1:]
@@ -847,7 +847,7 @@ def test_memory_limit_of_the_system(tmp_path):
         paths[-1].write_bytes(FORMATS[kind](program(body)))
     script = """
 import resource, sys
-from convert.torchfile import read
+from jresnet.pytorch.torchfile import read
 from jresnet.errors import WeightsError
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + (256 << 20),) * 2)

@@ -29,10 +29,11 @@ import torch
 import torch.nn.functional as F
 from flax import nnx
 
-from convert import flax2torch, keymap, torch2flax, verify
+from convert import flax2torch, torch2flax, verify
 from jresnet import ResNet, create, data, optim, recipes, train
 from jresnet.augment import Pipeline
 from jresnet.errors import InputError
+from jresnet.pytorch import keymap
 from jresnet.weights import native as weights
 
 ARCH = "resnet20_cifar"

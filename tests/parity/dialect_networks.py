@@ -1,4 +1,4 @@
-"""Networks whose tensors are named as each dialect of ``convert.keymap`` names them, in as few lines as that takes.
+"""Networks whose tensors are named as each dialect of ``jresnet.pytorch.keymap`` names them, in as few lines as that takes.
 
 Written from the keys and the papers, not from the repositories' code; with PyTorch's initial parameters.
 """

@@ -34,8 +34,9 @@ def in_jax(folder: Path) -> None:
     jax.config.update("jax_enable_x64", True)
     from flax import nnx
 
-    from convert import keymap, torch2flax
+    from convert import torch2flax
     from jresnet import devices, optim, train
+    from jresnet.pytorch import keymap
     from jresnet.weights import native as weights
 
     tensors = np.load(folder / "start.npz")
@@ -144,7 +145,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def errors(found: Any, wanted: Any) -> dict[str, float]:
     """Relative L2 errors by name, of jresnet's results beside PyTorch's."""
-    from convert import keymap, torch2flax
+    from convert import torch2flax
+    from jresnet.pytorch import keymap
 
     keys = {name: name if name in ("losses", "correct") else keymap.torch_key(name) for name in found}
     assert set(keys.values()) == {key for key in wanted if not key.endswith("num_batches_tracked")}

@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import jresnet
-from convert import flax2torch, torch2flax, torchsave, verify
+from convert import flax2torch, torch2flax, verify
+from jresnet.pytorch import torchsave
 from jresnet.weights import native as weights
 
 DTYPES = [np.dtype(name) for name in ("float32", "int64", "float64", "float16", ml_dtypes.bfloat16)]

@@ -17,8 +17,9 @@ import torch
 from flax import nnx
 
 import jresnet
-from convert import keymap, torch2flax, verify
+from convert import torch2flax, verify
 from jresnet.models.layers import BatchNorm, Conv
+from jresnet.pytorch import keymap
 from jresnet.weights import native as weights
 
 ARCHS = (*networks.TORCHVISION, "resnet20_cifar", "resnet56_cifar", "resnet34_projection", "resnet18_d2l")

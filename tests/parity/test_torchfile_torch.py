@@ -1,4 +1,4 @@
-"""``convert.torchfile`` against ``torch.load(weights_only=True)``, on files that torch wrote in both formats."""
+"""``jresnet.pytorch.torchfile`` against ``torch.load(weights_only=True)``, on files that torch wrote in both formats."""
 
 import argparse
 import contextlib
@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from convert.torchfile import read
 from jresnet.errors import WeightsError
+from jresnet.pytorch.torchfile import read
 
 torch = pytest.importorskip("torch")
 

@@ -22,12 +22,13 @@ from test_training import EXACT, Errors, Unchanged, by_path, nchw
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 
 import jresnet
-from convert import keymap, torch2flax
+from convert import torch2flax
 from convert.reference import CifarResNet, randomise
 from jresnet import augment, data, optim, train
 from jresnet.config import RunConfig, default_config
 from jresnet.errors import InputError
 from jresnet.models.resnet import ResNetConfig
+from jresnet.pytorch import keymap
 from jresnet.weights import native as weights
 
 TINY = ResNetConfig("basic", (1, 1, 1), (4, 8, 16), num_classes=10, stem="cifar", shortcut="pad")
