@@ -20,9 +20,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from jresnet import cache, factory, images, recipes
+from jresnet import cache, factory, recipes
 from jresnet.augment import normalise
-from jresnet.data import load_cifar10
+from jresnet.data import images
+from jresnet.data.cifar10 import load_cifar10
 from jresnet.errors import DataError, InputError, WeightsError
 from jresnet.kernels.cpu import compiler_options
 from jresnet.models.resnet import ResNet
@@ -162,7 +163,7 @@ def cifar10(resolved: Resolved, data_dir: Path | None, limit: int | None) -> Lab
     """The first ``limit`` of CIFAR-10's test images, in the official order.
 
     Raises:
-        DataError: as :func:`jresnet.data.load_cifar10`, or the network is not one for ten classes.
+        DataError: as :func:`jresnet.data.cifar10.load_cifar10`, or the network is not one for ten classes.
     """
     if resolved.model.config.num_classes != 10:
         raise DataError(f"CIFAR-10 has 10 classes, but the network {resolved.model.config.num_classes:,}")
@@ -184,7 +185,7 @@ def folder(resolved: Resolved, found: images.Folder, limit: int | None) -> Label
 
     Args:
         resolved: of :func:`resolve`.
-        found: of :func:`jresnet.images.list_folder`.
+        found: of :func:`jresnet.data.images.list_folder`.
         limit: only so many images: the first of every class, then the second of every class, and so on.
 
     Raises:

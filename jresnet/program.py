@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-import jresnet.data
+import jresnet.data.cifar10
 from jresnet import cache, devices, optim, train
 from jresnet.config import RunConfig
-from jresnet.data import Dataset, Split
+from jresnet.data.cifar10 import Dataset, Split
 from jresnet.devices import Devices
 from jresnet.errors import InputError
 from jresnet.kernels.cpu import compiler_options
@@ -183,10 +183,10 @@ def describe(config: RunConfig, program: Program) -> list[str]:
 
 
 def load_data(config: RunConfig, data_dir: Path | None) -> Dataset:
-    """The configured dataset; raises DataError and DownloadError as :mod:`jresnet.data` says."""
+    """The configured dataset; raises DataError and DownloadError as :mod:`jresnet.data.cifar10` says."""
     if config.dataset == "digits":
-        return jresnet.data.load_digits()
-    return jresnet.data.load_cifar10(data_dir)
+        return jresnet.data.cifar10.load_digits()
+    return jresnet.data.cifar10.load_cifar10(data_dir)
 
 
 def split_dataset(config: RunConfig, data: Dataset) -> dict[str, Split]:

@@ -19,7 +19,7 @@ from flax import nnx
 from jresnet import debug, devices, folder, logs, report, train
 from jresnet.checkpoint import Checkpoints, Lock
 from jresnet.config import RunConfig
-from jresnet.data import Dataset
+from jresnet.data.cifar10 import Dataset
 from jresnet.devices import Devices
 from jresnet.program import Program, describe
 from jresnet.stop import Interrupted, StopRequest

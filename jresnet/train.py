@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec
 
 from jresnet import cache
 from jresnet.augment import Pipeline, alternate
-from jresnet.data import Split
+from jresnet.data.cifar10 import Split
 from jresnet.devices import Devices
 from jresnet.models.resnet import ResNet
 

@@ -24,7 +24,8 @@ from jax import lax
 
 import jresnet
 from convert import flax2torch, torch2flax
-from jresnet import augment, cache, data, devices, optim, recipes, train
+from jresnet import augment, cache, devices, optim, recipes, train
+from jresnet.data import cifar10 as data
 from jresnet.pytorch import keymap
 from jresnet.weights import native as weights
 

@@ -104,7 +104,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from jresnet import cache, evaluate, images
+    from jresnet import cache, evaluate
+    from jresnet.data import images
 
     def say(title: str, text: str) -> None:
         if not args.json:

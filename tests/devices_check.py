@@ -9,7 +9,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jresnet import augment, data, devices, optim, train
+from jresnet import augment, devices, optim, train
+from jresnet.data import cifar10 as data
 from jresnet.models.resnet import ResNet, ResNetConfig
 
 TINY = ResNetConfig("basic", (1, 1), (4, 8), num_classes=10, stem="cifar", shortcut="pad")

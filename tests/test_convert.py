@@ -307,7 +307,7 @@ def test_the_network_trained_elsewhere(shared: Path, cifar10: Path, tmp_path: Pa
     """akamaster's ResNet-20: a legacy file, prefixed, CUDA storages; PyTorch gets 915 of the 1,000 clean images."""
     from flax import nnx
 
-    from jresnet import data
+    from jresnet.data import cifar10 as data
 
     output = tmp_path / "resnet20.safetensors"
     source = shared / "weights" / "resnet20-12fca82f.th"

@@ -1,4 +1,4 @@
-"""jresnet.data: every source gives the same arrays, what is not official is named, bad input ends in one clear error.
+"""jresnet.data.cifar10: every source gives the same arrays, what is not official is named, bad input ends in one clear error.
 
 The archives and stores are tiny ones that the tests write; the real images are used where JRESNET_SHARED names a folder
 that holds them.
@@ -26,7 +26,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jresnet import data
+from jresnet.data import cifar10 as data
 from jresnet.errors import DataError, DownloadError
 
 TRAIN = [f"data_batch_{i}" for i in range(1, 6)]

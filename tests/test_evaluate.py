@@ -15,7 +15,8 @@ from conftest import command, load_script, randomise
 from PIL import Image
 
 import jresnet
-from jresnet import evaluate, images, recipes
+from jresnet import evaluate, recipes
+from jresnet.data import images
 from jresnet.errors import DataError, InputError, WeightsError
 from jresnet.weights import native as weights
 from jresnet.weights import published as pretrained

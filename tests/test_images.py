@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from jresnet import images
+from jresnet.data import images
 from jresnet.errors import DataError
 from jresnet.weights.published import Preprocessing
 

@@ -8,7 +8,7 @@ from flax import nnx
 
 import jresnet
 from jresnet import augment, devices, optim, train
-from jresnet.data import Split
+from jresnet.data.cifar10 import Split
 from jresnet.models.resnet import ResNet, ResNetConfig
 
 TINY = ResNetConfig("basic", (1, 1), (4, 8), num_classes=10, stem="cifar", shortcut="pad")

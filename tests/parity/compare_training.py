@@ -30,8 +30,9 @@ import torch.nn.functional as F
 from flax import nnx
 
 from convert import flax2torch, torch2flax, verify
-from jresnet import ResNet, create, data, optim, recipes, train
+from jresnet import ResNet, create, optim, recipes, train
 from jresnet.augment import Pipeline
+from jresnet.data import cifar10 as data
 from jresnet.errors import InputError
 from jresnet.pytorch import keymap
 from jresnet.weights import native as weights

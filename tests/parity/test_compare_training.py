@@ -9,7 +9,7 @@ import compare_training
 import numpy as np
 import pytest
 
-from jresnet import data
+from jresnet.data import cifar10 as data
 
 
 @pytest.fixture

@@ -12,8 +12,9 @@ import torch
 from flax import nnx
 
 from convert import reference, torch2flax, verify
-from jresnet import data, recipes
+from jresnet import recipes
 from jresnet.augment import normalise
+from jresnet.data import cifar10 as data
 from jresnet.weights import native as weights
 
 

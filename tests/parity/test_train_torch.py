@@ -24,8 +24,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 import jresnet
 from convert import torch2flax
 from convert.reference import CifarResNet, randomise
-from jresnet import augment, data, optim, train
+from jresnet import augment, optim, train
 from jresnet.config import RunConfig, default_config
+from jresnet.data import cifar10 as data
 from jresnet.errors import InputError
 from jresnet.models.resnet import ResNetConfig
 from jresnet.pytorch import keymap

@@ -33,8 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convert import reference
-from jresnet import data, report
+from jresnet import report
 from jresnet.config import RunConfig, default_config, differences, read_config
+from jresnet.data import cifar10 as data
 from jresnet.errors import InputError
 from jresnet.models import zoo
 from jresnet.weights import native as weights
