@@ -1,6 +1,5 @@
 """jresnet: ResNets in JAX and Flax NNX, the same function as PyTorch's, training included."""
 
-from jresnet import optim
 from jresnet.errors import DataError, DownloadError, InputError, WeightsError
 from jresnet.factory import (
     create,
@@ -27,6 +26,7 @@ from jresnet.factory import (
 from jresnet.kernels.cpu import compiler_options
 from jresnet.models.fuse import fuse
 from jresnet.models.resnet import BasicBlock, Bottleneck, ResNet, ResNetConfig
+from jresnet.training import optim
 from jresnet.weights.native import load, save
 
 __version__ = "0.1.0"

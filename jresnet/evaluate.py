@@ -20,13 +20,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from jresnet import cache, factory, recipes
-from jresnet.augment import normalise
+from jresnet import cache, factory
 from jresnet.data import images
 from jresnet.data.cifar10 import load_cifar10
 from jresnet.errors import DataError, InputError, WeightsError
 from jresnet.kernels.cpu import compiler_options
 from jresnet.models.resnet import ResNet
+from jresnet.training import recipes
+from jresnet.training.augment import normalise
 from jresnet.weights import hub, native
 from jresnet.weights import published as pretrained
 from jresnet.weights.published import Preprocessing

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from jresnet import plots
 from jresnet.errors import InputError
-from jresnet.logs import LARGEST, duration, finite, read_metrics
+from jresnet.training.metrics import LARGEST, duration, finite, read_metrics
 
 # What a table says of config.json's "run", and its types.
 SETTINGS: dict[str, type | tuple[type, ...]] = {

@@ -24,9 +24,11 @@ from jax import lax
 
 import jresnet
 from convert import flax2torch, torch2flax
-from jresnet import augment, cache, devices, optim, recipes, train
+from jresnet import cache
 from jresnet.data import cifar10 as data
 from jresnet.pytorch import keymap
+from jresnet.training import augment, devices, optim, recipes
+from jresnet.training import step as train
 from jresnet.weights import native as weights
 
 Job = Mapping[str, Any]

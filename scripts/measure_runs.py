@@ -47,8 +47,10 @@ def measure(create: Callable[[int], Any], size: int, batch_size: int, runs: int,
     import numpy as np
     from flax import nnx
 
-    from jresnet import cache, compiler_options, optim, recipes, train
-    from jresnet.augment import Pipeline
+    from jresnet import cache, compiler_options
+    from jresnet.training import optim, recipes
+    from jresnet.training import step as train
+    from jresnet.training.augment import Pipeline
 
     models = [create(seed) for seed in range(runs)]
     optimizer = optim.optimizer("sgd", 0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)

@@ -194,9 +194,12 @@ def main(argv: list[str] | None = None) -> int:
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
     # After the options: --help and mistakes in them answer at once.
     try:
-        from jresnet import cache, config, devices, folder, program, run
+        from jresnet import cache
         from jresnet.errors import InputError
-        from jresnet.stop import Interrupted, StopRequest
+        from jresnet.training import config, devices, program
+        from jresnet.training import outputs as folder
+        from jresnet.training import trainer as run
+        from jresnet.training.stop import Interrupted, StopRequest
     except ImportError as error:
         print(f"error: {error}: install what training needs with pip install -e '.[train]'", file=sys.stderr)
         return 1

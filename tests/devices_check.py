@@ -9,9 +9,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jresnet import augment, devices, optim, train
 from jresnet.data import cifar10 as data
 from jresnet.models.resnet import ResNet, ResNetConfig
+from jresnet.training import augment, devices, optim
+from jresnet.training import step as train
 
 TINY = ResNetConfig("basic", (1, 1), (4, 8), num_classes=10, stem="cifar", shortcut="pad")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from jresnet import augment
+from jresnet.training import augment
 
 
 @pytest.fixture(scope="module")

@@ -27,9 +27,9 @@ from conftest import REPOSITORY, command
 from flax import nnx
 
 import jresnet
-from jresnet import train
-from jresnet.checkpoint import KEPT, Checkpoints, Lock
 from jresnet.errors import InputError, WeightsError
+from jresnet.training import step as train
+from jresnet.training.checkpoint import KEPT, Checkpoints, Lock
 
 
 class State(NamedTuple):
@@ -662,7 +662,7 @@ with Checkpoints(Path(sys.argv[1])) as checkpoints:
 HOLDER = """
 import os, subprocess, sys, time
 from pathlib import Path
-from jresnet.checkpoint import Lock
+from jresnet.training.checkpoint import Lock
 with Lock(Path(sys.argv[1])):
     if sys.argv[2] == "with a child":
         subprocess.Popen(["sleep", "60"], close_fds=False)

@@ -12,8 +12,8 @@ import pytest
 from conftest import randomise
 from flax import nnx
 
-from jresnet.debug import LINES, find_non_finite
 from jresnet.models.resnet import ResNet, ResNetConfig
+from jresnet.training.nans import LINES, find_non_finite
 
 # As small as they can be, since each is compiled.
 BASIC = ResNetConfig("basic", (1, 1), (4, 8), num_classes=10, stem="cifar", shortcut="pad")

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY, command
 
-from jresnet import config, devices, program
 from jresnet.errors import InputError
+from jresnet.training import config, devices, program
 
 CHECK = "tests/devices_check.py"
 # Largest difference of any loss, weight, momentum or statistic after eight steps. Partial sums over devices round

@@ -15,9 +15,10 @@ from conftest import command, load_script, randomise
 from PIL import Image
 
 import jresnet
-from jresnet import evaluate, recipes
+from jresnet import evaluate
 from jresnet.data import images
 from jresnet.errors import DataError, InputError, WeightsError
+from jresnet.training import recipes
 from jresnet.weights import native as weights
 from jresnet.weights import published as pretrained
 from jresnet.weights.published import Preprocessing

@@ -21,9 +21,9 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from jresnet import logs
 from jresnet.errors import InputError
-from jresnet.logs import Metrics, Progress, WandB
+from jresnet.training import metrics as logs
+from jresnet.training.metrics import Metrics, Progress, WandB
 
 
 def row(epoch: int, **more: Any) -> dict[str, Any]:

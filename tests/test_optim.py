@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jresnet import optim, recipes
+from jresnet.training import optim, recipes
 
 
 def test_the_rate_falls_at_the_milestone() -> None:

@@ -16,12 +16,14 @@ import pytest
 from conftest import REPOSITORY, command
 
 import jresnet
-from jresnet import logs, recipes, run
-from jresnet.config import RunConfig, default_config
 from jresnet.errors import InputError
 from jresnet.kernels.cpu import ONEDNN
-from jresnet.program import load_data
-from jresnet.stop import Interrupted, StopRequest
+from jresnet.training import metrics as logs
+from jresnet.training import recipes
+from jresnet.training import trainer as run
+from jresnet.training.config import RunConfig, default_config
+from jresnet.training.program import load_data
+from jresnet.training.stop import Interrupted, StopRequest
 from jresnet.weights import native as weights
 from jresnet.weights.published import Preprocessing
 
@@ -521,7 +523,7 @@ def test_config_is_checked_from_python_too() -> None:
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from jresnet import checkpoint
+    from jresnet.training import checkpoint
 
     out = tmp_path / "out"
     first = trainer(out, epochs=3)

@@ -7,9 +7,10 @@ import pytest
 from flax import nnx
 
 import jresnet
-from jresnet import augment, devices, optim, train
 from jresnet.data.cifar10 import Split
 from jresnet.models.resnet import ResNet, ResNetConfig
+from jresnet.training import augment, devices, optim
+from jresnet.training import step as train
 
 TINY = ResNetConfig("basic", (1, 1), (4, 8), num_classes=10, stem="cifar", shortcut="pad")
 PIPELINE = augment.Pipeline("pad", 8, "random", (0.5,) * 3, (0.25,) * 3)

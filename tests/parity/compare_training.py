@@ -30,11 +30,13 @@ import torch.nn.functional as F
 from flax import nnx
 
 from convert import flax2torch, torch2flax, verify
-from jresnet import ResNet, create, optim, recipes, train
-from jresnet.augment import Pipeline
+from jresnet import ResNet, create
 from jresnet.data import cifar10 as data
 from jresnet.errors import InputError
 from jresnet.pytorch import keymap
+from jresnet.training import optim, recipes
+from jresnet.training import step as train
+from jresnet.training.augment import Pipeline
 from jresnet.weights import native as weights
 
 ARCH = "resnet20_cifar"

@@ -35,8 +35,9 @@ def in_jax(folder: Path) -> None:
     from flax import nnx
 
     from convert import torch2flax
-    from jresnet import devices, optim, train
     from jresnet.pytorch import keymap
+    from jresnet.training import devices, optim
+    from jresnet.training import step as train
     from jresnet.weights import native as weights
 
     tensors = np.load(folder / "start.npz")

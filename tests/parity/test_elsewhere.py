@@ -12,9 +12,9 @@ import torch
 from flax import nnx
 
 from convert import reference, torch2flax, verify
-from jresnet import recipes
-from jresnet.augment import normalise
 from jresnet.data import cifar10 as data
+from jresnet.training import recipes
+from jresnet.training.augment import normalise
 from jresnet.weights import native as weights
 
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from convert.verify import import_torchvision
-from jresnet import augment
 from jresnet.data import images
+from jresnet.training import augment
 from jresnet.weights import published as pretrained
 from jresnet.weights.published import Preprocessing
 

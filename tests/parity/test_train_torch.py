@@ -24,12 +24,13 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 import jresnet
 from convert import torch2flax
 from convert.reference import CifarResNet, randomise
-from jresnet import augment, optim, train
-from jresnet.config import RunConfig, default_config
 from jresnet.data import cifar10 as data
 from jresnet.errors import InputError
 from jresnet.models.resnet import ResNetConfig
 from jresnet.pytorch import keymap
+from jresnet.training import augment, optim
+from jresnet.training import step as train
+from jresnet.training.config import RunConfig, default_config
 from jresnet.weights import native as weights
 
 TINY = ResNetConfig("basic", (1, 1, 1), (4, 8, 16), num_classes=10, stem="cifar", shortcut="pad")
@@ -197,7 +198,7 @@ def optax_steps(optimizer: optax.GradientTransformation, params: Any, gradients:
 
 @pytest.mark.parametrize("decay_norms", [True, False])
 def test_adamw_is_that_of_pytorch(decay_norms: bool) -> None:
-    """``jresnet.optim``'s, over twenty steps of random gradients."""
+    """``jresnet.training.optim``'s, over twenty steps of random gradients."""
     start, gradients = random_gradients(20)
     options: dict[str, Any] = {"weight_decay": 0.1}
     with jax.enable_x64(True):

@@ -20,11 +20,12 @@ from flax import nnx
 from torch.optim.lr_scheduler import MultiStepLR
 
 from convert import torch2flax
-from jresnet import optim, train
-from jresnet.augment import Pipeline
 from jresnet.models import zoo
 from jresnet.models.layers import global_average_pool
 from jresnet.pytorch import keymap
+from jresnet.training import optim
+from jresnet.training import step as train
+from jresnet.training.augment import Pipeline
 
 EXACT = 1e-10  # relative L2 error of a tensor; rounding alone gives 1e-16 to 5e-13
 STEPS, MILESTONE, GAMMA = 10, 6, 0.1

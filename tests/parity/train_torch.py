@@ -2,7 +2,7 @@
 
     python tests/parity/train_torch.py --recipe fast --depth 20 --epochs 10 --data-dir DIR --runs 3 --seed 0 --out OUT
 
-Flags are the fields of ``jresnet.config.RunConfig``; network, initialisation, recipe and data are the same, only the
+Flags are the fields of ``jresnet.training.config.RunConfig``; network, initialisation, recipe and data are the same, only the
 random draws differ. Images lie on the device in channels-last order; on CUDA the network is compiled. Writes
 ``OUT/seed-N/{config.json, metrics.jsonl, summary.json}`` and ``OUT/summary.json`` over the seeds. A run that was killed
 goes on from its last epoch with ``--resume``, and finished seeds are left as they are.
@@ -34,10 +34,10 @@ from torch import Tensor, nn
 
 from convert import reference
 from jresnet import report
-from jresnet.config import RunConfig, default_config, differences, read_config
 from jresnet.data import cifar10 as data
 from jresnet.errors import InputError
 from jresnet.models import zoo
+from jresnet.training.config import RunConfig, default_config, differences, read_config
 from jresnet.weights import native as weights
 
 PADDING = 4  # black pixels around an image that is cropped at random
@@ -117,7 +117,7 @@ def network(config: RunConfig, classes: int) -> nn.Module:
 
 
 def factor(config: RunConfig, steps_per_epoch: int) -> Callable[[int], float]:
-    """The learning rate at a step, counted from 0, as a share of ``config.lr``: :func:`jresnet.optim.schedule`."""
+    """The learning rate at a step, counted from 0, as a share of ``config.lr``: :func:`jresnet.training.optim.schedule`."""
     warmup = round(config.warmup_epochs * steps_per_epoch)
     rest = max(config.epochs * steps_per_epoch - warmup, 1)
     milestones = [round((m - warmup / steps_per_epoch) * steps_per_epoch) for m in config.milestones]

@@ -19,10 +19,10 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jresnet import cache
-from jresnet.augment import Pipeline, alternate
 from jresnet.data.cifar10 import Split
-from jresnet.devices import Devices
 from jresnet.models.resnet import ResNet
+from jresnet.training.augment import Pipeline, alternate
+from jresnet.training.devices import Devices
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Int32, UInt8
@@ -108,7 +108,7 @@ def train_step(
 
     Args:
         graph: of the model.
-        optimizer: of :func:`jresnet.optim.optimizer`.
+        optimizer: of :func:`jresnet.training.optim.optimizer`.
         pipeline: what happens to the images.
         steps_per_epoch: tells the epoch, which an alternating flip needs.
         label_smoothing: share of a target that is spread over all classes.

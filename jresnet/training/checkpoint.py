@@ -1,7 +1,7 @@
 """Resumable training state: Orbax's asynchronous checkpoints with digests of their own, and the lock on a run's folder.
 
 The state's leaves are joined into one array of bytes. Beside it lies a JSON text that names them by their path in
-:class:`jresnet.train.TrainState`: so no checkpoint depends on how Flax or optax lay out their containers, and Orbax has one
+:class:`jresnet.training.step.TrainState`: so no checkpoint depends on how Flax or optax lay out their containers, and Orbax has one
 write to make, whose failure (a full disk, a damaged file) is one error and not hundreds of its threads' tracebacks. Orbax
 restores flipped bits silently and does not wait for the disk (fsync), so the text holds the SHA-256 of the bytes, and its
 own lies beside it.
@@ -31,7 +31,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jresnet.errors import InputError, WeightsError
-from jresnet.train import TrainState
+from jresnet.training.step import TrainState
 from jresnet.weights.native import printable
 
 KEPT = 3  # the newest ones; the best one beside them

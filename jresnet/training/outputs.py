@@ -14,10 +14,11 @@ from typing import Any
 import jax
 
 import jresnet
-from jresnet import plots, train
-from jresnet.config import RunConfig, differences, read_config
+from jresnet import plots
 from jresnet.errors import InputError
-from jresnet.program import Program
+from jresnet.training import step as train
+from jresnet.training.config import RunConfig, differences, read_config
+from jresnet.training.program import Program
 from jresnet.weights import native as weights
 from jresnet.weights.published import Preprocessing
 

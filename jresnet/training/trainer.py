@@ -16,13 +16,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jresnet import debug, devices, folder, logs, report, train
-from jresnet.checkpoint import Checkpoints, Lock
-from jresnet.config import RunConfig
+from jresnet import report
 from jresnet.data.cifar10 import Dataset
-from jresnet.devices import Devices
-from jresnet.program import Program, describe
-from jresnet.stop import Interrupted, StopRequest
+from jresnet.training import devices
+from jresnet.training import metrics as logs
+from jresnet.training import nans as debug
+from jresnet.training import outputs as folder
+from jresnet.training import step as train
+from jresnet.training.checkpoint import Checkpoints, Lock
+from jresnet.training.config import RunConfig
+from jresnet.training.devices import Devices
+from jresnet.training.program import Program, describe
+from jresnet.training.stop import Interrupted, StopRequest
 from jresnet.weights import native as weights
 
 ROLLBACKS = 3  # how often a run goes back to its last checkpoint

@@ -10,16 +10,16 @@ from typing import Any
 
 import jax
 
-from jresnet import recipes
-from jresnet.augment import Pipeline
 from jresnet.errors import InputError
 from jresnet.models import zoo
 from jresnet.models.resnet import Stem
+from jresnet.training import recipes
+from jresnet.training.augment import Pipeline
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All that decides a run's outcome; fields that a recipe has too are explained in :class:`jresnet.recipes.Recipe`."""
+    """All that decides a run's outcome; fields that a recipe has too are explained in :class:`jresnet.training.recipes.Recipe`."""
 
     arch: str
     dataset: str  # "cifar10" | "digits"

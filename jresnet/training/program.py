@@ -14,14 +14,16 @@ import numpy as np
 from flax import nnx
 
 import jresnet.data.cifar10
-from jresnet import cache, devices, optim, train
-from jresnet.config import RunConfig
+from jresnet import cache
 from jresnet.data.cifar10 import Dataset, Split
-from jresnet.devices import Devices
 from jresnet.errors import InputError
 from jresnet.kernels.cpu import compiler_options
 from jresnet.models.resnet import ResNet
-from jresnet.stop import Interrupted, StopRequest
+from jresnet.training import devices, optim
+from jresnet.training import step as train
+from jresnet.training.config import RunConfig
+from jresnet.training.devices import Devices
+from jresnet.training.stop import Interrupted, StopRequest
 from jresnet.weights import native as weights
 
 
