@@ -104,7 +104,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
-    from jresnet import cache, evaluate
+    from jresnet import cache
+    from jresnet import evaluation as evaluate
     from jresnet.data import images
 
     def say(title: str, text: str) -> None:

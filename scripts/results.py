@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import benchmark_table
 
 from jresnet.errors import InputError
-from jresnet.report import Entry, percent, plus_minus, read_entry, read_json, spread, summarise
+from jresnet.reports.compare import Entry, percent, plus_minus, read_entry, read_json, spread, summarise
 from jresnet.weights.native import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,7 +15,7 @@ from conftest import command, load_script, randomise
 from PIL import Image
 
 import jresnet
-from jresnet import evaluate
+from jresnet import evaluation as evaluate
 from jresnet.data import images
 from jresnet.errors import DataError, InputError, WeightsError
 from jresnet.training import recipes

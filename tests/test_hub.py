@@ -611,7 +611,7 @@ def test_models_commands_and_evaluation_take_them(
     import safetensors.numpy
 
     from convert import torch2flax
-    from jresnet import evaluate
+    from jresnet import evaluation as evaluate
     from jresnet.pytorch import keymap
     from jresnet.weights import native as weights
 

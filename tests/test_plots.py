@@ -10,8 +10,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from jresnet import plots
 from jresnet.errors import InputError
+from jresnet.reports import plots
 
 CLASSES = ("cat", "dog", "a very long name of a class, with $maths_{$ and more", "_frog")
 

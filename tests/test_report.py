@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY, command
 
-from jresnet import report
 from jresnet.errors import InputError
+from jresnet.reports import compare as report
 
 CONFIG = {"arch": "resnet20_cifar", "dataset": "cifar10", "recipe": "fast", "epochs": 3, "batch_size": 128, "lr": 0.1,
           "precision": "float32", "milestones": [1.5, 2.25], "limit_train": None, "val_split": 5000, "seed": 0}  # fmt: skip
@@ -256,7 +256,7 @@ print(report.text_table([report.cells(report.figures(entry)) for entry in report
 
 def test_the_command_line(tmp_path: Path) -> None:
     make_run(tmp_path / "a", [0.3, 0.5, 0.7])
-    done = command("-m", "jresnet.report", tmp_path / "a", "--plot", tmp_path / "x.png")
+    done = command("-m", "jresnet.reports.compare", tmp_path / "a", "--plot", tmp_path / "x.png")
     assert done.returncode == 0, done.stderr
     assert "70.00 %" in done.stdout
     with pytest.raises(SystemExit) as refused:

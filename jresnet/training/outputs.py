@@ -14,8 +14,8 @@ from typing import Any
 import jax
 
 import jresnet
-from jresnet import plots
 from jresnet.errors import InputError
+from jresnet.reports import plots
 from jresnet.training import step as train
 from jresnet.training.config import RunConfig, differences, read_config
 from jresnet.training.program import Program

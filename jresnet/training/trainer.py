@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jresnet import report
 from jresnet.data.cifar10 import Dataset
+from jresnet.reports import compare as report
 from jresnet.training import devices
 from jresnet.training import metrics as logs
 from jresnet.training import nans as debug

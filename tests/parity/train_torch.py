@@ -33,10 +33,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convert import reference
-from jresnet import report
 from jresnet.data import cifar10 as data
 from jresnet.errors import InputError
 from jresnet.models import zoo
+from jresnet.reports import compare as report
 from jresnet.training.config import RunConfig, default_config, differences, read_config
 from jresnet.weights import native as weights
 

@@ -1,4 +1,4 @@
-"""Runs side by side, from the files they leave: ``python -m jresnet.report RUN [RUN ...]``.
+"""Runs side by side, from the files they leave: ``python -m jresnet.reports.compare RUN [RUN ...]``.
 
 Nothing here needs jax, a GPU or the data.
 """
@@ -15,8 +15,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jresnet import plots
 from jresnet.errors import InputError
+from jresnet.reports import plots
 from jresnet.training.metrics import LARGEST, duration, finite, read_metrics
 
 # What a table says of config.json's "run", and its types.
@@ -355,7 +355,7 @@ def markdown_table(rows: Sequence[dict[str, str]]) -> str:
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
     parser = argparse.ArgumentParser(
-        prog="python -m jresnet.report",
+        prog="python -m jresnet.reports.compare",
         description="Compare training runs in a table and a plot.",
         epilog="Figures are those of the last epoch; of several seeds mean ± sample standard deviation over the finished "
         "ones (over all at the same epoch where none is finished), images/s and time the mean of a seed. Exit code: 0; 1 "
