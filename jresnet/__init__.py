@@ -23,7 +23,7 @@ from jresnet.factory import (
     wide_resnet50_2,
     wide_resnet101_2,
 )
-from jresnet.kernels.cpu import compiler_options
+from jresnet.kernels.compiler import compiler_options
 from jresnet.models.fuse import fuse
 from jresnet.models.resnet import BasicBlock, Bottleneck, ResNet, ResNetConfig
 from jresnet.training import optim

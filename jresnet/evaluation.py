@@ -24,7 +24,7 @@ from jresnet import cache, factory
 from jresnet.data import images
 from jresnet.data.cifar10 import load_cifar10
 from jresnet.errors import DataError, InputError, WeightsError
-from jresnet.kernels.cpu import compiler_options
+from jresnet.kernels.compiler import compiler_options
 from jresnet.models.resnet import ResNet
 from jresnet.training import recipes
 from jresnet.training.augment import normalise

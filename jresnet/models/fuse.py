@@ -2,24 +2,76 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from jresnet.errors import InputError
-from jresnet.models.layers import BatchNorm, Conv, Fused
-from jresnet.models.resnet import ResNet
+from jresnet.kernels import in_pieces
+from jresnet.models.layers import BatchNorm, Conv
+from jresnet.models.resnet import Bottleneck, ResNet, checked
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
 
 
-def fuse(model: ResNet) -> ResNet:
+class Fused(nnx.Module):
+    """Where a BatchNorm was before :func:`fuse` moved it into the convolution before it: x -> x."""
+
+    def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n h w c"]:
+        if train:
+            raise ValueError(
+                "a fused model has no BatchNorm left to train: train the model that was given to jresnet.fuse"
+            )
+        return x
+
+
+class FusedResNet(ResNet):
+    """What :func:`fuse` returns: a ResNet without BatchNorm, for inference alone."""
+
+    def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n classes"]:
+        """As :class:`ResNet` in evaluation; inside ``jax.jit`` on a CPU a batch goes through in pieces that fit the cache."""
+        if train or not isinstance(x, jax.core.Tracer):
+            return super().__call__(x, train)
+        config, kernel, x = self.config, self.conv1.kernel[...], checked(x, self.config.in_channels)
+        dtype = jnp.dtype(self.conv1.dtype or jnp.promote_types(x.dtype, kernel.dtype))
+        expansion = Bottleneck.expansion if config.block == "bottleneck" else 1
+        pooled = (x.shape[0], config.widths[-1] * expansion), jnp.promote_types(dtype, jnp.float32)
+        logits = jax.eval_shape(lambda pooled: self.fc(pooled), jax.ShapeDtypeStruct(*pooled))
+        # The largest output is the first stage's.
+        pixels = math.prod(x.shape[1:3]) // (1 if config.stem == "cifar" else 16)
+        return in_pieces(
+            *_as_a_function(self, x),
+            outputs=(logits.shape[-1], logits.dtype),
+            bytes_an_image=pixels * config.widths[0] * expansion * dtype.itemsize,
+        )
+
+
+def _as_a_function(model: FusedResNet, x: jax.Array) -> tuple[Any, ...]:
+    """A function of images and of those weights that jit traces; the images; these weights."""
+    graph, state = nnx.split(model)
+    leaves, tree = jax.tree.flatten(state)
+    traced = [leaf for leaf in leaves if isinstance(leaf, jax.core.Tracer)]
+    constants = [None if isinstance(leaf, jax.core.Tracer) else leaf for leaf in leaves]
+
+    def logits(x: jax.Array, *weights: jax.Array) -> jax.Array:
+        given = iter(weights)
+        filled = [next(given) if leaf is None else leaf for leaf in constants]
+        return ResNet.__call__(nnx.merge(graph, tree.unflatten(filled)), x)
+
+    return logits, x, *traced
+
+
+def fuse(model: ResNet) -> FusedResNet:
     """The same function for inference, with every BatchNorm folded into the convolution before it.
 
     A convolution followed by BN in evaluation is a convolution with another kernel and bias (Jacob et al. 2018,
     arXiv:1712.05877, section 3.2; ``torch.nn.utils.fuse_conv_bn_weights``). They are computed in float64 and rounded once.
-    On the CPU, inside ``jax.jit``, a batch goes through in pieces that fit the cache (:func:`jresnet.kernels.cpu.in_pieces`).
 
     >>> import jax.numpy as jnp, jresnet
     >>> fused = jresnet.fuse(jresnet.create("resnet20_cifar"))
@@ -33,35 +85,44 @@ def fuse(model: ResNet) -> ResNet:
         A model with the same submodules whose convolutions have biases. It cannot be trained, saved or fused again.
 
     Raises:
-        InputError: for a model that is fused already.
+        InputError: for a model that is fused already, or has a BatchNorm that follows no convolution.
     """
-    if isinstance(model.bn1, Fused):
+    if isinstance(model, FusedResNet):
         raise InputError("this model is fused already: its convolutions hold what was its BatchNorm")
     fused = nnx.clone(model)
-    for owner, conv, name in _pairs(fused):
-        norm: BatchNorm = owner[name] if isinstance(name, int) else getattr(owner, name)
-        kernel, mean, var, scale, bias = (
-            np.asarray(value[...], np.float64) for value in (conv.kernel, norm.mean, norm.var, norm.scale, norm.bias)
-        )
-        factor = scale / np.sqrt(var + norm.eps)
-        start = 0.0 if conv.bias is None else np.asarray(conv.bias[...], np.float64)
-        dtype = conv.kernel[...].dtype
-        conv.bias = nnx.data(nnx.Param(jnp.asarray(bias + (start - mean) * factor, dtype)))
-        conv.kernel[...] = jnp.asarray(kernel * factor, dtype)
+    for path, owner, name, conv in list(_norms(fused)):
+        if conv is None:
+            raise InputError(f"{'.'.join(map(str, path))} follows no convolution that it could be folded into")
+        _fold(conv, _child(owner, name))
         if isinstance(name, int):
             owner[name] = Fused()
         else:
             setattr(owner, name, Fused())
-    return fused
+    object.__setattr__(fused, "__class__", FusedResNet)  # nnx's own __setattr__ would take it for a submodule
+    return fused  # type: ignore[return-value]
 
 
-def _pairs(model: ResNet) -> Iterator[tuple[Any, Conv, str | int]]:
-    """Every BatchNorm as its owner and the name there, with the convolution before it."""
-    yield model, model.conv1, "bn1"
-    for i in range(len(model.config.depths)):
-        for block in getattr(model, f"layer{i + 1}"):
-            for j in (1, 2, 3):
-                if hasattr(block, f"bn{j}"):
-                    yield block, getattr(block, f"conv{j}"), f"bn{j}"
-            if len(block.downsample) == 2:
-                yield block.downsample, block.downsample[0], 1
+def _fold(conv: Conv, norm: BatchNorm) -> None:
+    kernel, mean, var, scale, bias = (
+        np.asarray(value[...], np.float64) for value in (conv.kernel, norm.mean, norm.var, norm.scale, norm.bias)
+    )
+    factor = scale / np.sqrt(var + norm.eps)
+    start = 0.0 if conv.bias is None else np.asarray(conv.bias[...], np.float64)
+    dtype = conv.kernel[...].dtype
+    conv.bias = nnx.data(nnx.Param(jnp.asarray(bias + (start - mean) * factor, dtype)))
+    conv.kernel[...] = jnp.asarray(kernel * factor, dtype)
+
+
+def _norms(model: ResNet) -> Iterator[tuple[tuple[Any, ...], Any, Any, Conv | None]]:
+    """Every BatchNorm: its path, its owner and its name there, and the convolution before it, ``conv1`` for ``bn1``."""
+    modules = {path: module for path, module in nnx.iter_graph(model) if isinstance(module, nnx.Module)}
+    for path, module in modules.items():
+        if isinstance(module, BatchNorm):
+            *above, name = path
+            before = name - 1 if isinstance(name, int) else name.replace("bn", "conv")
+            conv = modules.get((*above, before))
+            yield path, modules[tuple(above)], name, conv if isinstance(conv, Conv) else None
+
+
+def _child(owner: Any, name: str | int) -> Any:
+    return owner[name] if isinstance(name, int) else getattr(owner, name)

@@ -19,7 +19,7 @@ from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
 
-from jresnet.kernels import cpu
+from jresnet import kernels
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -60,8 +60,7 @@ class Conv(nnx.Module):
     """2-D convolution (cross-correlation), as ``torch.nn.Conv2d`` with zero padding.
 
     ``[N, H, W, in_channels] -> [N, H', W', out_channels]`` with ``H' = (H + 2 * padding - kernel_size) // stride + 1``.
-    The kernel is ``[kernel_size, kernel_size, in_channels // groups, out_channels]``. ``train`` changes how the gradient
-    is computed on the CPU, not what it is (see :mod:`jresnet.kernels.cpu`).
+    The kernel is ``[kernel_size, kernel_size, in_channels // groups, out_channels]``.
     """
 
     def __init__(
@@ -82,27 +81,11 @@ class Conv(nnx.Module):
         self.bias = param(uniform_fan_in(math.prod(shape[:3])), shape[3:], rngs) if bias else None
         self.stride, self.padding, self.groups, self.dtype = stride, padding, groups, dtype
 
-    def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n h2 w2 c2"]:
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
         kernel = self.kernel[...]
         dtype = self.dtype or jnp.promote_types(x.dtype, kernel.dtype)
-        function = cpu.convolve
-        if jax.default_backend() == "cpu":
-            function = cpu.convolve_to_train if train else cpu.convolve_on_cpu
-        y = function(x.astype(dtype), kernel.astype(dtype), self.stride, self.padding, self.groups)
+        y = kernels.convolve(x.astype(dtype), kernel.astype(dtype), self.stride, self.padding, self.groups)
         return y if self.bias is None else y + self.bias[...].astype(dtype)
-
-
-def _normalize(x, mean, var, scale, bias, eps):
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return ((wide - mean) * (cpu.inverse_sqrt(var + eps) * scale) + bias).astype(x.dtype)
-
-
-def _normalize_batch(x, scale, bias, eps):
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    mean = wide.mean((0, 1, 2))
-    # Two passes: E[x²] - E[x]² cancels where the mean is large against the deviation.
-    var = jnp.square(wide - mean).mean((0, 1, 2))
-    return _normalize(x, mean, var, scale, bias, eps), mean, var
 
 
 @partial(jax.jit, static_argnums=2)  # traced once for each number of channels
@@ -133,30 +116,20 @@ class BatchNorm(nnx.Module):
     def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n h w c"]:
         scale, bias = self.scale[...], self.bias[...]
         if not train:
-            return _normalize(x, self.mean[...], self.var[...], scale, bias, self.eps)
+            wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+            factor = kernels.inverse_sqrt(self.var[...] + self.eps) * scale
+            return ((wide - self.mean[...]) * factor + bias).astype(x.dtype)
         n = math.prod(x.shape[:-1])
         if n < 2:
             raise ValueError(
                 f"training needs more than one value per channel, got activations of shape {x.shape}: "
                 "use a larger batch or larger images"
             )
-        function = cpu.normalize_to_train if jax.default_backend() == "cpu" else _normalize_batch
-        y, mean, var = function(x, scale, bias, self.eps)
+        y, mean, var = kernels.normalise(x, scale, bias, self.eps)
         for running, new in ((self.mean, mean), (self.var, var * (n / (n - 1)))):
             # Not running[...] = value: that asks a traced value for its sharding, in time quadratic in the depth.
             running.set_value(_newer(running[...], lax.stop_gradient(new), self.momentum))
         return y
-
-
-class Fused(nnx.Module):
-    """Where a BatchNorm was before :func:`jresnet.fuse` moved it into the convolution before it: x -> x."""
-
-    def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n h w c"]:
-        if train:
-            raise ValueError(
-                "a fused model has no BatchNorm left to train: train the model that was given to jresnet.fuse"
-            )
-        return x
 
 
 class Linear(nnx.Module):
@@ -168,62 +141,3 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d2"]:
         return x @ self.kernel[...] + self.bias[...]
-
-
-def relu(x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
-    """max(x, 0) as ``torch.relu``, whose derivative at 0 is 0.
-
-    bfloat16 goes through float32 on the CPU, where XLA computes it so anyway: written so, XLA hands it to oneDNN together
-    with the convolution before it.
-    """
-    if x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
-        return jax.nn.relu(x.astype(jnp.float32)).astype(x.dtype)
-    return jax.nn.relu(x)
-
-
-def computed_once(x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n h w c"]:
-    """x itself, in training on the CPU behind a barrier, as its gradient then is.
-
-    Without it XLA's CPU compiler computes a block's output anew in every fusion that reads it, from the block's input, and
-    that from the one before: ResNet-110's step took 1.98 s instead of 1.29.
-    """
-    return lax.optimization_barrier(x) if train and jax.default_backend() == "cpu" else x
-
-
-def added_in_place(x: Float[Array, "n h w c"], train: bool) -> Float[Array, "n h w c"]:
-    """x itself, in evaluation on the CPU behind a barrier: for a sum that is the last to read it.
-
-    So XLA sees no other reader, and has oneDNN's convolution add to x where it lies. Else the sum goes to memory of its own,
-    which makes every such 1x1 convolution a tenth slower.
-    """
-    return x if train or jax.default_backend() != "cpu" else lax.optimization_barrier(x)
-
-
-def in_pieces(
-    function: Callable[[jax.Array], jax.Array], x: Float[Array, "n h w c"], stride: int, channels: int, dtype: DTypeLike
-) -> Float[Array, "n classes"]:
-    """``function(x)``, on the CPU a few images at a time, so that each layer finds in the cache what the one before it left.
-
-    ``stride``, ``channels`` and ``dtype`` are those of the first stage, whose output is the largest.
-    """
-    if jax.default_backend() != "cpu" or x.ndim != 4 or not all(isinstance(size, int) for size in x.shape):
-        return function(x)  # a size without a number is one of a network that is exported
-    return cpu.in_pieces(function, x, math.prod(x.shape[1:3]) // stride**2 * channels * jnp.dtype(dtype).itemsize)
-
-
-def max_pool(x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n h2 w2 c"]:
-    """The stem's 3x3 maximum at stride 2; the padding of one pixel is -inf, as in ``torch.nn.MaxPool2d(3, 2, 1)``.
-
-    ``train`` changes how the gradient is computed on the CPU, not what it is (see :mod:`jresnet.kernels.cpu`).
-    """
-    if jax.default_backend() == "cpu":
-        return cpu.max_pool_to_train(x) if train else cpu.max_pool_on_cpu(x)
-    return cpu.max_pool(x)
-
-
-def global_average_pool(x: Float[Array, "n h w c"]) -> Float[Array, "n c"]:
-    """Mean over H and W, accumulated and returned in float32 at least."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
-    if jax.default_backend() == "cpu":
-        return cpu.average_on_cpu(x, wide)
-    return x.astype(wide).mean((1, 2))

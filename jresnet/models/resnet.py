@@ -10,24 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jresnet.models.layers import (
-    BatchNorm,
-    Conv,
-    Fused,
-    Linear,
-    added_in_place,
-    computed_once,
-    global_average_pool,
-    in_pieces,
-    max_pool,
-    relu,
-)
+from jresnet.errors import InputError
+from jresnet.kernels import add_relu, global_average_pool, max_pool, relu
+from jresnet.models.layers import BatchNorm, Conv, Linear
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -57,6 +48,45 @@ class ResNetConfig:
     width_per_group: int = 64  # channels per group in the first stage (Wide ResNet, arXiv:1605.07146: 128)
     conv_bias: bool = False  # biased convolutions: BN makes them redundant, but resnet18_d2l's weights hold them
 
+    def __post_init__(self) -> None:
+        """Raises :class:`jresnet.InputError` with everything that is wrong."""
+        if problems := _problems(self):
+            raise InputError("; ".join(problems))
+
+
+KINDS: dict[str, tuple[str, ...]] = {"block": get_args(Block), "stem": get_args(Stem), "shortcut": get_args(Shortcut)}
+
+
+def _problems(config: ResNetConfig) -> list[str]:
+    def counts(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+    problems = [
+        f"{name} must be {' or '.join(map(repr, kinds))}, got {getattr(config, name)!r}"
+        for name, kinds in KINDS.items()
+        if getattr(config, name) not in kinds
+    ]
+    for name in ("num_classes", "in_channels", "groups", "width_per_group"):
+        if not counts(value := getattr(config, name)):
+            problems.append(f"{name} must be a whole number of at least 1, got {value!r}")
+    for name in ("depths", "widths"):
+        value = getattr(config, name)
+        if not isinstance(value, tuple) or not value or not all(map(counts, value)):
+            problems.append(f"{name} must be a tuple of whole numbers of at least 1, got {value!r}")
+    if problems:
+        return problems
+    if len(config.depths) != len(config.widths):
+        problems.append(f"there are {len(config.depths)} depths and {len(config.widths)} widths: give both for each stage")
+    if config.block == "basic" and (config.groups, config.width_per_group) != (1, 64):
+        problems.append(
+            f"groups {config.groups} and width_per_group {config.width_per_group} are for bottlenecks; basic blocks have 1 and 64"
+        )
+    if config.block == "bottleneck" and min(config.widths) * config.width_per_group < 64:
+        problems.append(f"width_per_group {config.width_per_group} leaves a stage of {min(config.widths)} without channels")
+    if config.shortcut == "pad" and config.block != "basic":
+        problems.append("shortcut 'pad' is defined for basic blocks (He et al. 2016, section 4.2), not for bottlenecks")
+    return problems
+
 
 class BasicBlock(nnx.Module):
     """Two 3x3 convolutions; the stride is on the first. Paper: figure 5, left."""
@@ -71,9 +101,9 @@ class BasicBlock(nnx.Module):
         self.downsample = nnx.List(downsample)
 
     def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n h2 w2 c2"]:
-        y = relu(self.bn1(self.conv1(x, train), train))
-        y = self.bn2(self.conv2(y, train), train)
-        return relu(y + shortcut(self.downsample, x, y.shape[-1], train))
+        y = relu(self.bn1(self.conv1(x), train))
+        y = self.bn2(self.conv2(y), train)
+        return add_relu(y, shortcut(self.downsample, x, y.shape[-1], train))
 
 
 class Bottleneck(nnx.Module):
@@ -92,10 +122,10 @@ class Bottleneck(nnx.Module):
         self.downsample = nnx.List(downsample)
 
     def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n h2 w2 c2"]:
-        y = relu(self.bn1(self.conv1(x, train), train))
-        y = relu(self.bn2(self.conv2(y, train), train))
-        y = self.bn3(self.conv3(y, train), train)
-        return relu(y + shortcut(self.downsample, x, y.shape[-1], train))
+        y = relu(self.bn1(self.conv1(x), train))
+        y = relu(self.bn2(self.conv2(y), train))
+        y = self.bn3(self.conv3(y), train)
+        return add_relu(y, shortcut(self.downsample, x, y.shape[-1], train))
 
 
 def shortcut(
@@ -103,11 +133,10 @@ def shortcut(
 ) -> Float[Array, "n h2 w2 c2"]:
     """The input as the block's output can take it: projected by ``downsample``, padded (option A), or unchanged."""
     if downsample:
-        for layer in downsample:  # a 1x1 convolution, then its BN unless the kind is "conv"
-            x = layer(x, train)
-        return x
+        conv, *norm = downsample  # a 1x1 convolution, then its BN unless the kind is "conv"
+        return norm[0](conv(x), train) if norm else conv(x)
     if x.shape[-1] == channels:
-        return added_in_place(x, train)
+        return x
     new = channels - x.shape[-1]
     return jnp.pad(x[:, ::2, ::2], ((0, 0), (0, 0), (0, 0), (new // 2, new - new // 2)))
 
@@ -169,20 +198,14 @@ class ResNet(nnx.Module):
 
     def features(self, x: Float[Array, "n h w c"], train: bool = False) -> dict[str, Float[Array, "n h2 w2 c2"]]:
         """Every stage's output by its name: ``stem``, ``layer1``, ``layer2``, ...; arguments and errors as the call."""
-        x = jnp.asarray(x)  # numpy's float64 becomes JAX's default
-        channels = self.config.in_channels
-        if x.ndim != 4 or x.shape[-1] != channels:
-            raise ValueError(f"expected images [N, H, W, {channels}] (channels last), got shape {tuple(x.shape)}")
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"expected normalised floating-point images, got {x.dtype}: (x / 255 - mean) / std, say")
-        x = relu(self.bn1(self.conv1(x, train), train))
+        x = checked(x, self.config.in_channels)
+        x = relu(self.bn1(self.conv1(x), train))
         if self.config.stem == "imagenet":
-            x = max_pool(x, train)
+            x = max_pool(x)
         outputs = {"stem": x}
         for i in range(len(self.config.depths)):
             for block in getattr(self, f"layer{i + 1}"):
                 x = _rematerialized(block, x, train) if self.remat and train else block(x, train)
-                x = computed_once(x, train)
             outputs[f"layer{i + 1}"] = x
         return outputs
 
@@ -201,13 +224,20 @@ class ResNet(nnx.Module):
             ValueError: for another rank or number of channels, or, in training, one value per channel.
             TypeError: for integer images.
         """
+        x = self.features(x, train)[f"layer{len(self.config.depths)}"]
+        return self.fc(global_average_pool(x))
 
-        def logits(x: Float[Array, "n h w c"]) -> Float[Array, "n classes"]:
-            return self.fc(global_average_pool(self.features(x, train)[f"layer{len(self.config.depths)}"]))
 
-        if train or not isinstance(self.bn1, Fused):
-            return logits(x)
-        x = jnp.asarray(x)
-        stride = 1 if self.config.stem == "cifar" else 4
-        channels = self.config.widths[0] * (Bottleneck if self.config.block == "bottleneck" else BasicBlock).expansion
-        return in_pieces(logits, x, stride, channels, self.conv1.dtype or x.dtype)
+def checked(x: Float[Array, "n h w c"], channels: int) -> Float[Array, "n h w c"]:
+    """``x`` as an array of JAX's.
+
+    Raises:
+        ValueError: for another rank or number of channels.
+        TypeError: for integers.
+    """
+    x = jnp.asarray(x)  # numpy's float64 becomes JAX's default
+    if x.ndim != 4 or x.shape[-1] != channels:
+        raise ValueError(f"expected images [N, H, W, {channels}] (channels last), got shape {tuple(x.shape)}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"expected normalised floating-point images, got {x.dtype}: (x / 255 - mean) / std, say")
+    return x

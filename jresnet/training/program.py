@@ -17,7 +17,7 @@ import jresnet.data.cifar10
 from jresnet import cache
 from jresnet.data.cifar10 import Dataset, Split
 from jresnet.errors import InputError
-from jresnet.kernels.cpu import compiler_options
+from jresnet.kernels.compiler import compiler_options
 from jresnet.models.resnet import ResNet
 from jresnet.training import devices, optim
 from jresnet.training import step as train

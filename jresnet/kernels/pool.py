@@ -1,0 +1,148 @@
+"""The stem's max-pool, and the global average."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from jresnet.kernels.platforms import Kernel, known
+
+
+def _max_pool(x: jax.Array) -> jax.Array:
+    padding = ((0, 0), (1, 1), (1, 1), (0, 0))
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding)
+
+
+def _max_pool_on_cpu(x: jax.Array, *, devices: int) -> jax.Array:
+    """The maxima of rows, then those of columns, instead of XLA's of windows."""
+    if not known(*x.shape[1:3]):
+        return _max_pool(x)
+    wide = jnp.promote_types(x.dtype, jnp.float32)  # of bfloat16 XLA would convert every maximum to and fro
+    rows = lax.optimization_barrier(_maxima(_even(x).astype(wide), 1))
+    return _maxima(rows, 2).astype(x.dtype)
+
+
+def _maxima(x: jax.Array, axis: int) -> jax.Array:
+    """Of each pair along an axis and the number before it; half as long."""
+    pairs = x.reshape(*x.shape[:axis], -1, 2, *x.shape[axis + 1 :])
+    even, odd = (lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in range(2))
+    before = lax.pad(odd, jnp.array(-jnp.inf, x.dtype), [(int(i == axis), -int(i == axis), 0) for i in range(odd.ndim)])
+    return jnp.maximum(jnp.maximum(even, odd), before)
+
+
+def _even(x: jax.Array, fill: float = -jnp.inf) -> jax.Array:
+    """Height and width made even."""
+    height, width = x.shape[1:3]
+    return jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), constant_values=fill)
+
+
+_maximum = Kernel("max_pool", _max_pool, _max_pool_on_cpu, images=(0,))
+
+
+@jax.custom_jvp
+def max_pool(x: jax.Array) -> jax.Array:
+    """``[N, H, W, C] -> [N, ceil(H / 2), ceil(W / 2), C]``: 3x3 maximum at stride 2, padded by one pixel of -inf.
+
+    The gradient goes to the first maximum of a window, row by row, as PyTorch's does. XLA would scatter it, pixel by pixel,
+    after a search for the maxima that it has already found: where it is differentiated each window remembers which of its
+    pixels won, and in the gradient a pixel asks the windows that see it, one to four by its phase of the stride.
+    """
+    return _maximum(x)
+
+
+@max_pool.defjvp
+def _derivative(primals, tangents):
+    (x,), (dx,) = primals, tangents
+    if not known(*x.shape[1:3]):
+        return jax.jvp(_max_pool, (x,), (dx,))
+    y, winner = _with_winners(_even(x))
+    return y, _selected(dx, winner)
+
+
+def _taps(x: jax.Array, fill: float) -> list[jax.Array]:
+    """Every tap's view of pixels of an even height and width, row by row."""
+    height, width = x.shape[1:3]
+    x = jnp.pad(x, ((0, 0), (1, 0), (1, 0), (0, 0)), constant_values=fill)
+    return [x[:, i : i + height : 2, j : j + width : 2] for i in range(3) for j in range(3)]
+
+
+def _with_winners(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The maxima, and which tap of its window each is."""
+    taps = _taps(x, -jnp.inf)
+    y, winner = taps[0], jnp.zeros(taps[0].shape, jnp.int8)
+    for number, tap in enumerate(taps[1:], 1):
+        better = (tap > y) | jnp.isnan(tap)
+        y, winner = jnp.where(better, tap, y), jnp.where(better, jnp.int8(number), winner)
+    return y, winner
+
+
+def _select(dx: jax.Array, winner: jax.Array) -> jax.Array:
+    """The numbers of ``dx [N, H, W, C]`` at the pixels that won: as ``winner``, [N, H / 2, W / 2, C]."""
+    parts = [jnp.where(winner == number, tap, 0) for number, tap in enumerate(_taps(_even(dx, 0.0), 0.0))]
+    return sum(parts[1:], parts[0])
+
+
+def _give_back(dy: jax.Array, winner: jax.Array, *, shape: tuple[int, ...]) -> jax.Array:
+    """:func:`_select`'s transpose, to ``shape``: each pixel adds up what the windows that it won have."""
+    n, height, width, channels = dy.shape
+    edge = ((0, 0), (0, 1), (0, 1), (0, 0))
+    winner, dy = jnp.pad(winner, edge, constant_values=-1), jnp.pad(dy, edge)
+    # By a pixel's phase: the taps it is at, and of which window, its own or the next.
+    windows = ((1, 0),), ((2, 0), (0, 1))
+    rows = []
+    for row in windows:
+        columns = []
+        for column in windows:
+            parts = [
+                jnp.where(
+                    winner[:, a : a + height, b : b + width] == 3 * i + j, dy[:, a : a + height, b : b + width], 0
+                )
+                for i, a in row
+                for j, b in column
+            ]
+            columns.append(sum(parts[1:], parts[0]))
+        rows.append(jnp.stack(columns, 3))
+    dx = jnp.stack(rows, 2)  # [n, h, phase, w, phase, channels]
+    return dx.reshape(n, 2 * height, 2 * width, channels)[:, : shape[1], : shape[2]]
+
+
+def _of_a_larger_batch(how: dict, size: int) -> dict:
+    return {"shape": (size * how["shape"][0], *how["shape"][1:])}
+
+
+_selected = Kernel("max_pool_select", _select, images=(0, 1))
+_given_back = Kernel("max_pool_give_back", _give_back, images=(0, 1), resized=_of_a_larger_batch)
+_selected.multilinear(lambda dy, winner, *, argument: _given_back(dy, winner, shape=argument))
+_given_back.multilinear(lambda dx, winner, *, argument, shape: _selected(dx, winner))
+
+
+def _average(x: jax.Array, *, dtype: DTypeLike) -> jax.Array:
+    return x.astype(dtype).mean((1, 2))
+
+
+def _average_on_cpu(x: jax.Array, *, dtype: DTypeLike, devices: int) -> jax.Array:
+    """XLA goes number by number over both axes at once (32 images of 7x7, 2,048 channels: 5.6 ms, one axis at a time 0.3).
+
+    What is narrower than ``dtype`` is a matrix product with ones: where jax 0.12.0.1 sums max(convolution(max(x, 0)), 0) of
+    bfloat16 in float32, some sums are not numbers (its YNN fusions; without them they are right), and a fused network ends
+    so.
+    """
+    if not known(*x.shape):
+        return _average(x, dtype=dtype)
+    pixels = x.shape[1] * x.shape[2]
+    if x.dtype == dtype:
+        return lax.optimization_barrier(x.sum(1)).sum(1) / pixels
+    ones = jnp.ones((len(x), 1, pixels), x.dtype)
+    flat = x.reshape(len(x), -1, x.shape[-1])
+    total = lax.dot_general(ones, flat, (((2,), (1,)), ((0,), (0,))), preferred_element_type=dtype)
+    return total[:, 0] / pixels
+
+
+_global_average = Kernel("global_average", _average, _average_on_cpu, images=(0,))
+
+
+def global_average_pool(x: jax.Array) -> jax.Array:
+    """``[N, H, W, C] -> [N, C]``, the mean over H and W, accumulated and returned in float32 at least."""
+    return _global_average(x, dtype=jnp.promote_types(x.dtype, jnp.float32))
