@@ -120,7 +120,7 @@ def _forward() -> Any:
 def _logits(model: ResNet, images: np.ndarray) -> np.ndarray:
     import jax
 
-    from jresnet.models.layers import global_average_pool
+    from jresnet.kernels import global_average_pool
 
     x, forward = jax.numpy.asarray(images), _forward()
     with jax.default_matmul_precision("highest"):  # no TF32 on a GPU

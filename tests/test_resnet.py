@@ -12,7 +12,8 @@ from conftest import randomise
 from flax import nnx
 
 import jresnet
-from jresnet.models.layers import BatchNorm, Conv, Linear, kaiming_normal, max_pool
+from jresnet.kernels import max_pool
+from jresnet.models.layers import BatchNorm, Conv, Linear, kaiming_normal
 
 
 @pytest.fixture(scope="module")

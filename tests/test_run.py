@@ -17,7 +17,7 @@ from conftest import REPOSITORY, command
 
 import jresnet
 from jresnet.errors import InputError
-from jresnet.kernels.cpu import ONEDNN
+from jresnet.kernels.compiler import ONEDNN
 from jresnet.training import metrics as logs
 from jresnet.training import recipes
 from jresnet.training import trainer as run

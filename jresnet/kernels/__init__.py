@@ -11,7 +11,17 @@ global average, ``scheduling`` the order in which things are computed, ``compile
 
 from jresnet.kernels.conv import convolve
 from jresnet.kernels.norm import inverse_sqrt, normalise
-from jresnet.kernels.pool import global_average_pool, max_pool
+from jresnet.kernels.pool import every_second, global_average_pool, max_pool
 from jresnet.kernels.scheduling import add_relu, in_pieces, relu
 
-__all__ = ["add_relu", "convolve", "global_average_pool", "in_pieces", "inverse_sqrt", "max_pool", "normalise", "relu"]
+__all__ = [
+    "add_relu",
+    "convolve",
+    "every_second",
+    "global_average_pool",
+    "in_pieces",
+    "inverse_sqrt",
+    "max_pool",
+    "normalise",
+    "relu",
+]

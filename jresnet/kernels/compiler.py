@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -91,7 +90,10 @@ def explain() -> list[str]:
     choice = _choice()
     return [
         f"compiler options: {choice.reason}",
-        *(f"  {name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in choice.options.items()),
+        *(
+            f"  {name}={str(value).lower() if isinstance(value, bool) else value}"
+            for name, value in choice.options.items()
+        ),
     ]
 
 
@@ -111,7 +113,9 @@ def _choice() -> Choice:
 @functools.lru_cache
 def _chosen(version: str) -> Choice:
     if not _has_avx2():
-        return Choice({}, f"XLA's own, since this CPU ({platform.machine()}) has no AVX2, with which ours were measured")
+        return Choice(
+            {}, f"XLA's own, since this CPU ({platform.machine()}) has no AVX2, with which ours were measured"
+        )
     number = tuple(map(int, re.findall(r"\d+", version)[:4]))
     row = max((row for row in ROWS if row.since <= number), default=None)
     if row is None:

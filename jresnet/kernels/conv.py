@@ -132,9 +132,7 @@ def _by_one_product(x: jax.Array, kernel: Any, stride: int, padding: int) -> jax
     return y.reshape(n, rows, columns, out)
 
 
-def _winograd_pays(
-    x: jax.Array, kernel: tuple[int, ...], stride: int, padding: int, groups: int, devices: int
-) -> bool:
+def _winograd_pays(x: jax.Array, kernel: tuple[int, ...], stride: int, padding: int, groups: int, devices: int) -> bool:
     n, height, width, channels = x.shape
     same = kernel == (3, 3, channels, channels) and (stride, padding, groups) == (1, 1, 1)
     # Over several devices XLA shares out its own convolutions, not a loop.
@@ -146,7 +144,15 @@ def _winograd_pays(
 
 
 def _input_gradient_on_cpu(
-    dy: jax.Array, kernel: Any, *, shape: tuple[int, ...], devices: int, stride: int, padding: int, groups: int, **how: Any
+    dy: jax.Array,
+    kernel: Any,
+    *,
+    shape: tuple[int, ...],
+    devices: int,
+    stride: int,
+    padding: int,
+    groups: int,
+    **how: Any,
 ) -> jax.Array:
     """Pixels of one phase (row and column modulo the stride) meet every stride-th tap alone."""
     if _fewer_pixels_than_taps(shape, kernel.shape, groups):
@@ -185,7 +191,15 @@ def _input_gradient_on_cpu(
 
 
 def _kernel_gradient_on_cpu(
-    x: jax.Array, dy: jax.Array, *, shape: tuple[int, ...], devices: int, stride: int, padding: int, groups: int, **how: Any
+    x: jax.Array,
+    dy: jax.Array,
+    *,
+    shape: tuple[int, ...],
+    devices: int,
+    stride: int,
+    padding: int,
+    groups: int,
+    **how: Any,
 ) -> jax.Array:
     by_xla = partial(_kernel_gradient, shape=shape, stride=stride, padding=padding, groups=groups, **how)
     if _fewer_pixels_than_taps(x.shape, shape, groups):

@@ -69,7 +69,7 @@ def _mean_on_cpu(x: jax.Array, *, narrow: bool, devices: int) -> jax.Array:
     columns = _columns(x, narrow)
     n = math.prod(columns.shape[:-1])
     about = _total(columns) / n
-    return (about + _total(columns - about) / n) / x.shape[1]
+    return (about + _total(columns - about[None, None]) / n) / x.shape[1]
 
 
 def _spread(y: jax.Array, *, shape: tuple[int, ...], narrow: bool) -> jax.Array:
@@ -88,9 +88,7 @@ spread.multilinear(lambda dx, *, argument, shape, narrow: channel_sum(dx, narrow
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(3,))
-def normalise(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def normalise(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``x [N, H, W, C]`` normalised over N, H and W; and the batch's mean and biased variance, ``[C]``.
 
     Sums and statistics are of the wider of the input's dtype and float32; the result has the input's dtype.
@@ -100,30 +98,31 @@ def normalise(
 
 @partial(jax.jit, static_argnums=3)  # here and below: traced once for each shape
 def _normalised(x, scale, bias, eps):
-    _, _, mean, var, inverse, centred = _statistics(x, eps)
-    return (centred * (inverse * scale) + bias).astype(x.dtype), mean, var
+    _, along, _, mean, var, inverse, centred = _statistics(x, eps)
+    return (centred * along(inverse * scale) + along(bias)).astype(x.dtype), mean, var
 
 
-def _statistics(x: jax.Array, eps: float):
+def _statistics(x, eps):
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     narrow = x.dtype != wide.dtype
+    add, along = partial(channel_sum, narrow=narrow), partial(spread, shape=x.shape, narrow=narrow)
     mean = channel_mean(wide, narrow=narrow)
-    centred = wide - mean
+    centred = wide - along(mean)
     # Two passes: E[x²] - E[x]² cancels where the mean is large against the deviation.
-    var = channel_sum(jnp.square(centred), narrow=narrow) / math.prod(x.shape[:-1])
-    return wide, narrow, mean, var, inverse_sqrt(var + eps), centred
+    var = add(jnp.square(centred)) / math.prod(x.shape[:-1])
+    return add, along, wide, mean, var, inverse_sqrt(var + eps), centred
 
 
 @normalise.defjvp
 @partial(jax.jit, static_argnums=0)
 def _derivative(eps, primals, tangents):
     (x, scale, bias), (dx, dscale, dbias) = primals, tangents
-    wide, narrow, mean, var, inverse, centred = _statistics(x, eps)
+    add, along, wide, mean, var, inverse, centred = _statistics(x, eps)
     n, dwide = math.prod(x.shape[:-1]), dx.astype(wide.dtype)
-    add, along = (partial(f, narrow=narrow) for f in (channel_sum, partial(spread, shape=x.shape)))
     dmean, dvar = add(dwide) / n, 2 * add(dwide * centred) / n
     factor = inverse * scale
-    y = centred * factor + bias
+    y = centred * along(factor) + along(bias)
     # Of y = (x - mean) inverse scale + bias, where the derivative of inverse is -inverse³ dvar / 2.
-    dy = dwide * factor + centred * along(inverse * dscale - factor * inverse**2 * dvar / 2) + along(dbias - factor * dmean)
+    dy = dwide * along(factor) + centred * along(inverse * dscale - factor * inverse**2 * dvar / 2)
+    dy = dy + along(dbias - factor * dmean)
     return (y.astype(x.dtype), mean, var), (dy.astype(x.dtype), dmean, dvar)

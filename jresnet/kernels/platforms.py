@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
@@ -69,19 +69,20 @@ class Kernel:
         return jax.core.ShapedArray(found.shape, found.dtype)
 
     def _run(self, *arrays: jax.Array, **static: Any) -> jax.Array:
-        return _jitted(self.primitive, tuple(sorted(static.items())))(*arrays)
+        with jax.disable_jit(False):  # else this function would be called by itself
+            return _jitted(self.primitive, tuple(sorted(static.items())))(*arrays)
 
     def _batch(self, arrays: Sequence[Any], axes: Sequence[Any], **static: Any) -> tuple[jax.Array, int]:
         mapped = [i for i, axis in enumerate(axes) if axis is not batching.not_mapped]
         if not self.images or mapped != list(self.images):
             return jax.vmap(partial(self.plain, **static), axes)(*arrays), 0
-        size = arrays[mapped[0]].shape[axes[mapped[0]]]
-        folded = [
-            batching.moveaxis(a, axis, 0).reshape(-1, *np.delete(a.shape, axis)[1:]) if i in mapped else a
-            for i, (a, axis) in enumerate(zip(arrays, axes, strict=True))
+        moved = [
+            jnp.moveaxis(a, axis, 0) if i in mapped else a for i, (a, axis) in enumerate(zip(arrays, axes, strict=True))
         ]
+        size = len(moved[mapped[0]])
+        folded = [a.reshape(a.shape[0] * a.shape[1], *a.shape[2:]) if i in mapped else a for i, a in enumerate(moved)]
         y = self(*folded, **self.resized(static, size))
-        return y.reshape(size, -1, *y.shape[1:]), 0
+        return y.reshape(size, y.shape[0] // size, *y.shape[1:]), 0
 
     def _differentiate(self, primals: Sequence[Any], tangents: Sequence[Any], **static: Any) -> tuple[Any, Any]:
         tangents = [ad.instantiate_zeros(t) for t in tangents]

@@ -118,6 +118,14 @@ _selected.multilinear(lambda dy, winner, *, argument: _given_back(dy, winner, sh
 _given_back.multilinear(lambda dx, winner, *, argument, shape: _selected(dx, winner))
 
 
+def every_second(x: jax.Array) -> jax.Array:
+    """``[N, H, W, C] -> [N, ceil(H / 2), ceil(W / 2), C]``: the pixels at even rows and columns."""
+    if known(*x.shape[1:3]):
+        return x[:, ::2, ::2]
+    # A size without a number is written as a convolution's is, so that JAX sees that both are the same.
+    return lax.reduce_window(x, -jnp.inf, lax.max, (1, 1, 1, 1), (1, 2, 2, 1), "VALID")
+
+
 def _average(x: jax.Array, *, dtype: DTypeLike) -> jax.Array:
     return x.astype(dtype).mean((1, 2))
 

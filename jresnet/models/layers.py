@@ -85,7 +85,7 @@ class Conv(nnx.Module):
         kernel = self.kernel[...]
         dtype = self.dtype or jnp.promote_types(x.dtype, kernel.dtype)
         y = kernels.convolve(x.astype(dtype), kernel.astype(dtype), self.stride, self.padding, self.groups)
-        return y if self.bias is None else y + self.bias[...].astype(dtype)
+        return y if self.bias is None else y + jnp.expand_dims(self.bias[...].astype(dtype), (0, 1, 2))
 
 
 @partial(jax.jit, static_argnums=2)  # traced once for each number of channels
@@ -118,9 +118,10 @@ class BatchNorm(nnx.Module):
         if not train:
             wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
             factor = kernels.inverse_sqrt(self.var[...] + self.eps) * scale
-            return ((wide - self.mean[...]) * factor + bias).astype(x.dtype)
+            mean, factor, bias = (jnp.expand_dims(value, (0, 1, 2)) for value in (self.mean[...], factor, bias))
+            return ((wide - mean) * factor + bias).astype(x.dtype)
         n = math.prod(x.shape[:-1])
-        if n < 2:
+        if isinstance(n, int) and n < 2:  # it has no number where a program is exported for batches of any size
             raise ValueError(
                 f"training needs more than one value per channel, got activations of shape {x.shape}: "
                 "use a larger batch or larger images"
@@ -140,4 +141,4 @@ class Linear(nnx.Module):
         self.bias = param(uniform_fan_in(in_features), (out_features,), rngs)
 
     def __call__(self, x: Float[Array, "n d"]) -> Float[Array, "n d2"]:
-        return x @ self.kernel[...] + self.bias[...]
+        return x @ self.kernel[...] + jnp.expand_dims(self.bias[...], 0)

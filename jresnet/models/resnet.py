@@ -17,7 +17,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jresnet.errors import InputError
-from jresnet.kernels import add_relu, global_average_pool, max_pool, relu
+from jresnet.kernels import add_relu, every_second, global_average_pool, max_pool, relu
 from jresnet.models.layers import BatchNorm, Conv, Linear
 
 if TYPE_CHECKING:
@@ -76,13 +76,17 @@ def _problems(config: ResNetConfig) -> list[str]:
     if problems:
         return problems
     if len(config.depths) != len(config.widths):
-        problems.append(f"there are {len(config.depths)} depths and {len(config.widths)} widths: give both for each stage")
+        problems.append(
+            f"there are {len(config.depths)} depths and {len(config.widths)} widths: give both for each stage"
+        )
     if config.block == "basic" and (config.groups, config.width_per_group) != (1, 64):
         problems.append(
             f"groups {config.groups} and width_per_group {config.width_per_group} are for bottlenecks; basic blocks have 1 and 64"
         )
     if config.block == "bottleneck" and min(config.widths) * config.width_per_group < 64:
-        problems.append(f"width_per_group {config.width_per_group} leaves a stage of {min(config.widths)} without channels")
+        problems.append(
+            f"width_per_group {config.width_per_group} leaves a stage of {min(config.widths)} without channels"
+        )
     if config.shortcut == "pad" and config.block != "basic":
         problems.append("shortcut 'pad' is defined for basic blocks (He et al. 2016, section 4.2), not for bottlenecks")
     return problems
@@ -138,7 +142,7 @@ def shortcut(
     if x.shape[-1] == channels:
         return x
     new = channels - x.shape[-1]
-    return jnp.pad(x[:, ::2, ::2], ((0, 0), (0, 0), (0, 0), (new // 2, new - new // 2)))
+    return jnp.pad(every_second(x), ((0, 0), (0, 0), (0, 0), (new // 2, new - new // 2)))
 
 
 # block(x, train), whose backward pass keeps x alone and computes the rest again

@@ -20,8 +20,8 @@ from flax import nnx
 from torch.optim.lr_scheduler import MultiStepLR
 
 from convert import torch2flax
+from jresnet.kernels import global_average_pool
 from jresnet.models import zoo
-from jresnet.models.layers import global_average_pool
 from jresnet.pytorch import keymap
 from jresnet.training import optim
 from jresnet.training import step as train
