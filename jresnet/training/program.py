@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-import jresnet.data.cifar10
+import jresnet.data
 from jresnet import cache
-from jresnet.data.cifar10 import Dataset, Split
+from jresnet.data.dataset import Dataset, Split
 from jresnet.errors import InputError
 from jresnet.kernels.cpu import compiler_options
 from jresnet.models.resnet import ResNet
@@ -185,10 +185,8 @@ def describe(config: RunConfig, program: Program) -> list[str]:
 
 
 def load_data(config: RunConfig, data_dir: Path | None) -> Dataset:
-    """The configured dataset; raises DataError and DownloadError as :mod:`jresnet.data.cifar10` says."""
-    if config.dataset == "digits":
-        return jresnet.data.cifar10.load_digits()
-    return jresnet.data.cifar10.load_cifar10(data_dir)
+    """The configured dataset; raises DataError as :func:`jresnet.data.load` says."""
+    return jresnet.data.load(config.dataset, data_dir)
 
 
 def split_dataset(config: RunConfig, data: Dataset) -> dict[str, Split]:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jresnet.data.cifar10 import Dataset
+from jresnet.data.dataset import Dataset
 from jresnet.reports import compare as report
 from jresnet.training import devices
 from jresnet.training import metrics as logs
