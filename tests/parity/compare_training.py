@@ -31,7 +31,7 @@ from flax import nnx
 
 from convert import flax2torch, torch2flax, verify
 from jresnet import ResNet, create
-from jresnet.data import cifar10 as data
+from jresnet import data
 from jresnet.errors import InputError
 from jresnet.pytorch import keymap
 from jresnet.training import optim, recipes

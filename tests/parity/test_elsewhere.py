@@ -12,7 +12,7 @@ import torch
 from flax import nnx
 
 from convert import reference, torch2flax, verify
-from jresnet.data import cifar10 as data
+from jresnet import data
 from jresnet.training import recipes
 from jresnet.training.augment import normalise
 from jresnet.weights import native as weights

@@ -24,7 +24,8 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 import jresnet
 from convert import torch2flax
 from convert.reference import CifarResNet, randomise
-from jresnet.data import cifar10 as data
+from jresnet import data
+from jresnet.data.cifar10 import CLASSES
 from jresnet.errors import InputError
 from jresnet.models.resnet import ResNetConfig
 from jresnet.pytorch import keymap
@@ -289,7 +290,7 @@ def dataset(train_images: int = 40, test_images: int = 20) -> data.Dataset:
         images = draw.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
         return data.Split(images, draw.integers(0, 10, count).astype(np.int32))
 
-    return data.Dataset("cifar10", data.CLASSES, split(train_images), split(test_images), "drawn", (), {}, "")
+    return data.Dataset("cifar10", CLASSES, split(train_images), split(test_images), "drawn", (), {}, "")
 
 
 def test_views() -> None:

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convert import reference
-from jresnet.data import cifar10 as data
+from jresnet import data
 from jresnet.errors import InputError
 from jresnet.models import zoo
 from jresnet.reports import compare as report

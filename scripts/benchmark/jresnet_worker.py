@@ -25,7 +25,7 @@ from jax import lax
 import jresnet
 from convert import flax2torch, torch2flax
 from jresnet import cache
-from jresnet.data import cifar10 as data
+from jresnet import data
 from jresnet.pytorch import keymap
 from jresnet.training import augment, devices, optim, recipes
 from jresnet.training import step as train
