@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import randomise
 from flax import nnx
 
 import jresnet
@@ -15,15 +16,9 @@ from jresnet.weights import native as weights
 
 def randomised(arch: str, **chosen) -> jresnet.ResNet:
     """A network whose BN parameters and statistics are drawn at random: default ones hide swaps."""
-    draw = np.random.default_rng(0)
     model = jresnet.create(arch, **chosen)
-    ranges = {"scale": (0.5, 1.5), "bias": (-0.3, 0.3), "mean": (-0.3, 0.3), "var": (0.5, 1.5)}
-    values = weights.arrays(model)
-    for path, value in values.items():
-        kind = path.rpartition(".")[2]
-        if kind in ranges and value.ndim == 1:
-            values[path] = draw.uniform(*ranges[kind], value.shape).astype(np.float32)
-    return weights.fill(model.config, values)
+    randomise(model)
+    return model
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,8 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> No
 def plot_confusion(labels: np.ndarray, predictions: np.ndarray, classes: Sequence[str], path: Path, title: str) -> None:
     """How often each class (row) was taken for each other one (column): counts, coloured by the share of the row.
 
+    scikit-learn's ``ConfusionMatrixDisplay`` colours by count, fills the picture with zeros, and lets names overlap.
+
     Args:
         labels: int ``[N]``.
         predictions: int ``[N]``.

@@ -1,7 +1,7 @@
-"""Measure jresnet's speed, and PyTorch's beside it: ``python scripts/benchmark.py``.
+"""The command: ``python scripts/benchmark.py`` measures jresnet's speed, and PyTorch's beside it.
 
-Every measurement is a process of its own (``benchmark_jresnet.py``, ``benchmark_torch.py``), one at a time, and the
-frameworks take turns: A B A B. All get the same random weights and images, which a worker writes once a row, with the
+Every measurement is a process of its own (``jresnet_worker.py``, ``torch_worker.py``), one at a time, and the frameworks
+take turns: A B A B. All get the same random weights and images, which a worker writes once a row, with the
 logits or the gradient in float64 to compare theirs with. This file imports neither JAX nor PyTorch, so that it has no part
 in their memory.
 """
@@ -31,46 +31,20 @@ from pathlib import Path
 from typing import Any
 
 import huge_pages
-from benchmark_common import CHECKED_IMAGES, ROOT
-from benchmark_table import PEERS, evaluate, footer, head, line, plot
 
-WORKERS = {name: ROOT / "scripts" / f"benchmark_{name}.py" for name in ("jresnet", "torch")}
-SUITES = ("train", "infer", "accuracy", "startup", "data", "scaling")
+from benchmark.common import CHECKED_IMAGES, ROOT
+from benchmark.suites import LEVELS, SMALL, SUITES, Row, choose
+from benchmark.table import PEERS, evaluate, footer, head, line, plot
+
+WORKERS = {name: ROOT / "scripts" / "benchmark" / f"{name}_worker.py" for name in ("jresnet", "torch")}
 RUNS = {"jresnet": "scripts/train_cifar10.py", "torch": "tests/parity/train_torch.py"}  # for the accuracy suite
 PACKAGES = {"jresnet": ("jax", "jaxlib", "flax", "optax", "numpy"), "torch": ("torch", "torchvision", "timm")}
 
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # as Linux names them; a model's name may not tell
 SECONDS = 3.0  # of steps a measurement, at least
-SMALL = 64  # pixels below which networks have the CIFAR stem and ten classes
 CHECKED_GFLOP = 2000  # up to which a row is computed in float64 too: that takes minutes on two cores
 EPOCH = 50_000  # images, CIFAR-10's
 GPU_MINUTES = 7.0  # budget; a round that has begun is finished
-
-LEVELS = {"digits": (0.90, 0.95), "cifar10": (0.90, 0.94)}  # test accuracies whose time is taken
-# Suite, device ("": both), task, architecture, pixels, batches. For a GPU the order is what the budget shall reach first.
-DEFAULTS = (
-    ("train", "cpu", "train", "resnet20_cifar", 32, (128,)),
-    ("train", "cpu", "train", "resnet18", 32, (128,)),
-    ("train", "cpu", "train", "resnet18", 224, (16,)),
-    ("train", "cpu", "train", "resnet50", 224, (16,)),
-    ("infer", "cpu", "infer", "resnet18", 224, (1, 8, 32)),
-    ("infer", "cpu", "infer", "resnet50", 224, (1, 8, 32)),
-    ("infer", "cpu", "infer", "resnet152", 224, (1, 8, 32)),
-    ("infer", "cpu", "infer", "resnet20_cifar", 32, (1, 256)),
-    ("train", "gpu", "train", "resnet18", 32, (512,)),
-    ("train", "gpu", "train", "resnet50", 224, (64, 256)),
-    ("infer", "gpu", "infer", "resnet50", 224, (256, 1)),
-    ("train", "gpu", "epoch", "resnet18", 32, (512,)),
-    ("train", "gpu", "train", "resnet34", 32, (512, 128, 1024)),
-    ("train", "gpu", "train", "resnet20_cifar", 32, (512, 128, 1024)),
-    ("train", "gpu", "train", "resnet18", 32, (128, 1024)),
-    ("accuracy", "cpu", "accuracy", "resnet20_cifar", 32, (0,)),
-    ("accuracy", "gpu", "accuracy", "resnet18", 32, (0,)),
-    ("startup", "", "import", "", 0, (0,)),
-    ("startup", "", "first step", "resnet50", 224, (2,)),
-    *(("startup", "", "compile", f"resnet{depth}", 224, (16,)) for depth in (18, 34, 50, 101, 152)),
-    ("data", "", "data", "", 32, (128,)),
-)
 
 
 class Problem(Exception):
@@ -79,44 +53,6 @@ class Problem(Exception):
 
 class WorkerError(Exception):
     """Why a worker has no figures."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One thing to measure, of every framework."""
-
-    suite: str
-    # "train", "infer", "epoch": images a second; "accuracy", "import", "first step", "compile", "data": seconds
-    task: str
-    arch: str = ""
-    size: int = 0  # pixels, height and width
-    batch: int = 0  # images
-    precision: str = "float32"
-    series: str = ""  # in "scaling": what is varied, "batch", "depth" or "devices"
-    devices: int = 1  # simulated ones
-    dataset: str = ""  # in "accuracy": the images
-
-    def __str__(self) -> str:
-        network = f" {self.arch} at {self.size}, batch {self.batch}, {self.precision}" if self.arch else ""
-        task = self.task
-        if self.dataset:
-            task += " of {:.0%}, then {:.0%} of the {}, recipe fast,".format(*LEVELS[self.dataset], self.dataset)
-        return task + network + (f", devices {self.devices}" if self.series == "devices" else "")
-
-    @property
-    def chosen(self) -> dict[str, Any]:
-        """Stem and classes, as ``jresnet.create`` takes them; None: the architecture's own."""
-        small = self.size < SMALL
-        return {"stem": "cifar" if small else None, "num_classes": 10 if small else None}
-
-    def contestants(self, peers: Sequence[str]) -> list[str]:
-        """Who is measured, in turn."""
-        both = ("torch", "torch-compile")
-        able = {"data": (), "import": ("torch",), "compile": ("torch-compile",), "first step": both, "epoch": both}
-        able["accuracy"] = ("torch",)
-        able |= {"train": {"": PEERS, "devices": ()}.get(self.series, ("torch",))}
-        cached = ["jresnet, cached"] if self.task == "first step" else []
-        return ["jresnet", *cached, *(name for name in able.get(self.task, PEERS) if name in peers)]
 
 
 @dataclass(frozen=True)
@@ -172,16 +108,14 @@ def parser() -> argparse.ArgumentParser:
         "--peer-python", default=sys.executable, metavar="PATH", help="that has the peers installed (default: this one)"
     )
     add("--arch", help="of jresnet.list_models(), instead of the suite's own (default: those)")
+    add("--batch", type=int, metavar="N", help="images (default: the row's own; with --arch 128 small or 16 large)")
     add(
-        "--batch", type=positive, metavar="N", help="images (default: the row's own; with --arch 128 small or 16 large)"
-    )
-    add(
-        "--size", type=positive, metavar="PIXELS",
+        "--size", type=int, metavar="PIXELS",
         help=f"height and width, below {SMALL} with the CIFAR stem and ten classes (the row's own; with --arch 32 or 224)",
     )  # fmt: skip
     add("--precision", choices=("float32", "bfloat16"), help="of convolutions (cpu: float32, gpu: bfloat16)")
     add("--device", choices=("cpu", "gpu"), default="cpu", help="(default: %(default)s)")
-    add("--rounds", type=positive, metavar="N", help="measurements of each framework (cpu: 5, gpu: 2)")
+    add("--rounds", type=int, metavar="N", help="measurements of each framework (cpu: 5, gpu: 2)")
     add("--json", type=Path, metavar="FILE", help="every round's figures, written after each row (default: none)")
     add("--plots", type=Path, metavar="DIR", help="folder for the scaling suite's plots, PNG (default: none)")
     add("--data-dir", type=Path, metavar="DIR", help="CIFAR-10, for the suites data and accuracy (default: digits)")
@@ -190,13 +124,6 @@ def parser() -> argparse.ArgumentParser:
         help=f"rows and rounds begin while these last; the rest is named (cpu: no limit, gpu: {GPU_MINUTES:g})",
     )  # fmt: skip
     return parser
-
-
-def positive(text: str) -> int:
-    """An argument that counts something."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -267,8 +194,10 @@ def run(args: argparse.Namespace, command: str, folder: Path) -> int:
 def check(args: argparse.Namespace, peers: Sequence[str]) -> list[str]:
     """What is wrong with the options, as far as can be told without JAX."""
     problems = [f"unknown peer {name!r}: there are {', '.join(PEERS)}, or none" for name in peers if name not in PEERS]
-    if args.size and args.size < 32:
-        problems.append(f"--size must be at least 32 pixels, got {args.size}")
+    for name, least in (("batch", 1), ("rounds", 1), ("size", 32)):
+        given = getattr(args, name)
+        if given is not None and given < least:
+            problems.append(f"--{name} must be at least {least}, got {given}")
     if args.minutes is not None and not args.minutes > 0:
         problems.append(f"--minutes must be more than 0, got {args.minutes:g}")
     if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
@@ -282,35 +211,6 @@ def check(args: argparse.Namespace, peers: Sequence[str]) -> list[str]:
     if args.plots and not importlib.util.find_spec("matplotlib"):
         problems.append("--plots needs matplotlib: pip install 'jresnet[train]'")
     return problems
-
-
-def choose(args: argparse.Namespace) -> list[Row]:
-    """The rows that the options name, each once."""
-    suites = SUITES if args.suite == "all" else (args.suite,) if args.suite else ("train", "infer")
-    precision = args.precision or ("bfloat16" if args.device == "gpu" else "float32")
-    usual = args.size or (32 if (args.arch or "_cifar").endswith("_cifar") else 224)
-    rows = []
-    for suite, device, task, arch, size, batches in DEFAULTS:
-        if suite not in suites or device not in ("", args.device):
-            continue
-        if arch and args.arch:
-            arch, size, batches = args.arch, usual, (128 if usual < SMALL else 16,)
-        for batch in batches:
-            chosen = (0, 0) if task == "import" else (args.size or size, args.batch or batch)
-            dataset = ""
-            if task == "accuracy":  # of the scripts, with the recipe's own batch
-                dataset = "cifar10" if args.data_dir else "digits"
-                chosen = 32, args.batch or {"digits": 32, "cifar10": 512}[dataset]
-            rows.append(Row(suite, task, arch, *chosen, precision, dataset=dataset))
-    if "scaling" in suites:
-        arch, batch = args.arch or "resnet20_cifar", args.batch or 128
-        varied = [("batch", arch, n, 1) for n in ([args.batch] if args.batch else [1, 4, 16, 64, 256, 1024])]
-        if not args.arch:
-            varied += [("depth", f"resnet{depth}_cifar", batch, 1) for depth in (20, 32, 44, 56, 110)]
-        if args.device == "cpu":
-            varied += [("devices", arch, batch, count) for count in (1, 2, 4, 8) if batch % count == 0]
-        rows += [Row("scaling", "train", name, usual, n, precision, series, k) for series, name, n, k in varied]
-    return list(dict.fromkeys(rows))
 
 
 def ceilings(place: Workplace, rows: Sequence[Row], peers: bool) -> dict[str, float]:
@@ -410,7 +310,7 @@ def execute(command: list[str], **environment: str) -> list[str]:
     Raises:
         WorkerError: with the last lines of what it complained about.
     """
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(ROOT), str(ROOT / "scripts"), *filter(None, [os.environ.get("PYTHONPATH")])]
     # Sleeping threads, which OMP_WAIT_POLICY=passive asks for, take up to a third from PyTorch.
     inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     environment = {**inherited, **environment, "PYTHONPATH": os.pathsep.join(paths)}
@@ -470,7 +370,7 @@ def versions(peer_python: str) -> dict[str, str]:
 
 
 def write(path: Path, report: Mapping[str, Any]) -> None:
-    """The old file or the new one, whole; ``jresnet.weights.native.write_atomically`` would bring JAX into this process."""
+    """The old file or the new one, whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")

@@ -1,4 +1,4 @@
-"""jresnet's worker of ``scripts/benchmark.py``: a job as JSON in the first argument, the answer as JSON on the last line.
+"""jresnet's worker of the benchmark: a job as JSON in the first argument, the answer as JSON on the last line.
 
 It also writes a row's weights and images for all frameworks, and what they come to in float64.
 """
@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import benchmark_common as common
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,9 +22,10 @@ from flax import nnx
 from jax import lax
 
 import jresnet
+from benchmark import common
+from benchmark.networks import macs, randomise
 from convert import flax2torch, torch2flax
-from jresnet import cache
-from jresnet import data
+from jresnet import cache, data
 from jresnet.pytorch import keymap
 from jresnet.training import augment, devices, optim, recipes
 from jresnet.training import step as train
@@ -53,26 +53,6 @@ def survey(job: Job) -> dict[str, Any]:
     return {"problems": list(dict.fromkeys(problems)), "rows": rows, "platform": device.platform, "device": name}
 
 
-def macs(config: jresnet.ResNetConfig, size: int) -> int:
-    """Multiply-accumulates of the convolutions and the head for one image, from the shapes."""
-    graph, state = nnx.split(jresnet.ResNet(config, rngs=None))
-
-    def count(jaxpr: Any) -> int:
-        total = 0
-        for equation in jaxpr.eqns:
-            shapes = [variable.aval.shape for variable in equation.invars]
-            if equation.primitive.name == "conv_general_dilated":  # HWIO, I divided by the groups
-                total += int(np.prod(equation.outvars[0].aval.shape) * np.prod(shapes[1][:3]))
-            elif equation.primitive.name == "dot_general":
-                total += int(np.prod(shapes[0]) * shapes[1][-1])
-            total += sum(count(inner.jaxpr) for inner in equation.params.values() if hasattr(inner, "jaxpr"))
-        return total
-
-    with jax.enable_x64(True):  # in float64 no convolution goes by Winograd's algorithm, with fewer products
-        image = jax.ShapeDtypeStruct((1, size, size, config.in_channels), jnp.float64)
-        return count(jax.make_jaxpr(lambda state, x: nnx.merge(graph, state)(x))(state, image).jaxpr)
-
-
 def gemm(job: Job) -> dict[str, Any]:
     """How fast a large matrix product is."""
     # Sums in float32: else a CPU's bfloat16 units are not used.
@@ -87,12 +67,9 @@ def gemm(job: Job) -> dict[str, Any]:
 
 def make(job: Job) -> dict[str, Any]:
     """Writes random weights, images and labels and, where ``check`` asks, what they come to in float64."""
-    folder, draw = Path(job["folder"]), np.random.default_rng(0)
+    folder, draw = Path(job["folder"]), np.random.default_rng(1)
     model = jresnet.ResNet(configuration(job), rngs=nnx.Rngs(0))
-    for path, leaf in nnx.to_flat_state(nnx.state(model)):  # default statistics would hide swapped ones
-        if path[-1] != "kernel":
-            low, high = (0.5, 1.5) if path[-1] in ("scale", "var") else (-0.3, 0.3)
-            leaf[...] = jnp.asarray(draw.uniform(low, high, leaf.shape), jnp.float32)
+    randomise(model)
     images = draw.standard_normal((job["batch"], job["size"], job["size"], model.config.in_channels), np.float32)
     labels = draw.integers(0, model.config.num_classes, job["batch"]).astype(np.int32)
     np.savez(folder / common.INPUTS, images=images, labels=labels, **flax2torch.state_dict(model))
@@ -254,7 +231,7 @@ def first_batch(job: Job) -> dict[str, Any]:
     key, some = jax.random.key(0), jax.ShapeDtypeStruct((job["batch"], 32, 32, 3), jnp.uint8)
     views, compile_seconds = compiled(pipeline(32).train, key, some)
     began = time.perf_counter()
-    found = data.load_cifar10(job["data_dir"], download=False) if job["data_dir"] else data.load_digits()
+    found = data.load("cifar10" if job["data_dir"] else "digits", job["data_dir"])
     images = jnp.asarray(found.train.images)
     views(key, images[: job["batch"]]).block_until_ready()
     seconds = time.perf_counter() - began

@@ -1,4 +1,4 @@
-"""PyTorch's worker of ``scripts/benchmark.py``: a job as JSON in the first argument, the answer as JSON on the last line.
+"""PyTorch's worker of the benchmark: a job as JSON in the first argument, the answer as JSON on the last line.
 
 The networks are those of ``convert.reference`` (torchvision's, and the CIFAR family) or timm's, channels-last.
 """
@@ -11,10 +11,11 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import benchmark_common as common
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from benchmark import common
 
 # jresnet without its __init__: convert.reference takes no more than names of it, and JAX beside torch would count as
 # torch's memory and start.
