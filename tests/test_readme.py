@@ -1,13 +1,33 @@
-"""What the README tells people to type."""
+"""What the documents tell people to type and to look at."""
 
+import importlib.util
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from conftest import REPOSITORY
 
 PYTHON = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
+
+
+DOCUMENTS = sorted(
+    path for path in [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md")] if "log" not in path.parts
+)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_what_a_document_names_is_there(document: Path) -> None:
+    """Links, and the commands that are to be typed; what the dated pages of docs/log name may have gone since."""
+    text = document.read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text) if "://" not in link]
+    assert [link for link in links if not (document.parent / link).exists()] == []
+    scripts = re.findall(r"python ((?:scripts|tests)/\S+\.py)", text)
+    assert [script for script in scripts if not (REPOSITORY / script).is_file()] == []
+    modules = re.findall(r"python -m ((?:jresnet|convert)[\w.]*)", text)
+    assert [module for module in modules if importlib.util.find_spec(module) is None] == []
 
 
 def test_the_readmes_training_step_trains() -> None:
