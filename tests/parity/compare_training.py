@@ -30,8 +30,7 @@ import torch.nn.functional as F
 from flax import nnx
 
 from convert import flax2torch, torch2flax, verify
-from jresnet import ResNet, create
-from jresnet import data
+from jresnet import ResNet, create, data
 from jresnet.errors import InputError
 from jresnet.pytorch import keymap
 from jresnet.training import optim, recipes
