@@ -96,39 +96,25 @@ def rows(*argv: str) -> list[Row]:
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The smallest row, measured."""
     file = tmp_path / "speed.json"
-    argv = ["--suite", "infer", "--arch", "resnet20_cifar", "--batch", "2", "--rounds", "2", "--peer", "none"]
+    argv = ["--suite", "infer", "--arch", "resnet20_cifar", "--batch", "2", "--rounds", "1", "--peer", "none"]
     argv += ["--json", str(file)]
     assert driver.main(argv) == 0
-    out, progress = capsys.readouterr()
-    report = json.loads(file.read_text())
+    report, (shown,) = json.loads(file.read_text()), cells(capsys.readouterr().out.split("\n\n")[0])
     assert report["command"] == f"python scripts/benchmark.py {' '.join(argv)}"
     assert report["versions"].keys() >= {"python", "jax", "flax"}
-    assert report["hardware"].keys() == {
-        "cpu", "cores", "instructions", "system", "huge_pages", "load", "device",
-    }  # fmt: skip
-    assert report["ceilings"]["jresnet float32"] > 0
-    assert report["left_out"] == []
-    (row,), (shown,) = report["rows"], cells(out.split("\n\n")[0])
+    (row,) = report["rows"]
     assert row["gflop"] == pytest.approx(2 * zoo.find("resnet20_cifar").gmacs, rel=5e-3)
-    (result,) = row["results"].values()
-    assert len(result["rounds"]) == 2 == int(shown["n"])
-    for found in result["rounds"]:
-        assert found["seconds"] > 0
-        assert found["steps"] >= 3
-        assert found["images_per_second"] == 2 / found["seconds"]
-        assert found["host_bytes"] > 2**20
-        assert found["compile_seconds"] > 0
-    assert ["error" in found for found in result["rounds"]] == [True, False]
+    result = row["results"]["jresnet"]
+    (found,) = result["rounds"]
+    assert found["images_per_second"] == 2 / found["seconds"] > 0
+    assert found["steps"] >= 3
+    assert found["host_bytes"] > 2**20
     assert 0 < result["error"] < 1e-5
-    assert result["seconds"]["min"] <= result["seconds"]["median"] <= result["seconds"]["max"]
-    share = result["images_per_second"]["median"] * row["gflop"] / report["ceilings"]["jresnet float32"]
+    share = found["images_per_second"] * row["gflop"] / report["ceilings"]["jresnet float32"]
     assert result["share_of_ceiling"] == pytest.approx(share)
     assert shown["what"] == "infer resnet20_cifar at 32, batch 2, float32"
-    assert shown["framework"] == "jresnet"
     assert shown["error"] == f"{result['error']:.1e}"
-    assert shown["images/s"].startswith(f"{result['images_per_second']['median']:.4g} (")
-    assert shown["note"] == "BN folded"
-    assert "round 2 of 2, jresnet" in progress
+    assert shown["images/s"].startswith(f"{found['images_per_second']:.4g} (")
 
 
 @pytest.mark.usefixtures("quick")
@@ -393,9 +379,7 @@ def test_without_torch(fake: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any)
     assert "torch" not in (fake / "log").read_text()
 
 
-def test_another_python_for_the_peers(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_python_for_the_peers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Runs their worker, and says which versions are installed there."""
     other = tmp_path / "python"
     other.write_text(f"""#!{sys.executable}
@@ -404,16 +388,11 @@ print(json.dumps({{"python": "9.9", "torch": "9"}} if sys.argv[1] == "-c" else {
 """)
     other.chmod(0o755)
     found = driver.versions(str(other))
-    assert found["the peers' python"] == "9.9"
-    assert found["torch"] == "9"
-    assert found["jax"] == importlib.metadata.version("jax")
-    assert "the peers' python" not in driver.versions(sys.executable)
+    assert (found["the peers' python"], found["torch"], found["jax"]) == ("9.9", "9", importlib.metadata.version("jax"))
     place = driver.Workplace(tmp_path, "cpu", 1, peer_python=str(other))
     assert place.ask("torch", "gemm", precision="float32") == {"told": "torch_worker.py"}
-    assert place.python("jresnet") == sys.executable
-    for wrong in (tmp_path / "none", "/bin/true"):
-        assert driver.main(["--peer-python", str(wrong)]) == 1
-        assert capsys.readouterr().err.startswith(f"error: --peer-python {wrong} is no Python that works")
+    assert driver.main(["--peer-python", "/bin/true"]) == 1
+    assert capsys.readouterr().err.startswith("error: --peer-python /bin/true is no Python that works")
 
 
 def test_without_a_gpu(fake: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,11 @@ from benchmark.table import PEERS
 SUITES = ("train", "infer", "accuracy", "startup", "data", "scaling")
 SMALL = 64  # pixels below which networks have the CIFAR stem and ten classes
 
+ABLE = {  # which peers a task has
+    "train": PEERS, "infer": PEERS, "epoch": ("torch", "torch-compile"), "first step": ("torch", "torch-compile"),
+    "compile": ("torch-compile",), "import": ("torch",), "accuracy": ("torch",), "data": (),
+}  # fmt: skip
+ACCURACY_BATCH = {"digits": 32, "cifar10": 512}  # the recipe's own
 LEVELS = {"digits": (0.90, 0.95), "cifar10": (0.90, 0.94)}  # test accuracies whose time is taken
 # Suite, device ("": both), task, architecture, pixels, batches. For a GPU the order is what the budget shall reach first.
 DEFAULTS = (
@@ -68,13 +73,12 @@ class Row:
         return {"stem": "cifar" if small else None, "num_classes": 10 if small else None}
 
     def contestants(self, peers: Sequence[str]) -> list[str]:
-        """Who is measured, in turn."""
-        both = ("torch", "torch-compile")
-        able = {"data": (), "import": ("torch",), "compile": ("torch-compile",), "first step": both, "epoch": both}
-        able["accuracy"] = ("torch",)
-        able |= {"train": {"": PEERS, "devices": ()}.get(self.series, ("torch",))}
+        """Who is measured, in turn: jresnet, and those of ``peers`` that have such a task."""
+        able = ABLE[self.task]
+        if self.series:
+            able = () if self.series == "devices" else ("torch",)
         cached = ["jresnet, cached"] if self.task == "first step" else []
-        return ["jresnet", *cached, *(name for name in able.get(self.task, PEERS) if name in peers)]
+        return ["jresnet", *cached, *(name for name in able if name in peers)]
 
 
 def choose(args: argparse.Namespace) -> list[Row]:
@@ -88,19 +92,34 @@ def choose(args: argparse.Namespace) -> list[Row]:
             continue
         if arch and args.arch:
             arch, size, batches = args.arch, usual, (128 if usual < SMALL else 16,)
-        for batch in batches:
-            chosen = (0, 0) if task == "import" else (args.size or size, args.batch or batch)
-            dataset = ""
-            if task == "accuracy":  # of the scripts, with the recipe's own batch
+        for batch in [args.batch] if args.batch else batches:
+            if task == "import":
+                row = Row(suite, task, precision=precision)
+            elif task == "accuracy":
                 dataset = "cifar10" if args.data_dir else "digits"
-                chosen = 32, args.batch or {"digits": 32, "cifar10": 512}[dataset]
-            rows.append(Row(suite, task, arch, *chosen, precision, dataset=dataset))
+                row = Row(suite, task, arch, 32, args.batch or ACCURACY_BATCH[dataset], precision, dataset=dataset)
+            else:
+                row = Row(suite, task, arch, args.size or size, batch, precision)
+            rows.append(row)
     if "scaling" in suites:
-        arch, batch = args.arch or "resnet20_cifar", args.batch or 128
-        varied = [("batch", arch, n, 1) for n in ([args.batch] if args.batch else [1, 4, 16, 64, 256, 1024])]
-        if not args.arch:
-            varied += [("depth", f"resnet{depth}_cifar", batch, 1) for depth in (20, 32, 44, 56, 110)]
-        if args.device == "cpu":
-            varied += [("devices", arch, batch, count) for count in (1, 2, 4, 8) if batch % count == 0]
-        rows += [Row("scaling", "train", name, usual, n, precision, series, k) for series, name, n, k in varied]
+        rows += _scaling(args, usual, precision)
     return list(dict.fromkeys(rows))
+
+
+def _scaling(args: argparse.Namespace, size: int, precision: str) -> list[Row]:
+    """Training over the batch, the depth and simulated devices, the other two as they are."""
+    arch, batch = args.arch or "resnet20_cifar", args.batch or 128
+    batches = [args.batch] if args.batch else [1, 4, 16, 64, 256, 1024]
+    depths = [] if args.arch else [20, 32, 44, 56, 110]
+    devices = [count for count in (1, 2, 4, 8) if batch % count == 0] if args.device == "cpu" else []
+    return [
+        *(Row("scaling", "train", arch, size, count, series="batch", precision=precision) for count in batches),
+        *(
+            Row("scaling", "train", f"resnet{depth}_cifar", size, batch, series="depth", precision=precision)
+            for depth in depths
+        ),
+        *(
+            Row("scaling", "train", arch, size, batch, series="devices", devices=n, precision=precision)
+            for n in devices
+        ),
+    ]
