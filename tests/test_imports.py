@@ -24,8 +24,9 @@ RANKS = {
     "training": 9,
     "__init__": 10,  # jresnet's own, which shows what is public; it imports from anywhere below
     "commands": 11,
-    "convert": 12,
-    "scripts": 13,
+    "__main__": 12,
+    "convert": 13,
+    "scripts": 14,
 }  # fmt: skip
 # Rooms that import less than their rank would allow.
 ONLY: dict[str, set[str]] = {
@@ -93,7 +94,12 @@ def imports(tree: ast.Module, name: str) -> Iterator[str]:
             base = folder[: len(folder) - node.level + 1] if node.level else []
             module = ".".join([*base, *filter(None, [node.module])])
             yield from (f"{module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__"):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
+            "importlib.import_module",
+            "import_module",
+            "runpy.run_module",
+            "__import__",
+        ):
             yield from (argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from jresnet.errors import InputError
@@ -12,9 +13,10 @@ from jresnet.reports import plots
 from jresnet.reports.compare import cells, figures, read_entries, text_table
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line's options."""
+def parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """The command line's options; ``prog`` is what the command calls itself."""
     parser = argparse.ArgumentParser(
+        prog=prog,
         description="Compare training runs in a table and a plot.",
         epilog="Figures are those of the last epoch; of several seeds mean ± sample standard deviation over the finished "
         "ones (over all at the same epoch where none is finished), images/s and time the mean of a seed. Exit code: 0; 1 "
@@ -31,9 +33,9 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Runs the command; returns its exit code."""
-    options = parser()
+    options = parser(prog)
     args = options.parse_args(argv)
     if args.plot.suffix.lower() != ".png":
         options.error(f"--plot writes PNG, so its file's name must end in .png, got {str(args.plot)!r}")
