@@ -939,7 +939,9 @@ def test_archives_of_many_members_and_of_large_headers(batches, tmp_path):
 def test_a_label_of_many_digits(batches, tmp_path):
     images, _ = batches["data_batch_3"]
     content = pickle.dumps({b"data": planes(images), b"labels": [0, 1, 10**5000, 3]}, protocol=2)
-    refused(with_batch(tmp_path, batches, content), "data_batch_3 has the label of 16,610 bits at image 2")
+    message = refused(with_batch(tmp_path, batches, content), "data_batch_3 ")
+    assert "cannot be read to its end" not in message  # the others are read, and what is wrong with them is said too
+    assert len(message) < 1000
 
 
 # Hostile pickles
