@@ -37,7 +37,7 @@ ONLY: dict[str, set[str]] = {
 }
 # torch's own networks and numbers, to compare with. TensorFlow is imported nowhere.
 TORCH = (
-    "convert/verify.py", "convert/reference.py", "convert/peers.py", "scripts/benchmark/torch_worker.py", "tests/parity/",
+    "convert/verify.py", "convert/reference.py", "convert/installed.py", "scripts/benchmark/torch_worker.py", "tests/parity/",
     "tests/golden/",
 )  # fmt: skip
 
