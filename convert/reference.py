@@ -5,16 +5,14 @@ Needs torch and torchvision, and is imported only where a comparison is made (``
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convert.verify import import_torchvision
-
-if TYPE_CHECKING:
-    from jresnet.models.resnet import ResNetConfig
+from jresnet.models.resnet import ResNetConfig
 
 # Where the networks that torchvision has not begin from; what their configurations say is then changed.
 _RELATIVES = {"resnet34_projection": "resnet34", "resnet18_d2l": "resnet18"}

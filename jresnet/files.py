@@ -24,6 +24,9 @@ def write_atomically(path: str | Path, content: bytes) -> None:
     path = Path(path)
     temporary = None
     try:
+        # A device or a pipe would be gone, and an ordinary file in its place.
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise OSError("it is a device or a pipe")
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
             file.write(content)

@@ -13,17 +13,18 @@ from conftest import REPOSITORY, command
 import jresnet
 from convert import torch2flax, verify
 from jresnet.errors import InputError, WeightsError
+from jresnet.models import params, zoo
 from jresnet.models.zoo import ZOO
-from jresnet.pytorch import keymap
-from jresnet.weights import native as weights
+from jresnet.pytorch import keymap, statedict
+from jresnet.weights import native
 
 
 def state_dict_of(arch: str, dialect: str = "torchvision", **chosen) -> dict[str, np.ndarray]:
     """Random tensors by PyTorch's keys, in PyTorch's layout."""
     draw = np.random.default_rng(0)
-    shapes = weights.shapes(weights.configure(arch, **chosen))
+    shapes = params.shapes(zoo.configure(arch, **chosen))
     tensors = {
-        keymap.torch_key(path, dialect): draw.uniform(0.5, 1.5, torch2flax.torch_shape(shape)).astype(np.float32)
+        keymap.torch_key(path, dialect): draw.uniform(0.5, 1.5, keymap.torch_shape(shape)).astype(np.float32)
         for path, shape in shapes.items()
     }
     norms = [key.removesuffix("running_var") for key in tensors if key.endswith("running_var")]
@@ -42,7 +43,7 @@ def write(path: Path, tensors: dict[str, np.ndarray]) -> Path:
 
 def networks_of(dialect: str) -> list[str]:
     """The rows of the zoo that a dialect may have, by what cannot be chosen."""
-    shared = {name: value for name, value in keymap.DIALECTS[dialect].config.items() if name not in weights.FREE}
+    shared = {name: value for name, value in keymap.DIALECTS[dialect].config.items() if name not in zoo.FREE}
     return [row.name for row in ZOO.values() if all(getattr(row.config, name) == v for name, v in shared.items())]
 
 
@@ -50,7 +51,7 @@ def networks_of(dialect: str) -> list[str]:
 def test_names_are_a_bijection(arch: str, dialect: str) -> None:
     if arch == "resnet1202_cifar":
         arch = "resnet110_cifar"  # the same names, a tenth of the time
-    paths = weights.shapes(weights.configure(arch))
+    paths = params.shapes(zoo.configure(arch))
     keys = {keymap.torch_key(path, dialect) for path in paths}
     assert len(keys) == len(paths)
     counters = {keymap.counter_key(path, dialect) for path in paths if path.endswith(".var")}
@@ -79,7 +80,7 @@ def test_wrappers_are_peeled(tensors: dict[str, np.ndarray], prefix: str, outer:
 def test_akamasters_names() -> None:
     tensors = state_dict_of("resnet20_cifar", "akamaster")
     assert "linear.weight" in tensors
-    found = torch2flax.match(tensors, "resnet20_cifar")
+    found = statedict.match(tensors, "resnet20_cifar")
     assert (found.dialect, len(found.counters), len(found.values)) == ("akamaster", 19, 97)
     assert set(found.counters.values()) == {7}
     np.testing.assert_array_equal(found.values["fc.bias"], tensors["linear.bias"])
@@ -133,7 +134,7 @@ def test_counters_are_whole_numbers(tensors: dict[str, np.ndarray]) -> None:
     ],
 )
 def test_the_right_architecture_is_named(dialect: str, found: str, asked: str) -> None:
-    chosen = {name: v for name, v in keymap.DIALECTS[dialect].config.items() if name in weights.FREE}
+    chosen = {name: v for name, v in keymap.DIALECTS[dialect].config.items() if name in zoo.FREE}
     with pytest.raises(WeightsError, match=f"holds a {found}, not a {asked}: name that architecture$"):
         torch2flax.convert(state_dict_of(found, dialect, num_classes=7, **chosen), asked)
 
@@ -209,7 +210,7 @@ def test_the_command_converts(tensors: dict[str, np.ndarray], tmp_path: Path) ->
     )
     assert done.returncode == 0, done.stderr
     assert "97 tensors, each used once (torchvision naming); 19 num_batches_tracked kept aside" in done.stdout
-    arch, _, values, metadata = weights.read(output)
+    arch, _, values, metadata = native.read(output)
     assert arch == "resnet20_cifar"
     np.testing.assert_array_equal(values["fc.bias"], tensors["fc.bias"])
     assert metadata["source"] == "mine.safetensors"
@@ -294,7 +295,7 @@ def test_the_command_says_what_it_adapts(tensors: dict[str, np.ndarray], tmp_pat
     assert done.returncode == 0, done.stderr
     assert "adapted  stem for 1 input channel: the kernel for 3, summed over the channels" in done.stdout
     assert "adapted  fresh head for 7 classes, to be trained: the weights' own has 10" in done.stdout
-    _, config, values, metadata = weights.read(output)
+    _, config, values, metadata = native.read(output)
     assert (config.num_classes, config.in_channels, values["fc.bias"].shape) == (7, 1, (7,))
     assert metadata["num_batches_tracked"] == "7"
     again = jresnet.create("resnet20_cifar", weights=output, num_classes=5, in_channels=1)

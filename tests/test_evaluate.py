@@ -18,10 +18,10 @@ import jresnet
 from jresnet import evaluation as evaluate
 from jresnet.data import images
 from jresnet.errors import DataError, InputError, WeightsError
-from jresnet.training import recipes
-from jresnet.weights import native as weights
+from jresnet.models import zoo
+from jresnet.weights import native
 from jresnet.weights import published as pretrained
-from jresnet.weights.published import Preprocessing
+from jresnet.weights.preprocessing import STATISTICS, Preprocessing
 
 SCRIPT = "scripts/evaluate.py"
 CLASSES = ("auk", "bee", "cat", "dog", "eel", "fox", "gnu")
@@ -45,7 +45,7 @@ def model() -> jresnet.ResNet:
 def file(model: jresnet.ResNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its native file, with preprocessing and categories."""
     path = tmp_path_factory.mktemp("weights") / "seven.safetensors"
-    weights.save(
+    native.save(
         path, model, "resnet20_cifar", preprocessing=RECIPE.to_json(), categories=json.dumps(CLASSES)
     )  # fmt: skip
     return path
@@ -148,11 +148,11 @@ def test_grey_and_fewer_than_five_classes() -> None:
 # What is evaluated ---------------------------------------------------------------------------------------------------
 
 
-def test_a_native_file_says_all(file: Path, native: Path) -> None:
+def test_a_native_file_says_all(file: Path, native_file: Path) -> None:
     resolved = evaluate.resolve(str(file), jnp.bfloat16)
     assert (resolved.arch, resolved.preprocessing, resolved.categories) == ("resnet20_cifar", RECIPE, CLASSES)
     assert resolved.model.conv1.dtype == jnp.bfloat16
-    silent = evaluate.resolve(str(native))
+    silent = evaluate.resolve(str(native_file))
     assert (silent.preprocessing, silent.categories) == (None, None)
 
 
@@ -188,12 +188,12 @@ def test_published_names(monkeypatch: pytest.MonkeyPatch, model: jresnet.ResNet)
 )
 def test_metadata_that_cannot_be(tmp_path: Path, model: jresnet.ResNet, metadata: dict, message: str) -> None:
     path = tmp_path / "odd.safetensors"
-    weights.save(path, model, "resnet20_cifar", **metadata)
+    native.save(path, model, "resnet20_cifar", **metadata)
     with pytest.raises(WeightsError, match=message):
         evaluate.resolve(str(path))
 
 
-CIFAR_STATISTICS, IMAGENET_STATISTICS = recipes.STATISTICS["cifar10"], recipes.STATISTICS["imagenet"]
+CIFAR_STATISTICS, IMAGENET_STATISTICS = STATISTICS["cifar10"], STATISTICS["imagenet"]
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ CIFAR_STATISTICS, IMAGENET_STATISTICS = recipes.STATISTICS["cifar10"], recipes.S
     ],
 )
 def test_preprocessing_is_the_weights_own_or_said_to_be_a_guess(arch, own, cifar10, expected, origin) -> None:
-    model = jresnet.ResNet(jresnet.weights.native.configure(arch), rngs=None)
+    model = jresnet.ResNet(zoo.configure(arch), rngs=None)
     chosen, found = evaluate.choose_preprocessing(evaluate.Resolved(arch, model, own, None), cifar10=cifar10)
     assert chosen == expected
     assert found.startswith(origin)
@@ -229,10 +229,10 @@ def test_other_statistics(model: jresnet.ResNet) -> None:
     ):
         with pytest.raises(InputError, match=message):
             evaluate.choose_preprocessing(resolved, cifar10=True, mean=mean, std=std)
-    grey = jresnet.ResNet(weights.configure("resnet18_d2l"), rngs=None)
+    grey = jresnet.ResNet(zoo.configure("resnet18_d2l"), rngs=None)
     with pytest.raises(InputError, match=r"takes images of 1 channel, but there are 3 values .* give 1 with"):
         evaluate.choose_preprocessing(evaluate.Resolved("resnet18_d2l", grey, None, None), cifar10=False)
-    four = jresnet.ResNet(weights.configure("resnet18", in_channels=4), rngs=None)
+    four = jresnet.ResNet(zoo.configure("resnet18", in_channels=4), rngs=None)
     with pytest.raises(InputError, match="4 channels; only RGB and grey"):
         evaluate.choose_preprocessing(evaluate.Resolved("resnet18", four, None, None), cifar10=False)
 

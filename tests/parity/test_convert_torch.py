@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from convert import torch2flax, verify
+from jresnet import files
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -33,7 +34,6 @@ def test_a_published_file_through_the_cache(
     import dataclasses
 
     import jresnet
-    from jresnet import download
     from jresnet.weights import published as pretrained
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -46,7 +46,7 @@ def test_a_published_file_through_the_cache(
     assert "is damaged or another file" in capsys.readouterr().err
     assert list(tmp_path.rglob("*.safetensors")) == []
 
-    mine = dataclasses.replace(row, sha256=download.sha256_of(path))
+    mine = dataclasses.replace(row, sha256=files.sha256_of(path))
     monkeypatch.setattr(pretrained, "find", lambda *_: mine)
     output = tmp_path / "out.safetensors"
     assert torch2flax.main(["resnet18", "--output", str(output)]) == 0

@@ -11,11 +11,13 @@ import pytest
 import torch
 from flax import nnx
 
-from convert import reference, torch2flax, verify
+from convert import reference, verify
+from jresnet import sources
 from jresnet.data import cifar10 as data
-from jresnet.training import recipes
+from jresnet.models import params
+from jresnet.pytorch import statedict
 from jresnet.training.augment import normalise
-from jresnet.weights import native as weights
+from jresnet.weights.preprocessing import STATISTICS
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +30,10 @@ def images(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> data.Split
 
 
 def test_akamasters_resnet20(shared: Path, images: data.Split) -> None:
-    found = torch2flax.match(torch2flax.read(shared / "weights" / "resnet20-12fca82f.th"), "resnet20_cifar")
+    found = statedict.match(sources.open_file(shared / "weights" / "resnet20-12fca82f.th")[0], "resnet20_cifar")
     network = reference.network("resnet20_cifar", found.config)
     network.load_state_dict({key: torch.tensor(value) for key, value in found.torchvision().items()}, strict=False)
-    x = np.asarray(normalise(images.images.astype(np.float32), *recipes.STATISTICS["imagenet"]))
+    x = np.asarray(normalise(images.images.astype(np.float32), *STATISTICS["imagenet"]))
     tensors = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))).split(500)
     with torch.no_grad():
         theirs = torch.cat([network.eval()(part) for part in tensors]).numpy()
@@ -39,7 +41,7 @@ def test_akamasters_resnet20(shared: Path, images: data.Split) -> None:
     forward = nnx.jit(lambda model, x: model(x))
     ours, narrow = (
         np.concatenate([np.asarray(forward(model, part)) for part in np.split(x, 20)])
-        for model in (weights.fill(found.config, found.values, dtype) for dtype in (None, "bfloat16"))
+        for model in (params.fill(found.config, found.values, dtype) for dtype in (None, "bfloat16"))
     )
     predicted, agreeing = ours.argmax(1), int((narrow.argmax(1) == ours.argmax(1)).sum())
     errors = [verify.relative(logits[:1000], exact) for logits in (ours, theirs, narrow)]

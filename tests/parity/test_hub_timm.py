@@ -14,7 +14,7 @@ from networks import TORCHVISION
 from convert import torch2flax, verify
 from jresnet.errors import WeightsError
 from jresnet.weights import hub
-from jresnet.weights.published import Preprocessing
+from jresnet.weights.preprocessing import Preprocessing
 
 verify.import_torchvision()  # which timm imports, and which does not import by itself beside a CPU build of torch
 

@@ -15,7 +15,7 @@ from convert.verify import import_torchvision
 from jresnet.data import images
 from jresnet.training import augment
 from jresnet.weights import published as pretrained
-from jresnet.weights.published import Preprocessing
+from jresnet.weights.preprocessing import Preprocessing
 
 torchvision = import_torchvision()
 datasets, transforms = torchvision.datasets, torchvision.transforms
