@@ -33,6 +33,8 @@ ALLOWED = 3.0
 # The same over several networks, root mean square: there the luck of a draw is averaged out.
 ALLOWED_OVERALL = 1.5
 
+TOGETHER = 100  # blocks, up to which a network is compiled as one program
+
 EXACT = 1e-10  # relative, in float64: a few thousand roundings of 1e-16, enlarged by BN's divisions
 
 
@@ -130,7 +132,7 @@ class _Compiled(nnx.Module):
 
 def _logits(model: ResNet, images: np.ndarray) -> np.ndarray:
     forward: Any = _forward
-    if sum(model.config.depths) > 100:
+    if sum(model.config.depths) > TOGETHER:
         # XLA takes more than five minutes to compile the 1,202 layers as one, and seconds for the few blocks that differ.
         model, forward = nnx.clone(model), ResNet.__call__
         for i in range(len(model.config.depths)):

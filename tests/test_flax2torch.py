@@ -197,6 +197,18 @@ def test_the_default_dialect(
     assert json.loads(capsys.readouterr().out)["dialect"] == dialect
 
 
+def test_a_file_that_exists_is_replaced_only_by_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``mine.pth`` beside ``mine.safetensors`` is what the latter was converted from, with its optimizer and all."""
+    path = save(tmp_path, "resnet20_cifar", {})
+    for output, more in ((path.with_suffix(".pth"), []), (tmp_path / "x.pt", ["--output", str(tmp_path / "x.pt")])):
+        output.write_text("the user's")
+        assert flax2torch.main([str(path), "--verify", "never", *more]) == 1
+        assert f"{output} exists: --force replaces it" in capsys.readouterr().err
+        assert output.read_text() == "the user's"
+        assert flax2torch.main([str(path), "--verify", "never", "--force", *more]) == 0
+        assert len(sources.open_file(output)[0]) == 97 + 19
+
+
 def test_safetensors(tmp_path: Path) -> None:
     path, output = save(tmp_path, "resnet34_projection", {"num_classes": 10}), tmp_path / "out.safetensors"
     assert flax2torch.main([str(path), "--output", str(output), "--verify", "never"]) == 0
@@ -240,6 +252,7 @@ def test_the_command_needs_no_torch(tmp_path: Path) -> None:
         (["{good}", "--dialect", "kuangliu"], 1, "shortcut is 'projection' there, 'pad' here"),
         (["{foreign}"], 1, "is not a jresnet-1 file"),
         (["{cut}"], 1, "cut.safetensors"),
+        ([""], 1, "it is a folder or a device"),
     ],
 )
 def test_bad_input(
