@@ -15,12 +15,14 @@ from conftest import command, load_script, randomise
 from PIL import Image
 
 import jresnet
+from convert import torch2flax
 from jresnet import evaluation as evaluate
+from jresnet import sources
 from jresnet.data import images
 from jresnet.errors import DataError, InputError, WeightsError
-from jresnet.models import zoo
-from jresnet.weights import native
-from jresnet.weights import published as pretrained
+from jresnet.models import params, zoo
+from jresnet.pytorch import statedict
+from jresnet.weights import native, published
 from jresnet.weights.preprocessing import STATISTICS, Preprocessing
 
 SCRIPT = "scripts/evaluate.py"
@@ -156,14 +158,18 @@ def test_a_native_file_says_all(file: Path, native_file: Path) -> None:
     assert (silent.preprocessing, silent.categories) == (None, None)
 
 
-def test_published_names(monkeypatch: pytest.MonkeyPatch, model: jresnet.ResNet) -> None:
+def test_published_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
 
-    def load(row: pretrained.Weights, dtype: object) -> jresnet.ResNet:
+    def fetch(row: published.Row, progress: bool) -> Path:
         asked.append(row)
-        return model
+        return tmp_path / row.filename
 
-    monkeypatch.setattr(pretrained, "load", load)
+    small = jresnet.create("resnet20_cifar", num_classes=1000)
+    conversion = statedict.Conversion("resnet50", small.config, params.arrays(small), "torchvision", {}, ())
+    monkeypatch.setattr(published, "fetch", fetch)
+    monkeypatch.setattr(sources, "open_file", lambda path: ({}, {}))
+    monkeypatch.setattr(statedict, "match", lambda *arguments, **options: conversion)
     for name, expected, resize in (
         ("resnet50", "IMAGENET1K_V2", 232),
         ("ResNet50:imagenet1k_v1", "IMAGENET1K_V1", 256),
@@ -322,7 +328,7 @@ def test_bfloat16_and_limit(script: ModuleType, file: Path, folder: Path, capsys
     [
         ({"--weights": "nowhere.safetensors"}, 1, "error: cannot read nowhere.safetensors"),
         ({"--weights": "resnet51"}, 1, "error: no weights are published for 'resnet51' (did you mean resnet50"),
-        ({"--weights": "net.pth"}, 1, "error: net.pth is a PyTorch file: convert it first"),
+        ({"--weights": "net.pth"}, 1, "error: net.pth cannot be read (No such file"),
         ({"--data": "nowhere"}, 1, "error: there is no folder nowhere: expected FOLDER/CLASS/*.JPEG"),
         ({"--data": "cifar10"}, 1, "error: CIFAR-10 has 10 classes, but the network 7\n"),
         ({"--mean": "1,2,3"}, 1, "error: mean must be one or three numbers from 0 to 1, got (1.0, 2.0, 3.0)"),
@@ -372,8 +378,6 @@ def test_the_network_trained_elsewhere(
     script: ModuleType, shared: Path, cifar10: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """akamaster's ResNet-20 gets 915 of the 1,000 clean test images, as in PyTorch."""
-    from convert import torch2flax
-
     output, source = tmp_path / "resnet20.safetensors", shared / "weights" / "resnet20-12fca82f.th"
     arguments = ["resnet20_cifar", "--weights", str(source), "--output", str(output), "--verify", "never"]
     assert torch2flax.main(arguments) == 0
