@@ -1,18 +1,21 @@
 """PyTorch's networks to compare with, in torchvision's naming: torchvision's own, and the few that it has not.
 
-Needs torch and torchvision, and is imported only where a comparison is made (``convert.verify``, the tests).
+Needs torch and torchvision, and is imported only where a comparison is made (``convert.verify``, the tests). Brings in no
+JAX, which would count as PyTorch's memory and start where the two are measured beside each other.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convert.verify import import_torchvision
-from jresnet.models.resnet import ResNetConfig
+from convert.installed import import_torchvision
+
+if TYPE_CHECKING:
+    from jresnet.models.resnet import ResNetConfig
 
 # Where the networks that torchvision has not begin from; what their configurations say is then changed.
 _RELATIVES = {"resnet34_projection": "resnet34", "resnet18_d2l": "resnet18"}

@@ -470,7 +470,7 @@ def versions(peer_python: str) -> dict[str, str]:
 
 
 def write(path: Path, report: Mapping[str, Any]) -> None:
-    """The old file or the new one, whole; ``jresnet.weights.native.write_atomically`` would bring JAX into this process."""
+    """The old file or the new one, whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from convert import reference
+from convert.installed import import_torchvision
 from convert.reference import randomise
-from convert.verify import import_torchvision
 from jresnet.models import zoo
 
 models = import_torchvision().models

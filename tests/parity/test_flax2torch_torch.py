@@ -18,6 +18,7 @@ from torch import nn
 
 import jresnet
 from convert import flax2torch, torch2flax, verify
+from convert.installed import import_torchvision
 from jresnet.pytorch import statedict, torchsave
 from jresnet.weights import native
 
@@ -84,7 +85,7 @@ def test_a_network_trained_here_is_torchvisions(
     assert flax2torch.main([str(native_file), "--output", str(output), "--verify", "always", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["verify"]["done"]
-    names = {"torchvision": verify.import_torchvision(), "torch": torch, "safetensors": safetensors}
+    names = {"torchvision": import_torchvision(), "torch": torch, "safetensors": safetensors}
     exec(report["load"], names)  # two lines of our own
     theirs = names["model"]
     found = verify.compare(model, theirs, 64)

@@ -12,11 +12,12 @@ import torch
 from networks import TORCHVISION
 
 from convert import torch2flax, verify
+from convert.installed import import_torchvision
 from jresnet.errors import WeightsError
 from jresnet.weights import timm_config
 from jresnet.weights.preprocessing import Preprocessing
 
-verify.import_torchvision()  # which timm imports, and which does not import by itself beside a CPU build of torch
+import_torchvision()  # which timm imports, and which does not import by itself beside a CPU build of torch
 
 import timm  # noqa: E402
 from timm.data import create_transform, resolve_model_data_config  # noqa: E402
