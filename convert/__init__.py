@@ -8,10 +8,12 @@ if TYPE_CHECKING:
 __all__ = ["convert"]
 
 
-def __getattr__(name: str) -> Any:
-    """``convert``, from a module that must not be imported before it is run as a command."""
-    if name != "convert":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from convert.torch2flax import convert
+if not TYPE_CHECKING:  # type checkers would take any name at all
 
-    return convert
+    def __getattr__(name: str) -> Any:
+        """``convert``, from a module that must not be imported before it is run as a command."""
+        if name != "convert":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from convert.torch2flax import convert
+
+        return convert

@@ -89,13 +89,15 @@ _MODULES = {  # where a public name comes from; the others from jresnet.factory
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name == "optim":
-        return importlib.import_module("jresnet.training.optim")
-    globals()[name] = value = getattr(importlib.import_module(_MODULES.get(name, "jresnet.factory")), name)
-    return value
+if not TYPE_CHECKING:  # type checkers would take any name at all
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name == "optim":
+            return importlib.import_module("jresnet.training.optim")
+        globals()[name] = value = getattr(importlib.import_module(_MODULES.get(name, "jresnet.factory")), name)
+        return value
 
 
 def __dir__() -> list[str]:

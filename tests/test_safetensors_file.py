@@ -366,7 +366,7 @@ def test_memory_limit_of_the_system(tiny: bytes, native_file: Path, tmp_path: Pa
     paths += [tmp_path / "pipe.safetensors", Path("/dev/zero")]
     script = """
 import resource, sys
-from jresnet import weights
+from jresnet.weights import native
 from jresnet.errors import WeightsError
 native.read(sys.argv[1])
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

@@ -9,7 +9,6 @@ import pytest
 import safetensors.numpy
 
 import jresnet
-from jresnet import files
 from jresnet.errors import InputError, WeightsError
 from jresnet.weights import native
 
@@ -109,24 +108,3 @@ def test_the_wrong_architecture_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a resnet32_cifar"):
         native.save(tmp_path / "x.safetensors", jresnet.create("resnet20_cifar"), "resnet32_cifar")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "file"
-    files.write_atomically(path, b"old")
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InputError, match=r"cannot write .*No space left on device"):
-        files.write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [file.name for file in tmp_path.iterdir()] == ["file"]
-
-
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot write .*No such file or directory"):
-        files.write_atomically(tmp_path / "none" / "file", b"new")

@@ -102,7 +102,8 @@ def read(path: str | Path) -> tuple[str, ResNetConfig, dict[str, np.ndarray], di
     """
     if Path(path).suffix in (".pth", ".pt", ".th"):
         raise WeightsError(
-            f"{path} is a PyTorch file: convert it first, with python -m convert.torch2flax ARCH --weights {path}"
+            f"{path} is a PyTorch file: jresnet.create(ARCH, weights=...) reads it, or convert it first, with "
+            f"python -m convert.torch2flax ARCH --weights {path}"
         )
     return parse(path, *read_safetensors(path))
 
