@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 from benchmark import table
 
 from jresnet.errors import InputError
+from jresnet.files import write_atomically
 from jresnet.reports.compare import Entry, percent, plus_minus, read_entry, read_json, spread, summarise
-from jresnet.weights.native import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED_FILES = ("config.json", "metrics.jsonl", "summary.json")

@@ -18,7 +18,7 @@ sys.path.append(str(REPOSITORY / "scripts"))  # where scripts find what they sha
 from benchmark.networks import randomise  # noqa: E402
 
 import jresnet  # noqa: E402
-from jresnet.weights import native as weights  # noqa: E402
+from jresnet.weights import native  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -59,12 +59,12 @@ def cifar10(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def native_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A native file of a random resnet20_cifar."""
     path = tmp_path_factory.mktemp("native") / "resnet20.safetensors"
     model = jresnet.create("resnet20_cifar", seed=3)
     randomise(model)
-    weights.save(path, model, "resnet20_cifar")
+    native.save(path, model, "resnet20_cifar")
     return path
 
 

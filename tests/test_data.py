@@ -958,6 +958,8 @@ class Exploit:
 
 
 HUGE = struct.pack("<Q", 2**28)  # small enough to be allocated, were it tried
+# Tuples of tuples, each the one before twice by the memo: to hash or to print them takes 2^60 steps.
+NESTED = b")" + b"".join(b"q\x00h\x00\x86" for _ in range(60))
 HOSTILE = {
     "os.system, protocol 0": pickle.dumps(Exploit(), 0),
     "os.system, protocol 2": pickle.dumps({b"data": Exploit(), b"labels": [1]}, 2),
@@ -986,6 +988,18 @@ HOSTILE = {
     + b"U\x06latin1\x86q\x01"
     + b"h\x00h\x01R" * 10**4
     + b".",
+    "tuples as a key": b"\x80\x02}" + NESTED + b"Ns.",
+    "tuples as a label": b"\x80\x02}(U\x06labels]("
+    + NESTED
+    + b"eU\x04datacnumpy.core.multiarray\n_reconstruct\n)R(K\x01K\x01M"
+    + struct.pack("<H", 3072)
+    + b"\x86cnumpy\ndtype\nU\x02u1\x85R\x89T"
+    + struct.pack("<i", 3072)
+    + bytes(3072)
+    + b"tbu.",
+    "tuples as a shape": b"\x80\x02}(U\x06labels](K\x01eU\x04datacnumpy.core.multiarray\n_reconstruct\n)R(K\x01"
+    + NESTED
+    + b"cnumpy\ndtype\nU\x02u1\x85R\x89U\x01xtbu.",
     "recursion": b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b".",
 }
 

@@ -227,7 +227,6 @@ def test_everything_that_is_wrong_is_said(tmp_path: Path, capsys: pytest.Capture
     assert not (tmp_path / "x.png").exists()
 
 
-@pytest.mark.xfail(strict=True, reason="`import jresnet` brings in jax")
 @pytest.mark.parametrize("module", ["jresnet.reports.compare", "jresnet.reports.plots", "jresnet.commands.report"])
 def test_reports_need_no_jax(module: str) -> None:
     code = f"import {module}, sys; sys.exit(str({{'jax', 'torch', 'matplotlib'}} & set(sys.modules) or ''))"

@@ -14,14 +14,13 @@ from __future__ import annotations
 import contextlib
 import gzip
 import hashlib
-import io
 import os
-import pickle
+import reprlib
 import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import numpy as np
 
@@ -29,6 +28,7 @@ from jresnet.data.dataset import RECORD, Dataset, from_records
 from jresnet.data.tfds import find_tfds, prepare_tfds, read_tfds
 from jresnet.download import fetch
 from jresnet.errors import DataError, DownloadError
+from jresnet.pytorch.unpickle import DAMAGE, Instance, Interpreter, Refused
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -166,9 +166,8 @@ def _read_store(store: Path) -> Dataset:
 def _check_labels(labels: list[Any]) -> None:
     for i, label in enumerate(labels):
         if type(label) is not int or not 0 <= label <= 9:
-            shown = (
-                f"of {label.bit_length():,} bits" if isinstance(label, int) and abs(label) > 2**64 else str(label)[:40]
-            )
+            huge = isinstance(label, int) and abs(label) > 2**64  # Python prints no number of many thousands of digits
+            shown = f"of {label.bit_length():,} bits" if huge else reprlib.repr(label)
             raise DataError(f"has the label {shown} at image {i}; expected 0 to 9")
 
 
@@ -267,20 +266,20 @@ def _parse_binary(data: bytes) -> np.ndarray:
 def _parse_pickle(data: bytes) -> np.ndarray:
     """A batch of the python archive, written by Python 2 or 3, -> its records, uint8 [n, 3073]."""
     try:
-        loaded = _Unpickler(io.BytesIO(data), encoding="bytes").load()
+        loaded = Interpreter(data, _GLOBALS, bytes_of_python2=True, advice="nothing of it was run").load()
         batch = {_bytes(key): value for key, value in loaded.items()}
         labels, array = batch[b"labels"], batch[b"data"]
         _, shape, dtype, fortran, raw = array.state
         dtype, raw = _bytes(dtype.args[0]), _bytes(raw)
-    except DataError:
-        raise
-    except Exception as error:  # a damaged pickle fails in every way there is
+    except Refused as refusal:
+        raise DataError(f"is no pickle of CIFAR-10 images: it {refusal}") from None
+    except DAMAGE as error:
         raise DataError(f"is no pickle of CIFAR-10 images ({type(error).__name__}: {str(error)[:80]})") from error
     if dtype not in (b"u1", b"|u1") or type(raw) is not bytes:
-        raise DataError(f"has data of dtype {str(dtype)[:40]}; expected u1")
+        raise DataError(f"has data of dtype {reprlib.repr(dtype)}; expected u1")
     if type(labels) is not list or not labels or shape != (len(labels), 3072) or len(raw) != len(labels) * 3072:
         count = f"{len(labels):,} labels" if type(labels) is list else "no list of labels"
-        shape = f"{str(shape)[:40]} in {len(raw):,} bytes"
+        shape = f"{reprlib.repr(shape)} in {len(raw):,} bytes"
         raise DataError(f"has {count} and data of shape {shape}; expected n labels and (n, 3072), n not 0")
     _check_labels(labels)
     records = np.empty((len(labels), RECORD), np.uint8)
@@ -290,52 +289,14 @@ def _parse_pickle(data: bytes) -> np.ndarray:
 
 
 def _bytes(value: Any) -> Any:
-    """A byte string of Python 2, a text of Python 3, or bytes as Python 3 writes them in protocol 2, -> bytes."""
-    if isinstance(value, _Call) and value.name == "_codecs.encode" and value.args[1:] in (("latin1",), (b"latin1",)):
-        value = value.args[0]
+    """A byte string of Python 2 or 3, or a text of Python 3 -> bytes."""
     return value.encode("latin1") if isinstance(value, str) else value
 
 
-_GLOBALS = {
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),
+_GLOBALS: dict[str, object] = {  # what an array is made of, recorded and not made
+    "numpy.core.multiarray._reconstruct": lambda _, *args: Instance(*args),
+    "numpy._core.multiarray._reconstruct": lambda _, *args: Instance(*args),
+    "numpy.ndarray": None,
+    "numpy.dtype": lambda _, *args: Instance(*args),
+    "_codecs.encode": Interpreter.encode,
 }
-
-
-class _Global(NamedTuple):
-    """Stands for an allowed global. Calling it records the call; a tuple, so that no pickle can set its attributes."""
-
-    name: str
-
-    def __call__(self, *args: Any) -> _Call:
-        return _Call(self.name, args)
-
-
-class _Call:
-    """Stands for the object that a call would have made. Nothing is made: so nothing of numpy's allocates or runs."""
-
-    __slots__ = ("args", "name", "state")
-
-    def __init__(self, name: str, args: tuple[Any, ...]) -> None:
-        self.name, self.args, self.state = name, args, None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _Unpickler(pickle._Unpickler):
-    """The one in Python: that in C allocates as many memo entries as a pickle claims to have."""
-
-    dispatch = {  # noqa: RUF012 - all opcodes but those that look past find_class or allocate before they read
-        code: load
-        for code, load in pickle._Unpickler.dispatch.items()
-        if bytes([code]) not in (pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.BYTEARRAY8)
-    }
-
-    def find_class(self, module: str, name: str) -> _Global:
-        if (module, name) not in _GLOBALS:
-            raise DataError(f"names the forbidden global {module}.{name}; nothing of it was run")
-        return _Global(f"{module}.{name}")

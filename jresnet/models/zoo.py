@@ -7,11 +7,15 @@ convolutions and head, for one image of the size given, counted by ``tests/test_
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from dataclasses import dataclass
+from typing import Any
 
 from jresnet.errors import InputError
 from jresnet.models.resnet import Block, ResNetConfig
+
+FREE = ("num_classes", "in_channels", "stem", "shortcut")  # what may be chosen apart from an architecture's row
 
 
 @dataclass(frozen=True)
@@ -98,3 +102,39 @@ def find(arch: str) -> Row:
     near = beginnings[:3] or difflib.get_close_matches(arch[:80].lower(), ZOO, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(ZOO)}"
     raise InputError(f"unknown architecture {arch[:80]!r}: {hint}")
+
+
+def configure(arch: str, **chosen: Any) -> ResNetConfig:
+    """The configuration of ``arch`` with those of num_classes, in_channels, stem and shortcut that are not None replaced.
+
+    Raises:
+        InputError: for an unknown architecture or a value out of range; all of them at once.
+    """
+    config = replaced(find(arch).config, **chosen)
+    _check(config)
+    return config
+
+
+def replaced(config: ResNetConfig, **chosen: Any) -> ResNetConfig:
+    """``config`` with those values that are not None in place of its own."""
+    return dataclasses.replace(config, **{name: value for name, value in chosen.items() if value is not None})
+
+
+_KINDS = {"stem": ("imagenet", "cifar"), "shortcut": ("pad", "projection", "projection_first", "conv")}
+
+
+def _check(config: ResNetConfig) -> None:
+    problems = [
+        f"{name} must be a whole number of at least 1, got {value!r}"
+        for name in ("num_classes", "in_channels")
+        if not isinstance(value := getattr(config, name), int) or isinstance(value, bool) or value < 1
+    ]
+    problems += [
+        f"{name} must be {' or '.join(map(repr, kinds))}, got {getattr(config, name)!r}"
+        for name, kinds in _KINDS.items()
+        if getattr(config, name) not in kinds
+    ]
+    if config.shortcut == "pad" and config.block != "basic":
+        problems.append("shortcut 'pad' is defined for basic blocks (He et al. 2016, section 4.2), not for bottlenecks")
+    if problems:
+        raise InputError("; ".join(problems))

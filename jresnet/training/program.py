@@ -18,13 +18,13 @@ from jresnet import cache
 from jresnet.data.dataset import Dataset, Split
 from jresnet.errors import InputError
 from jresnet.kernels.cpu import compiler_options
+from jresnet.models import zoo
 from jresnet.models.resnet import ResNet
 from jresnet.training import devices, optim
 from jresnet.training import step as train
 from jresnet.training.config import RunConfig
 from jresnet.training.devices import Devices
 from jresnet.training.stop import Interrupted, StopRequest
-from jresnet.weights import native as weights
 
 
 class Program:
@@ -92,7 +92,7 @@ class Program:
         """The network with a seed's initial parameters; with None their shapes alone."""
         config = self.config
         return ResNet(
-            weights.configure(config.arch, num_classes=len(self.data.classes), in_channels=3, stem=config.stem),
+            zoo.configure(config.arch, num_classes=len(self.data.classes), in_channels=3, stem=config.stem),
             zero_init_residual=config.zero_init_residual,
             dtype=jnp.bfloat16 if config.precision == "bfloat16" else None,
             remat=config.remat,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jresnet import files
 from jresnet.data.dataset import Dataset
 from jresnet.reports import compare as report
 from jresnet.training import devices
@@ -28,7 +29,6 @@ from jresnet.training.config import RunConfig
 from jresnet.training.devices import Devices
 from jresnet.training.program import Program, describe
 from jresnet.training.stop import Interrupted, StopRequest
-from jresnet.weights import native as weights
 
 ROLLBACKS = 3  # how often a run goes back to its last checkpoint
 STRETCH = 2.0  # seconds of training between two looks: at metrics, signals and the clock
@@ -505,7 +505,7 @@ def fit_seeds(
         if not first:
             return {}
         summary = report.summarise(summaries)
-        weights.write_atomically(out / "summary.json", json.dumps(summary, indent=1).encode())
+        files.write_atomically(out / "summary.json", json.dumps(summary, indent=1).encode())
         accuracy = summary["final"]["test_accuracy"]
         spread = f" ± {100 * accuracy['std']:.2f}" if runs > 1 else ""
         logs.Progress().say(

@@ -24,12 +24,12 @@ from jax import lax
 import jresnet
 from benchmark import common
 from benchmark.networks import macs, randomise
-from convert import flax2torch, torch2flax
 from jresnet import cache, data
-from jresnet.pytorch import keymap
-from jresnet.training import augment, devices, optim, recipes
+from jresnet.models import params, zoo
+from jresnet.pytorch import keymap, statedict
+from jresnet.training import augment, devices, optim
 from jresnet.training import step as train
-from jresnet.weights import native as weights
+from jresnet.weights.preprocessing import STATISTICS
 
 Job = Mapping[str, Any]
 
@@ -42,8 +42,8 @@ def survey(job: Job) -> dict[str, Any]:
         if not row["arch"]:
             continue
         try:
-            config = weights.configure(row["arch"], **row["chosen"])
-        except jresnet.InputError as error:
+            config = zoo.configure(row["arch"], **row["chosen"])
+        except jresnet.JresnetError as error:
             problems.append(str(error))
             continue
         passes = 1 if row["task"] == "infer" else 3
@@ -72,7 +72,7 @@ def make(job: Job) -> dict[str, Any]:
     randomise(model)
     images = draw.standard_normal((job["batch"], job["size"], job["size"], model.config.in_channels), np.float32)
     labels = draw.integers(0, model.config.num_classes, job["batch"]).astype(np.int32)
-    np.savez(folder / common.INPUTS, images=images, labels=labels, **flax2torch.state_dict(model))
+    np.savez(folder / common.INPUTS, images=images, labels=labels, **statedict.state_dict(model))
     if job["check"]:
         with jax.enable_x64(True):
             np.savez(folder / common.REFERENCE, **reference(*load(job, np.float64), job["task"]))
@@ -98,8 +98,8 @@ def load(job: Job, wide: Any = np.float32) -> tuple[jresnet.ResNet, jax.Array, j
     """The row's model, with parameters in ``wide``, its images and its labels."""
     images, labels, tensors = common.inputs(job)
     config, dtype = configuration(job), jnp.bfloat16 if job["precision"] == "bfloat16" and wide == np.float32 else None
-    values = {p: torch2flax.to_flax(tensors[keymap.torch_key(p)]).astype(wide) for p in weights.shapes(config)}
-    return weights.fill(config, values, dtype), jnp.asarray(images, wide), jnp.asarray(labels)
+    values = {p: keymap.to_flax(tensors[keymap.torch_key(p)]).astype(wide) for p in params.shapes(config)}
+    return params.fill(config, values, dtype), jnp.asarray(images, wide), jnp.asarray(labels)
 
 
 def loss(graph: nnx.GraphDef, params: nnx.State, stats: nnx.State, images: jax.Array, labels: jax.Array):
@@ -112,7 +112,7 @@ def loss(graph: nnx.GraphDef, params: nnx.State, stats: nnx.State, images: jax.A
 def by_key(state: nnx.State) -> dict[str, np.ndarray]:
     """Parameters, or their gradients, by torchvision's keys and in PyTorch's layout."""
     flat = ((".".join(map(str, path)), leaf.get_value()) for path, leaf in nnx.to_flat_state(state))
-    return {keymap.torch_key(path): torch2flax.to_torch(np.asarray(value)) for path, value in flat}
+    return {keymap.torch_key(path): keymap.to_torch(np.asarray(value)) for path, value in flat}
 
 
 def measure(job: Job) -> dict[str, Any]:
@@ -223,7 +223,7 @@ def epoch(job: Job) -> dict[str, Any]:
 
 
 def pipeline(size: int) -> augment.Pipeline:
-    return augment.Pipeline("pad", size, "random", *recipes.STATISTICS["cifar10"])
+    return augment.Pipeline("pad", size, "random", *STATISTICS["cifar10"])
 
 
 def first_batch(job: Job) -> dict[str, Any]:
@@ -242,7 +242,7 @@ if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
     try:
         answer = {"survey": survey, "gemm": gemm, "make": make, "measure": measure}[asked["do"]](asked)
-    except jresnet.InputError as error:
+    except jresnet.JresnetError as error:
         sys.exit(str(error))
     assert "torch" not in sys.modules
     print(json.dumps(answer))

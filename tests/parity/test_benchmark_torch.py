@@ -11,8 +11,8 @@ from benchmark import driver, table
 from benchmark.suites import Row
 
 from convert import verify
+from jresnet.models import zoo
 from jresnet.models.resnet import ResNetConfig
-from jresnet.weights import native as weights
 
 REPOSITORY = Path(__file__).parent.parent.parent
 TINY = ResNetConfig("basic", (1, 1, 1), (4, 8, 16), num_classes=10, stem="cifar", shortcut="pad")
@@ -65,7 +65,7 @@ def test_the_same_results(folder: Path, task: str) -> None:
 def test_all_peers(folder: Path, task: str) -> None:
     """torch.compile, which needs a C++ compiler, and timm too."""
     row = Row(task, task, "resnet18", 64, 4)
-    assert_same(measure(folder, row, weights.configure("resnet18"), ["torch", "torch-compile", "timm"]))
+    assert_same(measure(folder, row, zoo.configure("resnet18"), ["torch", "torch-compile", "timm"]))
 
 
 def test_an_epoch(folder: Path) -> None:
