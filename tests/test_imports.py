@@ -37,8 +37,8 @@ ONLY: dict[str, set[str]] = {
 }
 # torch's own networks and numbers, to compare with. TensorFlow is imported nowhere.
 TORCH = (
-    "convert/verify.py", "convert/reference.py", "convert/installed.py", "scripts/benchmark/torch_worker.py", "tests/parity/",
-    "tests/golden/",
+    "convert/verify.py", "convert/reference.py", "convert/installed.py", "scripts/benchmark/torch_worker.py",
+    "tests/parity/", "tests/golden/",
 )  # fmt: skip
 
 # What is known and to be removed, as the beginning of a problem; one that nothing begins with fails as well.
