@@ -1,6 +1,7 @@
 """PyTorch's networks to compare with, in torchvision's naming: torchvision's own, and the few that it has not.
 
-Needs torch and torchvision, and is imported only where a comparison is made (``convert.verify``, the tests).
+Needs torch and torchvision, and is imported only where a comparison is made (``convert.verify``, the tests). Brings in no
+JAX, which would count as PyTorch's memory and start where the two are measured beside each other.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from convert.verify import import_torchvision
+from convert.installed import import_torchvision
 
 if TYPE_CHECKING:
     from jresnet.models.resnet import ResNetConfig

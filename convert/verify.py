@@ -7,20 +7,25 @@ distance of its own float32 logits to its float64 ones, which is 2e-7 to 7e-7 fo
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import platform
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import flax
+import jax
 import numpy as np
+from flax import nnx
 
+from convert.installed import import_torchvision
 from jresnet.errors import InputError, WeightsError
+from jresnet.models import params, zoo
+from jresnet.models.resnet import ResNet, ResNetConfig
+from jresnet.pytorch import statedict
 
-if TYPE_CHECKING:
-    from jresnet.models.resnet import ResNet, ResNetConfig
+PROG = "python -m convert.verify"
 
 # jresnet's float32 distance to PyTorch's float64 over PyTorch's own float32 distance. A wrong weight gives 1e5 and more;
 # this allows for another order of summation and for the difference between two draws of rounding errors.
@@ -28,6 +33,8 @@ ALLOWED = 3.0
 
 # The same over several networks, root mean square: there the luck of a draw is averaged out.
 ALLOWED_OVERALL = 1.5
+
+TOGETHER = 100  # blocks, up to which a network is compiled as one program
 
 EXACT = 1e-10  # relative, in float64: a few thousand roundings of 1e-16, enlarged by BN's divisions
 
@@ -110,28 +117,30 @@ def torch_logits(reference: Any, images: np.ndarray) -> tuple[np.ndarray, np.nda
         return exact.numpy(), reference.eval()(x).numpy()
 
 
-@functools.cache
-def _forward() -> Any:
-    from flax import nnx
+_forward = nnx.jit(lambda model, x: model(x))  # one function, so that modules of one shape are compiled once
 
-    return nnx.jit(lambda model, x: model(x))  # one function, so that networks of one shape are compiled once
+
+class _Compiled(nnx.Module):
+    """A block that is compiled by itself."""
+
+    def __init__(self, block: nnx.Module):
+        self.block = block
+
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        assert not train
+        return _forward(self.block, x)
 
 
 def _logits(model: ResNet, images: np.ndarray) -> np.ndarray:
-    import jax
-
-    from jresnet.kernels import global_average_pool
-
-    x, forward = jax.numpy.asarray(images), _forward()
-    with jax.default_matmul_precision("highest"):  # no TF32 on a GPU
-        if sum(model.config.depths) <= 100:
-            return np.asarray(forward(model, x))
+    forward: Any = _forward
+    if sum(model.config.depths) > TOGETHER:
         # XLA takes more than five minutes to compile the 1,202 layers as one, and seconds for the few blocks that differ.
-        x = jax.nn.relu(forward(model.bn1, forward(model.conv1, x)))
+        model, forward = nnx.clone(model), ResNet.__call__
         for i in range(len(model.config.depths)):
-            for block in getattr(model, f"layer{i + 1}"):
-                x = forward(block, x)
-        return np.asarray(model.fc(global_average_pool(x)))
+            name = f"layer{i + 1}"
+            setattr(model, name, nnx.List([_Compiled(block) for block in getattr(model, name)]))
+    with jax.default_matmul_precision("highest"):  # no TF32 on a GPU
+        return np.asarray(forward(model, jax.numpy.asarray(images)))
 
 
 def relative(value: np.ndarray, reference: np.ndarray) -> float:
@@ -156,41 +165,6 @@ def torch_model(arch: str, config: ResNetConfig, state_dict: Mapping[str, np.nda
     counters = {key: value for key, value in model.state_dict().items() if key.endswith("num_batches_tracked")}
     model.load_state_dict(tensors | counters, strict=True)
     return model
-
-
-def import_torchvision() -> Any:
-    """torchvision, also beside a CPU build of torch.
-
-    torchvision's wheel on PyPI is built against torch with CUDA; beside a CPU build its compiled part does not load and
-    the import stops at two detection operators, which no ResNet uses. They are declared here, without a body, only where
-    that import failed.
-
-    Raises:
-        LookupError: where it or torch is not installed, or does not import.
-    """
-    try:
-        import torch
-    except ImportError as error:
-        raise LookupError("torch is not installed (pip install 'jresnet[torch]')") from error
-    try:
-        import torchvision
-    except ImportError as error:
-        raise LookupError("torchvision is not installed (pip install 'jresnet[torch]')") from error
-    except RuntimeError as error:
-        if "torchvision::nms" not in str(error):
-            raise LookupError(f"torchvision does not import: {error}") from error
-        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]  # what the broken import left behind
-        _LIBRARIES.append(torch.library.Library("torchvision", "DEF"))
-        _LIBRARIES[-1].define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _LIBRARIES[-1].define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        import torchvision
-    import torchvision.models
-
-    return torchvision
-
-
-_LIBRARIES: list[Any] = []  # a declaration lives as long as its library object
 
 
 @dataclass(frozen=True)
@@ -241,30 +215,26 @@ def survey(arch: str, networks: int = 3, size: int = 64, batch: int = 2, **chose
         LookupError: where torch or torchvision is missing.
     """
     import_torchvision()
-    import jax
     import torch
 
-    from convert import reference, torch2flax
-    from jresnet.weights import native as weights
+    from convert import reference
 
-    config = weights.configure(arch, **chosen)
+    config = zoo.configure(arch, **chosen)
     size = 32 if config.stem == "cifar" else size
     distances = []
     for seed in range(networks):
         torch.manual_seed(seed)
         network = reference.network(arch, config)
         reference.randomise(network)
-        found = torch2flax.match(network.state_dict(), arch, **chosen)
-        model = weights.fill(found.config, found.values)
+        found = statedict.match(network.state_dict(), arch, **chosen)
+        model = params.fill(found.config, found.values)
         images = _images(model, size, batch)
         exact, theirs = torch_logits(network, images)
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             narrow = network(torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))).float().numpy()
-        logits = [_logits(model, images), _logits(weights.fill(found.config, found.values, "bfloat16"), images)]
+        logits = [_logits(model, images), _logits(params.fill(found.config, found.values, "bfloat16"), images)]
         with jax.enable_x64(True):
-            double = weights.fill(
-                found.config, {path: value.astype(np.float64) for path, value in found.values.items()}
-            )
+            double = params.fill(found.config, {path: value.astype(np.float64) for path, value in found.values.items()})
             logits.append(_logits(double, images.astype(np.float64)))
         distances.append([relative(value, exact) for value in (logits[2], logits[0], theirs, logits[1], narrow)])
     means = np.sqrt(np.square(distances).mean(0))
@@ -285,12 +255,10 @@ def line(row: Row) -> str:
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
-    from jresnet.models.zoo import ZOO
-
+def main(argv: list[str] | None = None, prog: str = PROG) -> int:
+    """Runs the command, called ``prog``; returns its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m convert.verify",
+        prog=prog,
         description="Compare the logits of random networks with PyTorch's of the same weights: relative L2 distances to "
         "PyTorch's float64, root mean square over several networks. Exit code 1 where jresnet's float32 is more than "
         f"{ALLOWED_OVERALL} times as far off as PyTorch's own, or its float64 more than {EXACT}.",
@@ -298,14 +266,14 @@ def main(argv: list[str] | None = None) -> int:
     )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--all", action="store_true", help="every architecture, and variants of stem and shortcut")
-    which.add_argument("--arch", nargs="+", choices=tuple(ZOO), metavar="ARCH", help="these architectures")
+    which.add_argument("--arch", nargs="+", choices=tuple(zoo.ZOO), metavar="ARCH", help="these architectures")
     parser.add_argument("--size", type=int, default=64, metavar="PIXELS", help="of the ImageNet stem (default: 64)")
     parser.add_argument("--networks", type=int, default=3, metavar="N", help="random networks a row (default: 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a Markdown table")
     args = parser.parse_args(argv)
     if args.networks < 1 or args.size < 32:
         parser.error(f"--networks must be at least 1 and --size 32, got {args.networks} and {args.size}")
-    wanted = [*((arch, {}) for arch in ZOO), *VARIANTS] if args.all else [(arch, {}) for arch in args.arch]
+    wanted = [*((arch, {}) for arch in zoo.ZOO), *VARIANTS] if args.all else [(arch, {}) for arch in args.arch]
     rows = []
     try:
         for arch, chosen in wanted:
@@ -327,8 +295,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _versions() -> dict[str, str]:
-    import flax
-    import jax
     import torch
 
     device = jax.devices()[0]

@@ -1,33 +1,41 @@
-"""jresnet: ResNets in JAX and Flax NNX, the same function as PyTorch's, training included."""
+"""jresnet: ResNets in JAX and Flax NNX, the same function as PyTorch's, training included.
 
-from jresnet.errors import DataError, DownloadError, InputError, WeightsError
-from jresnet.factory import (
-    create,
-    list_models,
-    resnet18,
-    resnet18_d2l,
-    resnet20_cifar,
-    resnet32_cifar,
-    resnet34,
-    resnet34_projection,
-    resnet44_cifar,
-    resnet50,
-    resnet56_cifar,
-    resnet101,
-    resnet110_cifar,
-    resnet152,
-    resnet1202_cifar,
-    resnext50_32x4d,
-    resnext101_32x8d,
-    resnext101_64x4d,
-    wide_resnet50_2,
-    wide_resnet101_2,
-)
-from jresnet.kernels.compiler import compiler_options
-from jresnet.models.fuse import fuse
-from jresnet.models.resnet import BasicBlock, Bottleneck, ResNet, ResNetConfig
-from jresnet.training import optim
-from jresnet.weights.native import load, save
+Public names are imported on first use (PEP 562), so that ``import jresnet`` is quick and brings in no JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from jresnet.errors import DataError, DownloadError, InputError, JresnetError, WeightsError
+
+if TYPE_CHECKING:  # the same for type checkers and editors
+    from jresnet.factory import (
+        create,
+        list_models,
+        resnet18,
+        resnet18_d2l,
+        resnet20_cifar,
+        resnet32_cifar,
+        resnet34,
+        resnet34_projection,
+        resnet44_cifar,
+        resnet50,
+        resnet56_cifar,
+        resnet101,
+        resnet110_cifar,
+        resnet152,
+        resnet1202_cifar,
+        resnext50_32x4d,
+        resnext101_32x8d,
+        resnext101_64x4d,
+        wide_resnet50_2,
+        wide_resnet101_2,
+    )
+    from jresnet.kernels.compiler import compiler_options
+    from jresnet.models.fuse import fuse
+    from jresnet.models.resnet import BasicBlock, Bottleneck, ResNet, ResNetConfig
+    from jresnet.training import optim
+    from jresnet.weights.native import load, save
 
 __version__ = "0.1.0"
 
@@ -37,6 +45,7 @@ __all__ = [
     "DataError",
     "DownloadError",
     "InputError",
+    "JresnetError",
     "ResNet",
     "ResNetConfig",
     "WeightsError",
@@ -67,3 +76,29 @@ __all__ = [
     "wide_resnet50_2",
     "wide_resnet101_2",
 ]
+
+_MODULES = {  # where a public name comes from; the others from jresnet.factory
+    "BasicBlock": "jresnet.models.resnet",
+    "Bottleneck": "jresnet.models.resnet",
+    "ResNet": "jresnet.models.resnet",
+    "ResNetConfig": "jresnet.models.resnet",
+    "compiler_options": "jresnet.kernels.compiler",
+    "fuse": "jresnet.models.fuse",
+    "load": "jresnet.weights.native",
+    "save": "jresnet.weights.native",
+}
+
+
+if not TYPE_CHECKING:  # type checkers would take any name at all
+
+    def __getattr__(name: str) -> Any:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        if name == "optim":
+            return importlib.import_module("jresnet.training.optim")
+        globals()[name] = value = getattr(importlib.import_module(_MODULES.get(name, "jresnet.factory")), name)
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from jresnet.errors import DownloadError
+from jresnet.files import sha256_of
 
 try:
     import fcntl
@@ -33,12 +34,6 @@ STALL_SECONDS = 30.0  # without a byte, after which the next mirror goes on from
 TURNS = 3  # how often one address may be asked to go on after a transfer that broke off
 _CHUNK = 1 << 18  # bytes read at most at once
 _LOOPBACK = {None, "", "localhost", "127.0.0.1", "::1"}
-
-
-def sha256_of(path: Path | str) -> str:
-    """The SHA-256 of a file, 64 lower-case hex digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fetch(urls: Sequence[str], path: Path, *, sha256: str, progress: bool = True) -> Path:
@@ -85,6 +80,8 @@ def fetch(urls: Sequence[str], path: Path, *, sha256: str, progress: bool = True
                 part_path.unlink()
         if not failures:
             return _checked(path, digest)
+    except DownloadError:  # an OSError itself
+        raise
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         advice = "free some space there and run it again, it goes on from there" if full else "choose another folder"

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,17 +19,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 from tqdm import tqdm
 
-from jresnet import cache, factory
+from jresnet import cache, sources
 from jresnet.data import images
 from jresnet.data.cifar10 import load_cifar10
 from jresnet.errors import DataError, InputError, WeightsError
 from jresnet.kernels.compiler import compiler_options
+from jresnet.models import params
 from jresnet.models.resnet import ResNet
-from jresnet.training import recipes
-from jresnet.training.augment import normalise
-from jresnet.weights import hub, native
-from jresnet.weights import published as pretrained
-from jresnet.weights.published import Preprocessing
+from jresnet.weights.preprocessing import STATISTICS, Preprocessing, normalise
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, UInt8
@@ -71,49 +67,10 @@ class Scores:
 
 
 def resolve(weights: str, dtype: DTypeLike | None = None) -> Resolved:
-    """A model from a native file or the name of published weights.
-
-    Args:
-        weights: a path, ``ARCH`` (torchvision's default weights), ``ARCH:NAME``, such as ``resnet50:IMAGENET1K_V1``, or
-            ``hf:ORG/REPO[@REVISION]``.
-        dtype: as in :class:`ResNet`.
-
-    Raises:
-        InputError: nothing is published under this name.
-        WeightsError: the file is damaged, or not a native one, or says things about itself that cannot be.
-        DownloadError: published weights are neither in the cache nor to be had.
-    """
-    if hub.is_spec(weights):
-        published = hub.fetch(weights)
-        if published.arch is None:
-            raise WeightsError(
-                f"{weights} does not say its architecture: convert it with python -m convert.torch2flax ARCH --weights "
-                f"{weights}"
-            )
-        model = native.fill(*hub.read(published, published.arch), dtype)
-        return Resolved(published.arch, model, published.preprocessing, published.categories)
-    if factory.is_path(weights):
-        arch, config, values, metadata = native.read(weights)
-        said = metadata.get("preprocessing")
-        preprocessing = None if said is None else Preprocessing.from_json(said)
-        return Resolved(
-            arch, native.fill(config, values, dtype), preprocessing, _categories(metadata, config.num_classes)
-        )
-    arch, _, name = weights.partition(":")
-    row = pretrained.find(arch, name or None)
-    return Resolved(row.arch, pretrained.load(row, dtype), row.preprocessing, pretrained.categories())
-
-
-def _categories(metadata: dict[str, str], num_classes: int) -> tuple[str, ...] | None:
-    if "categories" not in metadata:
-        return None
-    try:
-        names = json.loads(metadata["categories"])
-    except (ValueError, RecursionError):
-        names = None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names) or len(names) != num_classes:
-        raise WeightsError(f"the categories that the weights file states are not {num_classes} names")
-    return tuple(names)
+    """A model from a native file or published weights; ``weights`` and errors as :func:`jresnet.sources.load`."""
+    found = sources.load(weights)
+    model = params.fill(found.config, found.values, dtype)
+    return Resolved(found.arch, model, found.preprocessing, found.categories)
 
 
 def choose_preprocessing(
@@ -140,9 +97,9 @@ def choose_preprocessing(
     if chosen is None:
         origin = "a guess: the weights do not say"
         if cifar10:
-            chosen = Preprocessing(None, 32, *recipes.STATISTICS["cifar10"])
+            chosen = Preprocessing(None, 32, *STATISTICS["cifar10"])
         elif resolved.model.config.stem == "cifar":
-            chosen = Preprocessing(32, 32, *recipes.STATISTICS["cifar10"])
+            chosen = Preprocessing(32, 32, *STATISTICS["cifar10"])
         else:
             chosen = Preprocessing(256, 224)
     if mean or std:

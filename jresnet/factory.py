@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import logging
 import os
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from jresnet.errors import InputError, WeightsError
-from jresnet.models import zoo
+from jresnet import sources
+from jresnet.errors import InputError
+from jresnet.models import params, zoo
 from jresnet.models.resnet import ResNet, Shortcut, Stem
-from jresnet.weights import hub, native
-from jresnet.weights import published as pretrained
 
 _log = logging.getLogger(__name__)
 
@@ -50,17 +45,18 @@ def create(
 
     Args:
         arch: a name of :func:`list_models`.
-        weights: a native file's path; or the name of published weights such as ``"IMAGENET1K_V2"`` or ``"DEFAULT"``, or
-            ``"hf:ORG/REPO[@REVISION]"`` on the Hugging Face Hub (with the extra ``hub``), which are downloaded and
-            converted. ``None``: random parameters, initialised as PyTorch's.
+        weights: the path of a native file or of one from PyTorch (``.pth``, ``.pt``, ``.th``, ``.safetensors``); or the
+            name of published weights such as ``"IMAGENET1K_V2"`` or ``"DEFAULT"``, or ``"hf:ORG/REPO[@REVISION]"`` on
+            the Hugging Face Hub (with the extra ``hub``), which are downloaded (:func:`jresnet.sources.load`). What comes
+            from PyTorch is converted, without torch. ``None``: random parameters, initialised as PyTorch's.
         num_classes: logits. ``None``: those of the weights, else the architecture's own (1,000, or 10 for the CIFAR
             family). Another number than the weights' asks for a fresh head, as in timm.
         in_channels: channels of the images. ``None``: those of the weights, else the architecture's own (3; 1 for
-            resnet18_d2l). A stem for 3 is adapted to another number, as in timm (:func:`jresnet.weights.native.adapt`).
+            resnet18_d2l). A stem for 3 is adapted to another number, as in timm (:func:`jresnet.models.params.adapt`).
         stem: ``"imagenet"`` (7x7 at stride 2, max-pool) or ``"cifar"`` (3x3 at stride 1, no max-pool).
             ``None``: that of the weights, else the architecture's own.
-        shortcut: ``"pad"``, ``"projection"``, ``"projection_first"`` or ``"conv"`` (:mod:`jresnet.models.resnet` has what they
-            mean). ``None``: that of the weights, else the architecture's own.
+        shortcut: ``"pad"``, ``"projection"``, ``"projection_first"`` or ``"conv"`` (what they mean:
+            :mod:`jresnet.models.resnet`). ``None``: that of the weights, else the architecture's own.
         zero_init_residual: start each block's last BN scale at 0; without effect where ``weights`` are given.
         dtype: a floating-point dtype to compute in; parameters, statistics and logits stay float32.
         remat: in training, keep only each block's input for the backward pass and compute the rest again: less memory for
@@ -75,65 +71,140 @@ def create(
     chosen: dict[str, Any] = {
         "num_classes": num_classes, "in_channels": in_channels, "stem": stem, "shortcut": shortcut,
     }  # fmt: skip
-    config = native.configure(arch, **chosen)
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+    config = zoo.configure(arch, **chosen)
+    if dtype is not None and not _is_floating(dtype):
         raise InputError(f"dtype must be a floating-point dtype such as bfloat16, got {dtype!r}")
     if weights is None:
         return ResNet(config, zero_init_residual=zero_init_residual, dtype=dtype, remat=remat, rngs=nnx.Rngs(seed))
-    if hub.is_spec(weights):
-        own, values = hub.read(hub.fetch(str(weights)), arch)
-    elif is_path(weights):
-        found, own, values, _ = native.read(os.fspath(weights))
-        if found != arch:
-            raise WeightsError(f"the weights {weights} are of another network: its architecture is {found}, not {arch}")
-    else:
-        own, values = pretrained.read(pretrained.find(arch, str(weights)))
-    config = dataclasses.replace(own, **{name: value for name, value in chosen.items() if value is not None})
-    values, adapted = native.adapt(values, own, config, seed)
-    for note in adapted:
+    found = sources.load(weights, arch, **chosen)
+    config = zoo.replaced(found.config, **chosen)
+    values, adapted = params.adapt(found.values, found.config, config, seed)
+    for note in (*found.notes, *adapted):
         _log.info("%s: %s", weights, note)
-    return native.fill(config, values, dtype, remat)
+    return params.fill(config, values, dtype, remat)
 
 
-def is_path(source: str | os.PathLike[str]) -> bool:
-    """Whether ``weights`` names a file and not published weights: it exists, or looks like a path."""
-    text = os.fspath(source)
-    return not isinstance(source, str) or os.path.exists(text) or Path(text).suffix != "" or os.sep in text
+def _is_floating(dtype: DTypeLike) -> bool:
+    try:
+        return jnp.issubdtype(dtype, jnp.floating)
+    except TypeError:  # no dtype at all
+        return False
 
 
-def _named(arch: str) -> Callable[..., ResNet]:
-    row = zoo.find(arch)
+class Options(TypedDict, total=False):
+    """The arguments of :func:`create` but for the architecture's name."""
 
-    def build(**options: Any) -> ResNet:
-        return create(arch, **options)
-
-    build.__name__ = build.__qualname__ = arch
-    build.__doc__ = (
-        f"{arch}: {row.parameters:,} parameters, {row.gmacs} GMACs at {row.image_size} pixels ({row.source}).\n\n"
-        "Arguments and errors as :func:`jresnet.create`."
-    )
-    signature = inspect.signature(create)
-    build.__signature__ = signature.replace(  # type: ignore[attr-defined]
-        parameters=[p for p in signature.parameters.values() if p.name != "arch"]
-    )
-    return build
+    weights: str | os.PathLike[str] | None
+    num_classes: int | None
+    in_channels: int | None
+    stem: Stem | None
+    shortcut: Shortcut | None
+    zero_init_residual: bool
+    dtype: DTypeLike | None
+    remat: bool
+    seed: int
 
 
-resnet18 = _named("resnet18")
-resnet34 = _named("resnet34")
-resnet50 = _named("resnet50")
-resnet101 = _named("resnet101")
-resnet152 = _named("resnet152")
-resnext50_32x4d = _named("resnext50_32x4d")
-resnext101_32x8d = _named("resnext101_32x8d")
-resnext101_64x4d = _named("resnext101_64x4d")
-wide_resnet50_2 = _named("wide_resnet50_2")
-wide_resnet101_2 = _named("wide_resnet101_2")
-resnet20_cifar = _named("resnet20_cifar")
-resnet32_cifar = _named("resnet32_cifar")
-resnet44_cifar = _named("resnet44_cifar")
-resnet56_cifar = _named("resnet56_cifar")
-resnet110_cifar = _named("resnet110_cifar")
-resnet1202_cifar = _named("resnet1202_cifar")
-resnet34_projection = _named("resnet34_projection")
-resnet18_d2l = _named("resnet18_d2l")
+# One function an architecture, written out so that editors and type checkers see it; arguments and errors as `create`.
+
+
+def resnet18(**options: Unpack[Options]) -> ResNet:
+    """11,689,512 parameters, 1.81 GMACs at 224 pixels (He et al. 2016, arXiv:1512.03385, table 1; torchvision)."""
+    return create("resnet18", **options)
+
+
+def resnet34(**options: Unpack[Options]) -> ResNet:
+    """21,797,672 parameters, 3.66 GMACs at 224 pixels (He et al. 2016, arXiv:1512.03385, table 1; torchvision)."""
+    return create("resnet34", **options)
+
+
+def resnet50(**options: Unpack[Options]) -> ResNet:
+    """25,557,032 parameters, 4.09 GMACs at 224 pixels (He et al. 2016, arXiv:1512.03385, table 1; torchvision)."""
+    return create("resnet50", **options)
+
+
+def resnet101(**options: Unpack[Options]) -> ResNet:
+    """44,549,160 parameters, 7.8 GMACs at 224 pixels (He et al. 2016, arXiv:1512.03385, table 1; torchvision)."""
+    return create("resnet101", **options)
+
+
+def resnet152(**options: Unpack[Options]) -> ResNet:
+    """60,192,808 parameters, 11.51 GMACs at 224 pixels (He et al. 2016, arXiv:1512.03385, table 1; torchvision)."""
+    return create("resnet152", **options)
+
+
+def resnext50_32x4d(**options: Unpack[Options]) -> ResNet:
+    """25,028,904 parameters, 4.23 GMACs at 224 pixels (Xie et al. 2017, arXiv:1611.05431; torchvision)."""
+    return create("resnext50_32x4d", **options)
+
+
+def resnext101_32x8d(**options: Unpack[Options]) -> ResNet:
+    """88,791,336 parameters, 16.41 GMACs at 224 pixels (Xie et al. 2017, arXiv:1611.05431; torchvision)."""
+    return create("resnext101_32x8d", **options)
+
+
+def resnext101_64x4d(**options: Unpack[Options]) -> ResNet:
+    """83,455,272 parameters, 15.46 GMACs at 224 pixels (Xie et al. 2017, arXiv:1611.05431; torchvision)."""
+    return create("resnext101_64x4d", **options)
+
+
+def wide_resnet50_2(**options: Unpack[Options]) -> ResNet:
+    """68,883,240 parameters, 11.4 GMACs at 224 pixels (Zagoruyko & Komodakis 2016, arXiv:1605.07146; torchvision)."""
+    return create("wide_resnet50_2", **options)
+
+
+def wide_resnet101_2(**options: Unpack[Options]) -> ResNet:
+    """126,886,696 parameters, 22.75 GMACs at 224 pixels (Zagoruyko & Komodakis 2016, arXiv:1605.07146; torchvision)."""
+    return create("wide_resnet101_2", **options)
+
+
+def resnet20_cifar(**options: Unpack[Options]) -> ResNet:
+    """269,722 parameters, 0.0406 GMACs at 32 pixels
+    (He et al. 2016, arXiv:1512.03385, section 4.2; akamaster/pytorch_resnet_cifar10).
+    """
+    return create("resnet20_cifar", **options)
+
+
+def resnet32_cifar(**options: Unpack[Options]) -> ResNet:
+    """464,154 parameters, 0.0689 GMACs at 32 pixels
+    (He et al. 2016, arXiv:1512.03385, section 4.2; akamaster/pytorch_resnet_cifar10).
+    """
+    return create("resnet32_cifar", **options)
+
+
+def resnet44_cifar(**options: Unpack[Options]) -> ResNet:
+    """658,586 parameters, 0.0972 GMACs at 32 pixels
+    (He et al. 2016, arXiv:1512.03385, section 4.2; akamaster/pytorch_resnet_cifar10).
+    """
+    return create("resnet44_cifar", **options)
+
+
+def resnet56_cifar(**options: Unpack[Options]) -> ResNet:
+    """853,018 parameters, 0.1255 GMACs at 32 pixels
+    (He et al. 2016, arXiv:1512.03385, section 4.2; akamaster/pytorch_resnet_cifar10).
+    """
+    return create("resnet56_cifar", **options)
+
+
+def resnet110_cifar(**options: Unpack[Options]) -> ResNet:
+    """1,727,962 parameters, 0.2529 GMACs at 32 pixels
+    (He et al. 2016, arXiv:1512.03385, section 4.2; akamaster/pytorch_resnet_cifar10).
+    """
+    return create("resnet110_cifar", **options)
+
+
+def resnet1202_cifar(**options: Unpack[Options]) -> ResNet:
+    """19,421,274 parameters, 2.8292 GMACs at 32 pixels
+    (He et al. 2016, arXiv:1512.03385, section 4.2; akamaster/pytorch_resnet_cifar10).
+    """
+    return create("resnet1202_cifar", **options)
+
+
+def resnet34_projection(**options: Unpack[Options]) -> ResNet:
+    """21,801,896 parameters, 3.68 GMACs at 224 pixels (resnet34, taught with a projection in every stage)."""
+    return create("resnet34_projection", **options)
+
+
+def resnet18_d2l(**options: Unpack[Options]) -> ResNet:
+    """11,178,378 parameters, 0.3187 GMACs at 96 pixels (Dive into Deep Learning, section 8.6)."""
+    return create("resnet18_d2l", **options)

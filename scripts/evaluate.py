@@ -76,11 +76,11 @@ def main(argv: list[str] | None = None) -> int:
         options.error("--data-dir says where CIFAR-10 lies, but --data names a folder")
     # After the options: --help and mistakes in them answer at once.
     try:
-        from jresnet.errors import InputError
+        from jresnet.errors import JresnetError
 
         try:
             report = evaluate(args)
-        except InputError as error:
+        except JresnetError as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
     except ImportError as error:

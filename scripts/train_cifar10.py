@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     # After the options: --help and mistakes in them answer at once.
     try:
         from jresnet import cache
-        from jresnet.errors import InputError
+        from jresnet.errors import JresnetError
         from jresnet.training import config, devices, program
         from jresnet.training import outputs as folder
         from jresnet.training import trainer as run
@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
                 run.Trainer(chosen, data, out, stop, program.Program(chosen, data, where), session).fit(args.resume)
     except Interrupted as stopped:
         return 128 + stopped.args[0]
-    except (InputError, run.NonFiniteLoss, OSError) as error:  # OSError: a disk that fills up during the run
+    except (JresnetError, run.NonFiniteLoss, OSError) as error:  # OSError: a disk that fills up during the run
         print(f"error: {error}", file=sys.stderr)
         return 1
     except RuntimeError as error:

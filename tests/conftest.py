@@ -10,15 +10,15 @@ from pathlib import Path
 from types import ModuleType
 
 import jax
-import numpy as np
 import pytest
-from flax import nnx
-
-import jresnet
-from jresnet.weights import native as weights
 
 REPOSITORY = Path(__file__).parent.parent
 sys.path.append(str(REPOSITORY / "scripts"))  # where scripts find what they share
+
+from benchmark.networks import randomise  # noqa: E402
+
+import jresnet  # noqa: E402
+from jresnet.weights import native  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -59,25 +59,13 @@ def cifar10(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def native_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A native file of a random resnet20_cifar."""
     path = tmp_path_factory.mktemp("native") / "resnet20.safetensors"
     model = jresnet.create("resnet20_cifar", seed=3)
     randomise(model)
-    weights.save(path, model, "resnet20_cifar")
+    native.save(path, model, "resnet20_cifar")
     return path
-
-
-def randomise(model: jresnet.ResNet, seed: int = 0) -> None:
-    """Draws every BN's parameters and statistics at random: default ones hide swapped leaves."""
-    draw = np.random.default_rng(seed)
-    state = nnx.state(model)
-    for path, leaf in nnx.to_flat_state(state):
-        if path[-1] in ("scale", "var"):
-            leaf[...] = jax.numpy.asarray(draw.uniform(0.5, 1.5, leaf.shape), "float32")
-        elif path[-1] in ("mean", "bias"):
-            leaf[...] = jax.numpy.asarray(draw.uniform(-0.3, 0.3, leaf.shape), "float32")
-    nnx.update(model, state)
 
 
 def command(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from jresnet.data import cifar10 as data
+from jresnet import data
 from jresnet.models.resnet import ResNet, ResNetConfig
 from jresnet.training import augment, devices, optim
 from jresnet.training import step as train

@@ -6,19 +6,20 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
-import benchmark_common as common
-import benchmark_table as table
 import numpy as np
 import pytest
-from conftest import REPOSITORY, command, load_script
+from benchmark import common, driver, table
+from benchmark.suites import Row, choose
+from conftest import REPOSITORY, command
 
 from jresnet import compiler_options
 from jresnet.models import zoo
@@ -58,18 +59,13 @@ else:
 """
 
 
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    return load_script("benchmark")
-
-
 @pytest.fixture
-def fake(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Made-up workers; their folder, where ``log`` names the jobs in turn."""
     worker = tmp_path / "fake.py"
     worker.write_text(FAKE)
-    monkeypatch.setattr(script, "WORKERS", dict.fromkeys(script.WORKERS, worker))
-    monkeypatch.setattr(script, "versions", lambda python: {"torch": "1"})  # whether torch is there or not
+    monkeypatch.setattr(driver, "WORKERS", dict.fromkeys(driver.WORKERS, worker))
+    monkeypatch.setattr(driver, "versions", lambda python: {"torch": "1"})  # whether torch is there or not
     return tmp_path
 
 
@@ -80,9 +76,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def quick(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(script, "SECONDS", 0.01)
-    monkeypatch.setattr(script, "EPOCH", 16)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "SECONDS", 0.01)
+    monkeypatch.setattr(driver, "EPOCH", 16)
 
 
 def cells(text: str) -> list[dict[str, str]]:
@@ -91,71 +87,58 @@ def cells(text: str) -> list[dict[str, str]]:
     return [dict(zip(header, row, strict=True)) for row in rows]
 
 
-def options(script: ModuleType, *argv: str) -> Any:
-    return script.parser().parse_args(argv)
+def rows(*argv: str) -> list[Row]:
+    """What the options choose."""
+    return choose(driver.parser().parse_args(argv))
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_command(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The smallest row, measured."""
     file = tmp_path / "speed.json"
-    argv = ["--suite", "infer", "--arch", "resnet20_cifar", "--batch", "2", "--rounds", "2", "--peer", "none"]
+    argv = ["--suite", "infer", "--arch", "resnet20_cifar", "--batch", "2", "--rounds", "1", "--peer", "none"]
     argv += ["--json", str(file)]
-    assert script.main(argv) == 0
-    out, progress = capsys.readouterr()
-    report = json.loads(file.read_text())
+    assert driver.main(argv) == 0
+    report, (shown,) = json.loads(file.read_text()), cells(capsys.readouterr().out.split("\n\n")[0])
     assert report["command"] == f"python scripts/benchmark.py {' '.join(argv)}"
     assert report["versions"].keys() >= {"python", "jax", "flax"}
-    assert report["hardware"].keys() == {
-        "cpu", "cores", "instructions", "system", "huge_pages", "load", "device",
-    }  # fmt: skip
-    assert report["ceilings"]["jresnet float32"] > 0
-    assert report["left_out"] == []
-    (row,), (shown,) = report["rows"], cells(out.split("\n\n")[0])
+    (row,) = report["rows"]
     assert row["gflop"] == pytest.approx(2 * zoo.find("resnet20_cifar").gmacs, rel=5e-3)
-    (result,) = row["results"].values()
-    assert len(result["rounds"]) == 2 == int(shown["n"])
-    for found in result["rounds"]:
-        assert found["seconds"] > 0
-        assert found["steps"] >= 3
-        assert found["images_per_second"] == 2 / found["seconds"]
-        assert found["host_bytes"] > 2**20
-        assert found["compile_seconds"] > 0
-    assert ["error" in found for found in result["rounds"]] == [True, False]
+    result = row["results"]["jresnet"]
+    (found,) = result["rounds"]
+    assert found["images_per_second"] == 2 / found["seconds"] > 0
+    assert found["steps"] >= 3
+    assert found["host_bytes"] > 2**20
     assert 0 < result["error"] < 1e-5
-    assert result["seconds"]["min"] <= result["seconds"]["median"] <= result["seconds"]["max"]
-    share = result["images_per_second"]["median"] * row["gflop"] / report["ceilings"]["jresnet float32"]
+    share = found["images_per_second"] * row["gflop"] / report["ceilings"]["jresnet float32"]
     assert result["share_of_ceiling"] == pytest.approx(share)
     assert shown["what"] == "infer resnet20_cifar at 32, batch 2, float32"
-    assert shown["framework"] == "jresnet"
     assert shown["error"] == f"{result['error']:.1e}"
-    assert shown["images/s"].startswith(f"{result['images_per_second']['median']:.4g} (")
-    assert shown["note"] == "BN folded"
-    assert "round 2 of 2, jresnet" in progress
+    assert shown["images/s"].startswith(f"{found['images_per_second']:.4g} (")
 
 
 @pytest.mark.usefixtures("quick")
-def test_training(script: ModuleType, folder: Path) -> None:
+def test_training(folder: Path) -> None:
     """The whole gradient of the step that is timed, on two simulated devices."""
-    row = script.Row("train", "train", "tiny", 8, 4, series="devices", devices=2)
-    (found,) = script.measure(script.Workplace(folder, "cpu", 1), row, ["jresnet"], ABOUT)["jresnet"]
+    row = Row("train", "train", "tiny", 8, 4, series="devices", devices=2)
+    (found,) = driver.measure(driver.Workplace(folder, "cpu", 1), row, ["jresnet"], ABOUT)["jresnet"]
     assert 0 < found["error"] < 1e-5
     assert found["steps"] >= 3
     assert found["images_per_second"] == 4 / found["seconds"] > 0
 
 
 @pytest.mark.usefixtures("quick")
-def test_an_epoch(script: ModuleType, folder: Path) -> None:
+def test_an_epoch(folder: Path) -> None:
     """Of 16 images, in steps of 6."""
-    row = script.Row("train", "epoch", "tiny", 8, 6)
-    (found,) = script.measure(script.Workplace(folder, "cpu", 1), row, ["jresnet"], ABOUT)["jresnet"]
+    row = Row("train", "epoch", "tiny", 8, 6)
+    (found,) = driver.measure(driver.Workplace(folder, "cpu", 1), row, ["jresnet"], ABOUT)["jresnet"]
     assert found["images_per_second"] == 12 / found["seconds"] > 0
 
 
-def test_the_first_step(script: ModuleType, folder: Path) -> None:
+def test_the_first_step(folder: Path) -> None:
     """Cold it compiles; with the cache it does not."""
-    row = script.Row("startup", "first step", "tiny", 8, 2)
-    found = script.measure(script.Workplace(folder, "cpu", 1), row, row.contestants(()), ABOUT)
+    row = Row("startup", "first step", "tiny", 8, 2)
+    found = driver.measure(driver.Workplace(folder, "cpu", 1), row, row.contestants(()), ABOUT)
     (cold,), (cached,) = found["jresnet"], found["jresnet, cached"]
     assert cold["seconds"] > cold["compile_seconds"] > 0
     assert cached["compile_seconds"] > 0
@@ -165,60 +148,47 @@ def test_the_first_step(script: ModuleType, folder: Path) -> None:
     assert "images_per_second" not in cold
 
 
-def test_caches(script: ModuleType, fake: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is measured cold finds an empty cache in each round, which its cached partner then shares."""
-    seen: list[str] = []
-    monkeypatch.setattr(script, "once", lambda place, row, name, cache, job: seen.append(cache) or {"seconds": 1.0})
-    for task in ("first step", "train"):
-        row = script.Row("startup", task, "x", 32, 8)
-        script.measure(script.Workplace(fake, "cpu", 2), row, ["jresnet", "jresnet, cached"], ABOUT)
-    assert seen[0] == seen[1] != seen[2] == seen[3]
-    assert set(seen[4:]) == {"cache"}
-
-
-def test_what_a_worker_inherits(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_worker_inherits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but a policy that slows PyTorch down, whoever set it."""
     monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     monkeypatch.setenv("MINE", "kept")
     code = "import json, os; print(json.dumps([os.environ.get(name) for name in ('OMP_WAIT_POLICY', 'MINE', 'GIVEN')]))"
-    assert script.answer([sys.executable, "-c", code], GIVEN="too") == [None, "kept", "too"]
+    assert driver.answer([sys.executable, "-c", code], GIVEN="too") == [None, "kept", "too"]
 
 
-def test_data_and_import(script: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    assert script.main(["--suite", "data", "--rounds", "1", "--peer", "none"]) == 0
+def test_data_and_import(capsys: pytest.CaptureFixture[str]) -> None:
+    assert driver.main(["--suite", "data", "--rounds", "1", "--peer", "none"]) == 0
     (shown,) = cells(capsys.readouterr().out.split("\n\n")[0])
     assert shown["what"] == "data"
     assert float(shown["seconds"].split()[0]) > 0
     assert shown["note"].startswith("digits, scikit-learn")
-    assert (
-        script.once(script.Workplace(Path(), "cpu", 1), script.Row("startup", "import"), "jresnet", "", {})["seconds"]
-        > 0
-    )
+    assert driver.once(driver.Workplace(Path(), "cpu", 1), Row("startup", "import"), "jresnet", "", {})["seconds"] > 0
 
 
-def test_operations(script: ModuleType, tmp_path: Path) -> None:
-    """Those of the zoo, at the zoo's sizes; other sizes and stems are counted too."""
-    rows = [
-        script.Row("infer", "infer", name, zoo.find(name).image_size, 1) for name in ("resnext50_32x4d", "resnet18")
-    ]
-    rows.append(script.Row("train", "train", "resnet18", 32, 1))
-    asked = [dataclasses.asdict(row) | {"chosen": row.chosen} for row in rows]
-    known = script.Workplace(tmp_path, "cpu", 1).ask("jresnet", "survey", rows=asked)
-    wanted = [2 * zoo.find("resnext50_32x4d").gmacs, 2 * zoo.find("resnet18").gmacs, 6 * 0.555]
-    assert [row["gflop"] for row in known["rows"]] == pytest.approx(wanted, rel=5e-3)
-    assert [row["config"]["num_classes"] for row in known["rows"]] == [1000, 1000, 10]
-
-
-def test_all_mistakes_at_once(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_mistakes_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Before anything is measured."""
-    argv = ["--arch", "resnet19", "--size", "8", "--peer", "torch,keras", "--minutes", "0", "--plots", str(tmp_path)]
+    argv = [
+        "--arch",
+        "resnet19",
+        "--rounds",
+        "0",
+        "--size",
+        "8",
+        "--peer",
+        "torch,keras",
+        "--minutes",
+        "0",
+        "--plots",
+        str(tmp_path),
+    ]
     argv += ["--json", str(tmp_path / "no" / "file"), "--data-dir", str(tmp_path / "none")]
-    assert script.main(argv) == 1
+    assert driver.main(argv) == 1
     out, complaints = capsys.readouterr()
     assert out == ""
     expected = [
         "unknown peer 'keras'",
-        "--size",
+        "--rounds must be at least 1, got 0",
+        "--size must be at least 32, got 8",
         "--minutes",
         "--json",
         "--data-dir",
@@ -229,10 +199,10 @@ def test_all_mistakes_at_once(script: ModuleType, tmp_path: Path, capsys: pytest
         assert complaint.startswith(f"error: {beginning}")
 
 
-@pytest.mark.parametrize("argv", [["--rounds", "0"], ["--batch", "x"], ["--suite", "speed"], ["--precision", "int8"]])
-def test_bad_options(script: ModuleType, argv: list[str]) -> None:
+@pytest.mark.parametrize("argv", [["--batch", "x"], ["--suite", "speed"], ["--precision", "int8"]])
+def test_bad_options(argv: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
-        script.main(argv)
+        driver.main(argv)
 
 
 def test_help_and_imports() -> None:
@@ -240,15 +210,15 @@ def test_help_and_imports() -> None:
     assert shown.returncode == 0
     assert "--minutes M" in shown.stdout
     loaded = command(
-        "-c", "import sys; sys.path.insert(0, 'scripts'); import benchmark; print(*sys.modules)"
+        "-c", "import sys; sys.path.insert(0, 'scripts'); import benchmark.driver; print(*sys.modules)"
     ).stdout.split()
     assert not {"jax", "torch", "numpy", "jresnet"} & set(loaded)
 
 
-def test_rounds_take_turns(script: ModuleType, fake: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rounds_take_turns(fake: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Ratios are those of one round; a peer that fails is measured no more and says why."""
     file = fake / "speed.json"
-    assert script.main(["--suite", "train", "--arch", "x", "--batch", "6", "--rounds", "3", "--json", str(file)]) == 0
+    assert driver.main(["--suite", "train", "--arch", "x", "--batch", "6", "--rounds", "3", "--json", str(file)]) == 0
     log = (fake / "log").read_text().split()
     assert log[log.index("make") + 1 :] == ["jresnet", "torch", "torch-compile", "timm", *["jresnet", "torch"] * 2]
     report = json.loads(file.read_text())
@@ -270,7 +240,7 @@ def test_rounds_take_turns(script: ModuleType, fake: Path, capsys: pytest.Captur
     assert rows[2]["note"] == "first / second / no / compiler"
 
 
-def test_the_time_to_an_accuracy(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_time_to_an_accuracy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a run of the same recipe and images on both sides; each round has its own seed."""
     run = """
 import json, pathlib, sys
@@ -284,11 +254,11 @@ log = pathlib.Path(__file__).with_name("log")
 del asked["--out"]
 log.write_text((log.read_text() if log.exists() else "") + json.dumps(asked) + chr(10))
 """
-    for name in script.RUNS:
+    for name in driver.RUNS:
         (tmp_path / f"{name}.py").write_text(run)
-        monkeypatch.setitem(script.RUNS, name, tmp_path / f"{name}.py")
-    row = script.Row("accuracy", "accuracy", "resnet20_cifar", 32, 32, dataset="digits")
-    found = script.measure(script.Workplace(tmp_path, "cpu", 2), row, row.contestants(["torch", "timm"]), ABOUT)
+        monkeypatch.setitem(driver.RUNS, name, tmp_path / f"{name}.py")
+    row = Row("accuracy", "accuracy", "resnet20_cifar", 32, 32, dataset="digits")
+    found = driver.measure(driver.Workplace(tmp_path, "cpu", 2), row, row.contestants(["torch", "timm"]), ABOUT)
     # 95 % is reached by seed 0 alone.
     why = "seed 1: 90% after 3 s, 95% never; 93.00% after 3 epochs"
     assert found == {"jresnet": why, "torch": why}
@@ -298,7 +268,7 @@ log.write_text((log.read_text() if log.exists() else "") + json.dumps(asked) + c
         "--dataset": "digits",
     }  # fmt: skip
     assert [each["--seed"] for each in asked] == ["0", "0", "1", "1"]
-    (once,) = script.measure(script.Workplace(tmp_path, "cpu", 1), row, ["jresnet"], ABOUT)["jresnet"]
+    (once,) = driver.measure(driver.Workplace(tmp_path, "cpu", 1), row, ["jresnet"], ABOUT)["jresnet"]
     assert once["seconds"] == 5.0
     assert once["reached"] == [2.0, 5.0]
     assert once["note"] == "90% after 2 s, 95% after 5 s; 95.00% after 3 epochs"
@@ -336,25 +306,8 @@ def test_the_readmes_table() -> None:
     )
 
 
-def test_statistics(script: ModuleType) -> None:
-    """Of made-up figures, where a peer has fewer rounds, and where jresnet has none."""
-    found = {
-        "jresnet": [{"seconds": s, "images_per_second": 8 / s, "device_bytes": 2**20 * s} for s in (1.0, 2.0, 4.0)],
-        "torch": [{"seconds": s} for s in (2.0, 1.0)],
-    }
-    assert table.spread([3.0, 1.0, 10.0, 2.0]) == {"median": 2.5, "min": 1.0, "max": 10.0}
-    peer = table.evaluate("torch", found, 1.0, 0.0)
-    assert peer["ratios"] == [2.0, 0.5]
-    assert peer["ratio"] == {"median": 1.25, "min": 0.5, "max": 2.0}
-    ours = table.evaluate("jresnet", found, 1.0, 0.0)
-    assert ours["images_per_second"] == {"median": 4.0, "min": 2.0, "max": 8.0}
-    assert ours["device_bytes"] == 2**21
-    assert "share_of_ceiling" not in ours
-    assert "ratio" not in table.evaluate("torch", found | {"jresnet": "broken"}, 1.0, 0.0)
-
-
 @pytest.mark.parametrize(("device", "count"), [("cpu", 1), ("gpu", 25)])
-def test_pace(script: ModuleType, monkeypatch: pytest.MonkeyPatch, device: str, count: int) -> None:
+def test_pace(monkeypatch: pytest.MonkeyPatch, device: str, count: int) -> None:
     """Two steps warm up; then steps for the time given, on an accelerator a tenth of a second between two waits."""
     clock, calls = SimpleNamespace(now=0.0), []
     monkeypatch.setattr(common, "time", SimpleNamespace(perf_counter=lambda: clock.now, time=lambda: 1e9 + clock.now))
@@ -377,7 +330,7 @@ def test_pace(script: ModuleType, monkeypatch: pytest.MonkeyPatch, device: str, 
     assert calls == [1]
 
 
-def test_the_fastest_product(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_product(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, sizes = SimpleNamespace(now=0.0), []
     monkeypatch.setattr(common, "time", SimpleNamespace(perf_counter=lambda: clock.now))
 
@@ -393,7 +346,7 @@ def test_the_fastest_product(script: ModuleType, monkeypatch: pytest.MonkeyPatch
     assert sizes == [512, 1024, 2048]
 
 
-def test_relative_error(script: ModuleType, tmp_path: Path) -> None:
+def test_relative_error(tmp_path: Path) -> None:
     np.savez(tmp_path / common.REFERENCE, a=np.array([3.0, 0.0]), b=np.array([[4.0]]))
     job = {"folder": str(tmp_path)}
     assert common.relative_error(job, {"a": np.array([3, 0.3]), "b": np.array([[4.4]])}) == pytest.approx(0.1)
@@ -403,86 +356,30 @@ def test_relative_error(script: ModuleType, tmp_path: Path) -> None:
         common.relative_error(job, {"a": np.array([np.nan, 0]), "b": np.array([[4.0]])})
 
 
-def test_rows(script: ModuleType) -> None:
-    def chosen(*argv: str) -> list[str]:
-        return [str(row) for row in script.choose(options(script, *argv))]
-
-    assert len(chosen()) == 15
-    assert chosen()[0] == "train resnet20_cifar at 32, batch 128, float32"
-    assert chosen("--suite", "infer", "--batch", "4") == [
-        *(f"infer {arch} at 224, batch 4, float32" for arch in ("resnet18", "resnet50", "resnet152")),
-        "infer resnet20_cifar at 32, batch 4, float32",
-    ]
-    assert chosen("--arch", "resnet34") == [f"{task} resnet34 at 224, batch 16, float32" for task in ("train", "infer")]
-    assert chosen("--arch", "resnet34", "--size", "32", "--precision", "bfloat16", "--suite", "train") == [
-        "train resnet34 at 32, batch 128, bfloat16"
-    ]
-    assert chosen("--suite", "startup", "--arch", "resnet56_cifar", "--batch", "7") == [
-        "import", *(f"{task} resnet56_cifar at 32, batch 7, float32" for task in ("first step", "compile")),
-    ]  # fmt: skip
-    assert len(chosen("--suite", "startup")) == 7
-    scaling = script.choose(options(script, "--suite", "scaling"))
-    assert [row.batch for row in scaling if row.series == "batch"] == [1, 4, 16, 64, 256, 1024]
-    assert [row.arch[6:-6] for row in scaling if row.series == "depth"] == ["20", "32", "44", "56", "110"]
-    assert [row.devices for row in scaling if row.series == "devices"] == [1, 2, 4, 8]
-    few = script.choose(options(script, "--suite", "scaling", "--arch", "resnet18", "--batch", "6"))
-    assert [(row.series, row.batch, row.devices) for row in few] == [
-        ("batch", 6, 1), ("devices", 6, 1), ("devices", 6, 2),
-    ]  # fmt: skip
-    assert chosen("--suite", "accuracy") == [
-        "accuracy of 90%, then 95% of the digits, recipe fast, resnet20_cifar at 32, batch 32, float32"
-    ]
-    assert chosen("--suite", "accuracy", "--data-dir", "x", "--device", "gpu", "--arch", "resnet34") == [
-        "accuracy of 90%, then 94% of the cifar10, recipe fast, resnet34 at 32, batch 512, bfloat16"
-    ]
-    assert len(chosen("--suite", "all")) == 15 + 1 + 7 + 1 + len(scaling)
-    gpu = chosen("--device", "gpu")
-    assert len(gpu) == 14
-    assert all(row.endswith("bfloat16") for row in gpu)
-
-
-def test_contestants(script: ModuleType) -> None:
-    def of(*row: Any) -> list[str]:
-        return script.Row(*row).contestants(["timm", "torch", "torch-compile"])
-
-    assert of("train", "train") == ["jresnet", "torch", "torch-compile", "timm"]
-    assert of("train", "epoch") == ["jresnet", "torch", "torch-compile"]
-    assert of("startup", "first step") == ["jresnet", "jresnet, cached", "torch", "torch-compile"]
-    assert of("startup", "compile") == ["jresnet", "torch-compile"]
-    assert of("startup", "import") == ["jresnet", "torch"]
-    assert of("data", "data") == ["jresnet"]
-    assert of("accuracy", "accuracy") == ["jresnet", "torch"]
-    assert of("scaling", "train", "x", 32, 8, "float32", "batch") == ["jresnet", "torch"]
-    assert of("scaling", "train", "x", 32, 8, "float32", "devices", 1) == ["jresnet"]
-    assert script.Row("train", "train").contestants([]) == ["jresnet"]
-
-
 @pytest.mark.usefixtures("fake")
-def test_the_budget(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Rows that it does not reach are named; so are they in the file."""
     file = tmp_path / "speed.json"
-    assert script.main(["--suite", "train", "--minutes", "1e-9", "--json", str(file)]) == 0
+    assert driver.main(["--suite", "train", "--minutes", "1e-9", "--json", str(file)]) == 0
     left_out = json.loads(file.read_text())["left_out"]
     assert len(left_out) == 4
     assert f"left out, as --minutes were over: {'; '.join(left_out)}" in capsys.readouterr().out
-    place = script.Workplace(tmp_path, "cpu", 3, deadline=0.0)
-    row = script.Row("train", "train", "x", 32, 8)
-    found = script.measure(place, row, ["jresnet"], {"config": None, "gflop": 1.0})
+    place = driver.Workplace(tmp_path, "cpu", 3, deadline=0.0)
+    row = Row("train", "train", "x", 32, 8)
+    found = driver.measure(place, row, ["jresnet"], {"config": None, "gflop": 1.0})
     assert len(found["jresnet"]) == 1  # of the rounds only the first
 
 
-def test_without_torch(script: ModuleType, fake: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    monkeypatch.setattr(script, "versions", lambda python: {"jax": "1"})
-    assert script.main(["--suite", "train", "--arch", "x", "--rounds", "1", "--peer", "torch"]) == 0
+def test_without_torch(fake: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(driver, "versions", lambda python: {"jax": "1"})
+    assert driver.main(["--suite", "train", "--arch", "x", "--rounds", "1", "--peer", "torch"]) == 0
     ours, theirs = cells(capsys.readouterr().out.split("\n\n")[0])
     assert ours["n"] == "1"
     assert theirs["note"].startswith("torch is not installed")
     assert "torch" not in (fake / "log").read_text()
 
 
-def test_another_python_for_the_peers(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_another_python_for_the_peers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Runs their worker, and says which versions are installed there."""
     other = tmp_path / "python"
     other.write_text(f"""#!{sys.executable}
@@ -490,71 +387,69 @@ import json, sys
 print(json.dumps({{"python": "9.9", "torch": "9"}} if sys.argv[1] == "-c" else {{"told": sys.argv[1].rpartition("/")[2]}}))
 """)
     other.chmod(0o755)
-    found = script.versions(str(other))
-    assert found["the peers' python"] == "9.9"
-    assert found["torch"] == "9"
-    assert found["jax"] == importlib.metadata.version("jax")
-    assert "the peers' python" not in script.versions(sys.executable)
-    place = script.Workplace(tmp_path, "cpu", 1, peer_python=str(other))
-    assert place.ask("torch", "gemm", precision="float32") == {"told": "benchmark_torch.py"}
-    assert place.python("jresnet") == sys.executable
-    for wrong in (tmp_path / "none", "/bin/true"):
-        assert script.main(["--peer-python", str(wrong)]) == 1
-        assert capsys.readouterr().err.startswith(f"error: --peer-python {wrong} is no Python that works")
+    found = driver.versions(str(other))
+    assert (found["the peers' python"], found["torch"], found["jax"]) == ("9.9", "9", importlib.metadata.version("jax"))
+    place = driver.Workplace(tmp_path, "cpu", 1, peer_python=str(other))
+    assert place.ask("torch", "gemm", precision="float32") == {"told": "torch_worker.py"}
+    assert driver.main(["--peer-python", "/bin/true"]) == 1
+    assert capsys.readouterr().err.startswith("error: --peer-python /bin/true is no Python that works")
 
 
-def test_without_a_gpu(script: ModuleType, fake: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert script.main(["--device", "gpu", "--suite", "infer"]) == 1
+def test_without_a_gpu(fake: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert driver.main(["--device", "gpu", "--suite", "infer"]) == 1
     out, complaints = capsys.readouterr()
     assert out.splitlines() == ["would measure:", *(f"  infer resnet50 at 224, batch {n}, bfloat16" for n in (256, 1))]
     assert complaints.startswith("error: --device gpu: JAX finds none")
     assert (fake / "log").read_text() == "survey"
 
 
-def test_when_jresnet_fails(script: ModuleType, fake: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_when_jresnet_fails(fake: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The row says why, and the command's exit code that it has no figures."""
     (fake / "fake.py").write_text(FAKE.replace('elif name == "timm"', 'elif name == "jresnet"'))
-    assert script.main(["--suite", "train", "--arch", "x", "--rounds", "2", "--peer", "torch"]) == 1
+    assert driver.main(["--suite", "train", "--arch", "x", "--rounds", "2", "--peer", "torch"]) == 1
     out, complaints = capsys.readouterr()
     ours, theirs = cells(out.split("\n\n")[0])
     assert (ours["note"], ours["n"]) == ("killed by SIGKILL", "0")
     assert (theirs["n"], theirs["ratio"]) == ("2", "-")
     assert "error: jresnet has no figures: train x" in complaints
     (fake / "fake.py").write_text("raise SystemExit('broken')")
-    assert script.main([]) == 1
+    assert driver.main([]) == 1
     assert capsys.readouterr().err == "error: jresnet does not start: broken\n"
 
 
-def test_plots(script: ModuleType, tmp_path: Path) -> None:
-    rows = []
-    for row in script.choose(options(script, "--suite", "scaling")):
-        found = {"jresnet": [{"seconds": 1 / row.batch, "images_per_second": 100.0 + row.batch}], "torch": "broken"}
-        results = {name: table.evaluate(name, found, 1.0, 1.0) for name in found}
-        rows.append(dataclasses.asdict(row) | {"results": results})
-    table.plot(rows, tmp_path / "new")
-    pictures = sorted(path.name for path in (tmp_path / "new").iterdir())
-    assert pictures == ["scaling-batch.png", "scaling-depth.png", "scaling-devices.png"]
-    table.plot([row for row in rows if row["series"] == "batch"], tmp_path / "other")
-    assert len(list((tmp_path / "other").iterdir())) == 1
+def test_plots(tmp_path: Path) -> None:
+    """One for each of what the scaling suite varies."""
+    found = []
+    for row in rows("--suite", "scaling"):
+        rounds = {"jresnet": [{"seconds": 1 / row.batch, "images_per_second": 100.0 + row.batch}], "torch": "broken"}
+        results = {name: table.evaluate(name, rounds, 1.0, 1.0) for name in rounds}
+        found.append(dataclasses.asdict(row) | {"results": results})
+    table.plot(found, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {f"scaling-{of}.png" for of in ("batch", "depth", "devices")}
 
 
-def test_writing(script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file is the old one or the new one, whole."""
-    file = tmp_path / "file.json"
-    script.write(file, {"a": 1})
-    with pytest.raises(ValueError, match="JSON"):
-        script.write(file, {"a": float("nan")})
-    with pytest.raises(script.Problem, match="cannot write"):
-        script.write(tmp_path / "no" / "file", {})
+def test_rows() -> None:
+    def named(*argv: str) -> list[str]:
+        return [str(row) for row in rows(*argv)]
 
-    def full(*paths: Path) -> None:
-        raise OSError(28, "No space left on device")
+    assert len(named()) == 15
+    assert named()[0] == "train resnet20_cifar at 32, batch 128, float32"
+    assert named("--suite", "train", "--arch", "resnet34", "--size", "32", "--precision", "bfloat16") == [
+        "train resnet34 at 32, batch 128, bfloat16"
+    ]
+    assert named("--suite", "accuracy", "--data-dir", "x", "--device", "gpu", "--arch", "resnet34") == [
+        "accuracy of 90%, then 94% of the cifar10, recipe fast, resnet34 at 32, batch 512, bfloat16"
+    ]
+    assert [len(named("--suite", suite)) for suite in ("startup", "scaling", "data", "all")] == [7, 15, 1, 39]
+    assert len(named("--device", "gpu")) == 14
 
-    monkeypatch.setattr(script.os, "replace", full)
-    with pytest.raises(script.Problem, match="No space left"):
-        script.write(file, {"a": 2})
-    assert json.loads(file.read_text()) == {"a": 1}
-    assert list(tmp_path.iterdir()) == [file]
+
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "results" / "speed").glob("*.json")), ids=lambda file: file.stem)
+def test_published_figures_can_be_measured_again(file: Path) -> None:
+    """Every row of a published table is one that its command still chooses."""
+    report = json.loads(file.read_text())
+    chosen = [str(row) for row in rows(*shlex.split(report["command"])[2:])]
+    assert [row["what"] for row in report["rows"]] == [what for what in chosen if what not in report["left_out"]]
 
 
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -563,9 +458,9 @@ def test_interrupted(fake: Path, sent: signal.Signals, code: int) -> None:
     start = (
         # A shell's background jobs, and all that they start, ignore SIGINT: the driver shall not.
         "import pathlib, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "sys.path.insert(0, 'scripts'); import benchmark; "
-        "benchmark.WORKERS.update(dict.fromkeys(benchmark.WORKERS, pathlib.Path(sys.argv.pop(1)))); "
-        "benchmark.handle_signals(); sys.exit(benchmark.main())"
+        "sys.path.insert(0, 'scripts'); from benchmark import driver; "
+        "driver.WORKERS.update(dict.fromkeys(driver.WORKERS, pathlib.Path(sys.argv.pop(1)))); "
+        "driver.handle_signals(); sys.exit(driver.main())"
     )
     file, pid = fake / "speed.json", fake / "pid"
     argv = ["--arch", "hang", "--rounds", "1", "--peer", "none", "--json", str(file)]

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import json
+import os
+import tomllib
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import REPOSITORY, command
+from conftest import REPOSITORY, command, randomise
 
 import jresnet
-from convert import torch2flax, verify
+from convert import flax2torch, torch2flax, verify
 from jresnet.errors import InputError, WeightsError
+from jresnet.models import params, zoo
 from jresnet.models.zoo import ZOO
-from jresnet.pytorch import keymap
-from jresnet.weights import native as weights
+from jresnet.pytorch import keymap, statedict
+from jresnet.weights import native
 
 
 def state_dict_of(arch: str, dialect: str = "torchvision", **chosen) -> dict[str, np.ndarray]:
     """Random tensors by PyTorch's keys, in PyTorch's layout."""
     draw = np.random.default_rng(0)
-    shapes = weights.shapes(weights.configure(arch, **chosen))
+    shapes = params.shapes(zoo.configure(arch, **chosen))
     tensors = {
-        keymap.torch_key(path, dialect): draw.uniform(0.5, 1.5, torch2flax.torch_shape(shape)).astype(np.float32)
+        keymap.torch_key(path, dialect): draw.uniform(0.5, 1.5, keymap.torch_shape(shape)).astype(np.float32)
         for path, shape in shapes.items()
     }
     norms = [key.removesuffix("running_var") for key in tensors if key.endswith("running_var")]
@@ -42,7 +46,7 @@ def write(path: Path, tensors: dict[str, np.ndarray]) -> Path:
 
 def networks_of(dialect: str) -> list[str]:
     """The rows of the zoo that a dialect may have, by what cannot be chosen."""
-    shared = {name: value for name, value in keymap.DIALECTS[dialect].config.items() if name not in weights.FREE}
+    shared = {name: value for name, value in keymap.DIALECTS[dialect].config.items() if name not in zoo.FREE}
     return [row.name for row in ZOO.values() if all(getattr(row.config, name) == v for name, v in shared.items())]
 
 
@@ -50,7 +54,7 @@ def networks_of(dialect: str) -> list[str]:
 def test_names_are_a_bijection(arch: str, dialect: str) -> None:
     if arch == "resnet1202_cifar":
         arch = "resnet110_cifar"  # the same names, a tenth of the time
-    paths = weights.shapes(weights.configure(arch))
+    paths = params.shapes(zoo.configure(arch))
     keys = {keymap.torch_key(path, dialect) for path in paths}
     assert len(keys) == len(paths)
     counters = {keymap.counter_key(path, dialect) for path in paths if path.endswith(".var")}
@@ -79,7 +83,7 @@ def test_wrappers_are_peeled(tensors: dict[str, np.ndarray], prefix: str, outer:
 def test_akamasters_names() -> None:
     tensors = state_dict_of("resnet20_cifar", "akamaster")
     assert "linear.weight" in tensors
-    found = torch2flax.match(tensors, "resnet20_cifar")
+    found = statedict.match(tensors, "resnet20_cifar")
     assert (found.dialect, len(found.counters), len(found.values)) == ("akamaster", 19, 97)
     assert set(found.counters.values()) == {7}
     np.testing.assert_array_equal(found.values["fc.bias"], tensors["linear.bias"])
@@ -133,7 +137,7 @@ def test_counters_are_whole_numbers(tensors: dict[str, np.ndarray]) -> None:
     ],
 )
 def test_the_right_architecture_is_named(dialect: str, found: str, asked: str) -> None:
-    chosen = {name: v for name, v in keymap.DIALECTS[dialect].config.items() if name in weights.FREE}
+    chosen = {name: v for name, v in keymap.DIALECTS[dialect].config.items() if name in zoo.FREE}
     with pytest.raises(WeightsError, match=f"holds a {found}, not a {asked}: name that architecture$"):
         torch2flax.convert(state_dict_of(found, dialect, num_classes=7, **chosen), asked)
 
@@ -172,7 +176,7 @@ def test_everything_that_is_wrong_is_listed(tensors: dict[str, np.ndarray]) -> N
     for part in (
         "2 missing: conv1.weight, layer1.0.bn1.running_mean", "1 unexpected: layer9.weight",
         "1 misshapen: fc.weight is [100, 64], not [10, 64]", "bn1.weight is int64, not a floating-point tensor",
-        "--num-classes 100",
+        "num_classes=100",
     ):  # fmt: skip
         assert part in str(caught.value)
 
@@ -181,7 +185,7 @@ def test_advice_on_stem_and_channels() -> None:
     tensors = state_dict_of("resnet18", stem="cifar", in_channels=1, num_classes=10)
     with pytest.raises(WeightsError) as caught:
         torch2flax.convert(tensors, "resnet18")
-    for advice in ("--stem cifar", "--in-channels 1", "--num-classes 10"):
+    for advice in ("stem='cifar'", "in_channels=1", "num_classes=10"):
         assert advice in str(caught.value).partition("may be meant for")[2]
     with pytest.raises(WeightsError, match="It may be meant for"):
         torch2flax.convert(tensors, "resnet18")
@@ -209,7 +213,7 @@ def test_the_command_converts(tensors: dict[str, np.ndarray], tmp_path: Path) ->
     )
     assert done.returncode == 0, done.stderr
     assert "97 tensors, each used once (torchvision naming); 19 num_batches_tracked kept aside" in done.stdout
-    arch, _, values, metadata = weights.read(output)
+    arch, _, values, metadata = native.read(output)
     assert arch == "resnet20_cifar"
     np.testing.assert_array_equal(values["fc.bias"], tensors["fc.bias"])
     assert metadata["source"] == "mine.safetensors"
@@ -294,13 +298,89 @@ def test_the_command_says_what_it_adapts(tensors: dict[str, np.ndarray], tmp_pat
     assert done.returncode == 0, done.stderr
     assert "adapted  stem for 1 input channel: the kernel for 3, summed over the channels" in done.stdout
     assert "adapted  fresh head for 7 classes, to be trained: the weights' own has 10" in done.stdout
-    _, config, values, metadata = weights.read(output)
+    _, config, values, metadata = native.read(output)
     assert (config.num_classes, config.in_channels, values["fc.bias"].shape) == (7, 1, (7,))
     assert metadata["num_batches_tracked"] == "7"
     again = jresnet.create("resnet20_cifar", weights=output, num_classes=5, in_channels=1)
     assert again.config.num_classes == 5
     with pytest.raises(WeightsError, match="only a stem for 3 can be adapted"):
         jresnet.create("resnet20_cifar", weights=output, in_channels=3)
+
+
+def test_a_file_that_exists_is_replaced_only_by_force(
+    tensors: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "mine.safetensors", tensors)
+    arguments = ["resnet20_cifar", "--weights", "mine.safetensors", "--verify", "never"]
+    for output in ("resnet20_cifar-mine.safetensors", "other.safetensors"):
+        path = tmp_path / output
+        path.write_text("the user's")
+        more = ["--output", output] if output.startswith("other") else []
+        assert torch2flax.main([*arguments, *more]) == 1
+        assert f"{output} exists: --force replaces it" in capsys.readouterr().err
+        assert path.read_text() == "the user's"
+        assert torch2flax.main([*arguments, *more, "--force"]) == 0
+        assert native.read(path)[0] == "resnet20_cifar"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder"])
+def test_only_an_ordinary_file_is_replaced(
+    tensors: dict, native_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """As root ``--output /dev/null`` would take the device away."""
+    source, output = write(tmp_path / "mine.safetensors", tensors), tmp_path / "out.safetensors"
+    {"pipe": os.mkfifo, "folder": os.mkdir, "link": lambda path: os.symlink(source, path)}[kind](output)
+    before, content = output.lstat(), source.read_bytes()
+    for main, arguments in (
+        (torch2flax.main, ["resnet20_cifar", "--weights", source]),
+        (flax2torch.main, [native_file]),
+    ):
+        assert main([*map(str, arguments), "--output", str(output), "--force", "--verify", "never"]) == 1
+        message = capsys.readouterr().err
+        assert "is a link, a folder, a device or a pipe" in message or "is the file to convert" in message
+        assert (output.lstat().st_ino, output.lstat().st_mode) == (before.st_ino, before.st_mode)
+    assert source.read_bytes() == content
+
+
+def test_a_native_file_has_no_ending_of_pytorchs(
+    tensors: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, output = write(tmp_path / "mine.safetensors", tensors), tmp_path / "out.pth"
+    assert torch2flax.main(["resnet20_cifar", "--weights", str(source), "--output", str(output)]) == 1
+    assert "name the native file *.safetensors" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_a_native_file_needs_no_conversion(
+    native_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["resnet20_cifar", "--weights", str(native_file), "--output", str(tmp_path / "out.safetensors")]
+    assert torch2flax.main(arguments) == 1
+    assert "is a native jresnet file already" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_commands_take_another_programs_name(capsys: pytest.CaptureFixture[str]) -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    entries = project["entry-points"]["jresnet.commands"]
+    assert {"convert", "export-torch"} <= entries.keys()
+    for name in ("convert", "export-torch"):
+        main = EntryPoint(name, entries[name], "jresnet.commands").load()
+        with pytest.raises(SystemExit, match="0"):
+            main(["--help"], prog=f"jresnet {name}")
+        assert f"usage: jresnet {name} " in capsys.readouterr().out
+
+
+def test_a_deep_network_goes_through_its_own_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block by block, with the stem's max-pool and all."""
+    model = jresnet.create("resnet20_cifar", stem="imagenet")
+    randomise(model)
+    images = verify._images(model, 64, 2)
+    whole = verify._logits(model, images)
+    monkeypatch.setattr(verify, "TOGETHER", 0)
+    np.testing.assert_allclose(verify._logits(model, images), whole, rtol=1e-4, atol=1e-5)
+    assert isinstance(model.layer1[0], jresnet.BasicBlock)  # the caller's network is as it was
 
 
 def test_the_network_trained_elsewhere(shared: Path, cifar10: Path, tmp_path: Path) -> None:

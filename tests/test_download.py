@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from jresnet import download
+from jresnet import download, files
 from jresnet.errors import DownloadError
 
 BODY = bytes(range(256)) * 4096  # 1 MiB
@@ -104,7 +104,7 @@ def test_file_arrives_whole_and_alone(server, tmp_path):
     path = tmp_path / "new" / "folder" / "file.bin"
     assert fetch(f"{server.url}/good", path) == path
     assert path.read_bytes() == BODY
-    assert download.sha256_of(path) == SHA256
+    assert files.sha256_of(path) == SHA256
     assert left(path) == ["file.bin"]
     assert fetch(f"{server.url}/good", path) == path
     assert server.log == [("good", None)]  # the second call found it
@@ -355,14 +355,11 @@ def test_two_at_once_without_locks(server, tmp_path, monkeypatch, broken):
 
 @pytest.mark.skipif(download.fcntl is None, reason="this system has no fcntl, so nothing waits")
 def test_two_processes_at_once_fetch_it_once(server, tmp_path):
-    # A bare package in place of jresnet's own: importing that takes jax and seconds.
     code = (
-        "import pathlib, sys, types; sys.modules['jresnet'] = types.ModuleType('jresnet');"
-        "sys.modules['jresnet'].__path__ = [sys.argv[1]]; from jresnet import download;"
-        "download.fetch([sys.argv[2]], pathlib.Path(sys.argv[3]), sha256=sys.argv[4])"
+        "import pathlib, sys; from jresnet import download;"
+        "download.fetch([sys.argv[1]], pathlib.Path(sys.argv[2]), sha256=sys.argv[3])"
     )
-    package = str(Path(download.__file__).parent)
-    command = [sys.executable, "-c", code, package, f"{server.url}/slow", str(tmp_path / "f"), SHA256]
+    command = [sys.executable, "-c", code, f"{server.url}/slow", str(tmp_path / "f"), SHA256]
     runs = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     said = [run.communicate(timeout=20)[1] for run in runs]
     assert [run.returncode for run in runs] == [0, 0], said

@@ -15,13 +15,15 @@ from conftest import command, load_script, randomise
 from PIL import Image
 
 import jresnet
+from convert import torch2flax
 from jresnet import evaluation as evaluate
+from jresnet import sources
 from jresnet.data import images
 from jresnet.errors import DataError, InputError, WeightsError
-from jresnet.training import recipes
-from jresnet.weights import native as weights
-from jresnet.weights import published as pretrained
-from jresnet.weights.published import Preprocessing
+from jresnet.models import params, zoo
+from jresnet.pytorch import statedict
+from jresnet.weights import native, published
+from jresnet.weights.preprocessing import STATISTICS, Preprocessing
 
 SCRIPT = "scripts/evaluate.py"
 CLASSES = ("auk", "bee", "cat", "dog", "eel", "fox", "gnu")
@@ -45,7 +47,7 @@ def model() -> jresnet.ResNet:
 def file(model: jresnet.ResNet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its native file, with preprocessing and categories."""
     path = tmp_path_factory.mktemp("weights") / "seven.safetensors"
-    weights.save(
+    native.save(
         path, model, "resnet20_cifar", preprocessing=RECIPE.to_json(), categories=json.dumps(CLASSES)
     )  # fmt: skip
     return path
@@ -148,22 +150,26 @@ def test_grey_and_fewer_than_five_classes() -> None:
 # What is evaluated ---------------------------------------------------------------------------------------------------
 
 
-def test_a_native_file_says_all(file: Path, native: Path) -> None:
+def test_a_native_file_says_all(file: Path, native_file: Path) -> None:
     resolved = evaluate.resolve(str(file), jnp.bfloat16)
     assert (resolved.arch, resolved.preprocessing, resolved.categories) == ("resnet20_cifar", RECIPE, CLASSES)
     assert resolved.model.conv1.dtype == jnp.bfloat16
-    silent = evaluate.resolve(str(native))
+    silent = evaluate.resolve(str(native_file))
     assert (silent.preprocessing, silent.categories) == (None, None)
 
 
-def test_published_names(monkeypatch: pytest.MonkeyPatch, model: jresnet.ResNet) -> None:
+def test_published_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
 
-    def load(row: pretrained.Weights, dtype: object) -> jresnet.ResNet:
+    def fetch(row: published.Row, progress: bool) -> Path:
         asked.append(row)
-        return model
+        return tmp_path / row.filename
 
-    monkeypatch.setattr(pretrained, "load", load)
+    small = jresnet.create("resnet20_cifar", num_classes=1000)
+    conversion = statedict.Conversion("resnet50", small.config, params.arrays(small), "torchvision", {}, ())
+    monkeypatch.setattr(published, "fetch", fetch)
+    monkeypatch.setattr(sources, "open_file", lambda path: ({}, {}))
+    monkeypatch.setattr(statedict, "match", lambda *arguments, **options: conversion)
     for name, expected, resize in (
         ("resnet50", "IMAGENET1K_V2", 232),
         ("ResNet50:imagenet1k_v1", "IMAGENET1K_V1", 256),
@@ -188,12 +194,12 @@ def test_published_names(monkeypatch: pytest.MonkeyPatch, model: jresnet.ResNet)
 )
 def test_metadata_that_cannot_be(tmp_path: Path, model: jresnet.ResNet, metadata: dict, message: str) -> None:
     path = tmp_path / "odd.safetensors"
-    weights.save(path, model, "resnet20_cifar", **metadata)
+    native.save(path, model, "resnet20_cifar", **metadata)
     with pytest.raises(WeightsError, match=message):
         evaluate.resolve(str(path))
 
 
-CIFAR_STATISTICS, IMAGENET_STATISTICS = recipes.STATISTICS["cifar10"], recipes.STATISTICS["imagenet"]
+CIFAR_STATISTICS, IMAGENET_STATISTICS = STATISTICS["cifar10"], STATISTICS["imagenet"]
 
 
 @pytest.mark.parametrize(
@@ -208,7 +214,7 @@ CIFAR_STATISTICS, IMAGENET_STATISTICS = recipes.STATISTICS["cifar10"], recipes.S
     ],
 )
 def test_preprocessing_is_the_weights_own_or_said_to_be_a_guess(arch, own, cifar10, expected, origin) -> None:
-    model = jresnet.ResNet(jresnet.weights.native.configure(arch), rngs=None)
+    model = jresnet.ResNet(zoo.configure(arch), rngs=None)
     chosen, found = evaluate.choose_preprocessing(evaluate.Resolved(arch, model, own, None), cifar10=cifar10)
     assert chosen == expected
     assert found.startswith(origin)
@@ -229,10 +235,10 @@ def test_other_statistics(model: jresnet.ResNet) -> None:
     ):
         with pytest.raises(InputError, match=message):
             evaluate.choose_preprocessing(resolved, cifar10=True, mean=mean, std=std)
-    grey = jresnet.ResNet(weights.configure("resnet18_d2l"), rngs=None)
+    grey = jresnet.ResNet(zoo.configure("resnet18_d2l"), rngs=None)
     with pytest.raises(InputError, match=r"takes images of 1 channel, but there are 3 values .* give 1 with"):
         evaluate.choose_preprocessing(evaluate.Resolved("resnet18_d2l", grey, None, None), cifar10=False)
-    four = jresnet.ResNet(weights.configure("resnet18", in_channels=4), rngs=None)
+    four = jresnet.ResNet(zoo.configure("resnet18", in_channels=4), rngs=None)
     with pytest.raises(InputError, match="4 channels; only RGB and grey"):
         evaluate.choose_preprocessing(evaluate.Resolved("resnet18", four, None, None), cifar10=False)
 
@@ -322,7 +328,7 @@ def test_bfloat16_and_limit(script: ModuleType, file: Path, folder: Path, capsys
     [
         ({"--weights": "nowhere.safetensors"}, 1, "error: cannot read nowhere.safetensors"),
         ({"--weights": "resnet51"}, 1, "error: no weights are published for 'resnet51' (did you mean resnet50"),
-        ({"--weights": "net.pth"}, 1, "error: net.pth is a PyTorch file: convert it first"),
+        ({"--weights": "net.pth"}, 1, "error: net.pth cannot be read (No such file"),
         ({"--data": "nowhere"}, 1, "error: there is no folder nowhere: expected FOLDER/CLASS/*.JPEG"),
         ({"--data": "cifar10"}, 1, "error: CIFAR-10 has 10 classes, but the network 7\n"),
         ({"--mean": "1,2,3"}, 1, "error: mean must be one or three numbers from 0 to 1, got (1.0, 2.0, 3.0)"),
@@ -372,8 +378,6 @@ def test_the_network_trained_elsewhere(
     script: ModuleType, shared: Path, cifar10: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     """akamaster's ResNet-20 gets 915 of the 1,000 clean test images, as in PyTorch."""
-    from convert import torch2flax
-
     output, source = tmp_path / "resnet20.safetensors", shared / "weights" / "resnet20-12fca82f.th"
     arguments = ["resnet20_cifar", "--weights", str(source), "--output", str(output), "--verify", "never"]
     assert torch2flax.main(arguments) == 0

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -8,7 +10,9 @@ import numpy as np
 import pytest
 
 import jresnet
+from jresnet import factory
 from jresnet.errors import InputError, WeightsError
+from jresnet.models import zoo
 
 
 def test_there_is_a_function_for_every_name() -> None:
@@ -16,8 +20,10 @@ def test_there_is_a_function_for_every_name() -> None:
         function = getattr(jresnet, arch)
         assert function.__name__ == arch
         assert arch in jresnet.__all__
-        assert "weights" in inspect.signature(function).parameters
-        assert "arch" not in inspect.signature(function).parameters
+        row = zoo.find(arch)
+        assert f"{row.parameters:,} parameters, {row.gmacs} GMACs at {row.image_size} pixels" in function.__doc__
+        assert row.source in function.__doc__
+    assert {"arch", *factory.Options.__annotations__} == inspect.signature(jresnet.create).parameters.keys()
     assert isinstance(jresnet.resnet20_cifar(num_classes=7), jresnet.ResNet)
 
 
@@ -56,25 +62,25 @@ def test_unknown_architecture() -> None:
         jresnet.create("resnet5O")
 
 
-def test_weights_from_a_file(native: Path) -> None:
-    model = jresnet.create("resnet20_cifar", weights=native)
-    again = jresnet.resnet20_cifar(weights=str(native), dtype=jnp.bfloat16)
+def test_weights_from_a_file(native_file: Path) -> None:
+    model = jresnet.create("resnet20_cifar", weights=native_file)
+    again = jresnet.resnet20_cifar(weights=str(native_file), dtype=jnp.bfloat16)
     np.testing.assert_array_equal(model.bn1.mean[...], again.bn1.mean[...])
     assert float(jnp.abs(model.bn1.mean[...]).max()) > 0  # the file's, not fresh ones
     assert again.conv1(jnp.ones((1, 8, 8, 3))).dtype == jnp.bfloat16
 
 
-def test_weights_of_another_network(native: Path) -> None:
+def test_weights_of_another_network(native_file: Path) -> None:
     with pytest.raises(WeightsError, match="its architecture is resnet20_cifar, not resnet32_cifar"):
-        jresnet.create("resnet32_cifar", weights=native, num_classes=7)
+        jresnet.create("resnet32_cifar", weights=native_file, num_classes=7)
     with pytest.raises(WeightsError, match="its stem is 'cifar', not 'imagenet'; its shortcut is 'pad', not 'conv'"):
-        jresnet.create("resnet20_cifar", weights=native, stem="imagenet", shortcut="conv")
+        jresnet.create("resnet20_cifar", weights=native_file, stem="imagenet", shortcut="conv")
 
 
-def test_a_fresh_head_and_another_stem(native: Path, caplog: pytest.LogCaptureFixture) -> None:
-    own = jresnet.create("resnet20_cifar", weights=native)
+def test_a_fresh_head_and_another_stem(native_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+    own = jresnet.create("resnet20_cifar", weights=native_file)
     with caplog.at_level("INFO", "jresnet"):
-        model = jresnet.create("resnet20_cifar", weights=native, num_classes=7, in_channels=6, seed=3)
+        model = jresnet.create("resnet20_cifar", weights=native_file, num_classes=7, in_channels=6, seed=3)
     assert "stem for 6 input channels" in caplog.text
     assert "fresh head for 7 classes" in caplog.text
     assert model(jnp.zeros((1, 32, 32, 6))).shape == (1, 7)
@@ -96,6 +102,29 @@ def test_a_missing_file(tmp_path: Path) -> None:
         jresnet.create("resnet20_cifar", weights=tmp_path / "none.safetensors")
 
 
-def test_a_pytorch_file_is_pointed_to_the_converter(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"python -m convert\.torch2flax ARCH --weights .*x\.pth"):
-        jresnet.create("resnet20_cifar", weights=str(tmp_path / "x.pth"))
+def test_importing_the_package_is_light() -> None:
+    """JAX comes with the name that needs it, and so does what is optional or large."""
+    code = """
+import sys, time
+began = time.perf_counter()
+import jresnet
+print(time.perf_counter() - began)
+heavy = {"jax", "flax", "optax", "numpy", "safetensors", "torch", "tqdm"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+assert {*jresnet.__all__, "__version__"} <= {*dir(jresnet)}
+jresnet.errors, jresnet.DownloadError
+assert "jax" not in sys.modules
+jresnet.list_models()
+assert "jax" in sys.modules and "torch" not in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0.1
+
+
+def test_every_public_name_is_there() -> None:
+    for name in jresnet.__all__:
+        assert getattr(jresnet, name) is not None
+    assert jresnet.optim.__name__ == "jresnet.training.optim"
+    with pytest.raises(AttributeError, match="has no attribute 'resnet51'"):
+        _ = jresnet.resnet51

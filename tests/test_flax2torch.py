@@ -15,11 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jresnet
-from convert import flax2torch, torch2flax
+from convert import flax2torch
+from jresnet import sources
 from jresnet.errors import InputError
+from jresnet.models import params, zoo
 from jresnet.models.resnet import ResNet
-from jresnet.pytorch import keymap, torchfile, torchsave
-from jresnet.weights import native as weights
+from jresnet.pytorch import keymap, statedict, torchfile, torchsave
+from jresnet.weights import native
 
 DTYPES = [np.dtype(name) for name in ("float32", "int64", "float64", "float16", ml_dtypes.bfloat16)]
 
@@ -38,21 +40,21 @@ FITTING = {
 def network(arch: str, **chosen) -> ResNet:
     """Every bit at random: NaN payloads, denormals and negative zeros are weights like others here."""
     draw = np.random.default_rng(0)
-    config = weights.configure(arch, **chosen)
-    shapes = weights.shapes(config)
+    config = zoo.configure(arch, **chosen)
+    shapes = params.shapes(config)
     values = {path: draw.integers(0, 1 << 32, shape, np.uint32).view(np.float32) for path, shape in shapes.items()}
-    return weights.fill(config, values)
+    return params.fill(config, values)
 
 
 def counters_of(model: ResNet) -> dict[str, int]:
     """A number of its own for each counter, by torchvision's key."""
-    norms = [path for path in weights.arrays(model) if path.endswith(".var")]
+    norms = [path for path in params.arrays(model) if path.endswith(".var")]
     return {keymap.counter_key(path): 1000 + i for i, path in enumerate(norms)}
 
 
 def save(folder: Path, arch: str, chosen: dict, **metadata: str) -> Path:
     path = folder / "native.safetensors"
-    weights.save(path, network(arch, **chosen), arch, **metadata)
+    native.save(path, network(arch, **chosen), arch, **metadata)
     return path
 
 
@@ -61,16 +63,16 @@ def test_there_and_back_bit_by_bit(dialect: str) -> None:
     arch, chosen = FITTING[dialect]
     model = network(arch, **chosen)
     counters = counters_of(model)
-    tensors = flax2torch.state_dict(model, dialect, counters)
+    tensors = statedict.state_dict(model, dialect, counters)
     assert all(value.flags.c_contiguous for value in tensors.values())
-    back = torch2flax.match(tensors, arch, dialect=dialect, **chosen)
-    assert weights.digest(back.values) == weights.digest(weights.arrays(model))
+    back = statedict.match(tensors, arch, dialect=dialect, **chosen)
+    assert native.digest(back.values) == native.digest(params.arrays(model))
     assert back.counters == counters
 
 
 def test_names_order_and_layout() -> None:
     model = jresnet.create("resnet20_cifar")
-    tensors = flax2torch.state_dict(model, counters=7)
+    tensors = statedict.state_dict(model, counters=7)
     assert [*tensors][:8] == [
         "conv1.weight", "bn1.weight", "bn1.bias", "bn1.running_mean", "bn1.running_var", "bn1.num_batches_tracked",
         "layer1.0.conv1.weight", "layer1.0.bn1.weight",
@@ -84,8 +86,8 @@ def test_names_order_and_layout() -> None:
 
 @pytest.mark.parametrize("arch", ["resnet152", "resnet110_cifar", "resnet34_projection", "resnet18_d2l"])
 def test_every_leaf_has_its_place_in_the_order(arch: str) -> None:
-    paths = weights.shapes(weights.configure(arch))
-    ordered = sorted(paths, key=flax2torch._rank)
+    paths = params.shapes(zoo.configure(arch))
+    ordered = sorted(paths, key=statedict._rank)
     assert ordered[0] == "conv1.kernel"
     assert ordered[-1] == "fc.bias"
     depths = [int(path.split(".")[1]) for path in ordered if path.startswith("layer1.")]
@@ -95,13 +97,13 @@ def test_every_leaf_has_its_place_in_the_order(arch: str) -> None:
 def test_a_dialect_without_such_a_network_is_refused() -> None:
     model = network("resnet20_cifar")
     with pytest.raises(InputError, match=r"kuangliu has no such network: shortcut is 'projection' there, 'pad' here"):
-        flax2torch.state_dict(model, "kuangliu")
+        statedict.state_dict(model, "kuangliu")
     with pytest.raises(InputError, match=r"those of torchvision, akamaster$"):
-        flax2torch.state_dict(model, "chenyaofo")
+        statedict.state_dict(model, "chenyaofo")
     with pytest.raises(InputError, match=r"shortcut is 'conv' there, 'pad' here; conv_bias is True there, False here"):
-        flax2torch.state_dict(model, "resnet18_d2l")
+        statedict.state_dict(model, "resnet18_d2l")
     with pytest.raises(InputError, match="unknown dialect 'tf': there are torchvision"):
-        flax2torch.state_dict(model, "tf")
+        statedict.state_dict(model, "tf")
 
 
 @settings(deadline=None, max_examples=40)
@@ -166,7 +168,7 @@ def test_the_counters_of_a_native_file(
     assert flax2torch.main([str(path), "--verify", "never", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["tensors"], report["counters"]) == (97, 19)
-    found = torch2flax.read(tmp_path / "native.pth")
+    found = sources.open_file(tmp_path / "native.pth")[0]
     counts = {key: value.item() for key, value in found.items() if key.endswith("num_batches_tracked")}
     assert counts == {key: expected if isinstance(expected, int) else expected.get(key, 0) for key in counts}
 
@@ -195,13 +197,25 @@ def test_the_default_dialect(
     assert json.loads(capsys.readouterr().out)["dialect"] == dialect
 
 
+def test_a_file_that_exists_is_replaced_only_by_force(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """``mine.pth`` beside ``mine.safetensors`` is what the latter was converted from, with its optimizer and all."""
+    path = save(tmp_path, "resnet20_cifar", {})
+    for output, more in ((path.with_suffix(".pth"), []), (tmp_path / "x.pt", ["--output", str(tmp_path / "x.pt")])):
+        output.write_text("the user's")
+        assert flax2torch.main([str(path), "--verify", "never", *more]) == 1
+        assert f"{output} exists: --force replaces it" in capsys.readouterr().err
+        assert output.read_text() == "the user's"
+        assert flax2torch.main([str(path), "--verify", "never", "--force", *more]) == 0
+        assert len(sources.open_file(output)[0]) == 97 + 19
+
+
 def test_safetensors(tmp_path: Path) -> None:
     path, output = save(tmp_path, "resnet34_projection", {"num_classes": 10}), tmp_path / "out.safetensors"
     assert flax2torch.main([str(path), "--output", str(output), "--verify", "never"]) == 0
-    expected = flax2torch.state_dict(weights.load(path), "resnet34_projection")
-    tensors, metadata = weights.read_safetensors(output)
+    expected = statedict.state_dict(native.load(path), "resnet34_projection")
+    tensors, metadata = native.read_safetensors(output)
     assert metadata == {"format": "pt"}
-    assert weights.digest(tensors) == weights.digest(expected)
+    assert native.digest(tensors) == native.digest(expected)
     assert tensors["layer1.0.left.0.weight"].tobytes() == tensors["Conv.0.0.left.0.weight"].tobytes()
 
 
@@ -210,7 +224,7 @@ def test_the_command_needs_no_torch(tmp_path: Path) -> None:
     for name in ("torch", "torchvision"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('not here')")
     path = tmp_path / "mine.safetensors"
-    weights.save(path, jresnet.create("resnet18", num_classes=3), "resnet18")
+    native.save(path, jresnet.create("resnet18", num_classes=3), "resnet18")
     environment = {"PYTHONPATH": f"{tmp_path}:{REPOSITORY}", "PATH": "/usr/bin:/bin"}
     done = command("-m", "convert.flax2torch", path.name, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
@@ -238,6 +252,7 @@ def test_the_command_needs_no_torch(tmp_path: Path) -> None:
         (["{good}", "--dialect", "kuangliu"], 1, "shortcut is 'projection' there, 'pad' here"),
         (["{foreign}"], 1, "is not a jresnet-1 file"),
         (["{cut}"], 1, "cut.safetensors"),
+        ([""], 1, "it is a folder or a device"),
     ],
 )
 def test_bad_input(

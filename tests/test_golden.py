@@ -10,8 +10,8 @@ import pytest
 from flax import nnx
 
 from convert import torch2flax, verify
+from jresnet.models import params, zoo
 from jresnet.pytorch import keymap
-from jresnet.weights import native as weights
 
 sys.path.insert(0, str(Path(__file__).parent / "golden"))
 import make_golden
@@ -19,8 +19,8 @@ import make_golden
 
 @pytest.mark.parametrize("arch", make_golden.CASES)
 def test_logits_are_pytorchs(arch: str) -> None:
-    config = weights.configure(arch)
-    shapes = {keymap.torch_key(path): torch2flax.torch_shape(shape) for path, shape in weights.shapes(config).items()}
+    config = zoo.configure(arch)
+    shapes = {keymap.torch_key(path): keymap.torch_shape(shape) for path, shape in params.shapes(config).items()}
     state_dict = {key: make_golden.golden_weights(key, shape) for key, shape in shapes.items()}
     model = torch2flax.convert(state_dict, arch)
     images = make_golden.golden_images(arch, config.in_channels)

@@ -17,12 +17,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
 import jresnet
+from convert import torch2flax
+from jresnet import evaluation
 from jresnet.errors import DownloadError, InputError, WeightsError
-from jresnet.weights import hub
-from jresnet.weights.published import Preprocessing
+from jresnet.models import params, zoo
+from jresnet.pytorch import keymap
+from jresnet.weights import hub, native, timm_config
+from jresnet.weights.preprocessing import Preprocessing
 
 REPO = "timm/resnet18.a1_in1k"
 FIRST, SECOND = "1" * 40, "2" * 40  # commits
@@ -491,10 +497,10 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
         fetch()
 
 
-def read(tmp_path: Path, config: Any) -> hub.Described:
+def read(tmp_path: Path, config: Any) -> timm_config.Described:
     path = tmp_path / "config.json"
     path.write_bytes(config if isinstance(config, bytes) else json.dumps(config).encode())
-    return hub.read_config(path)
+    return timm_config.read(path)
 
 
 def timm(**changed: Any) -> dict[str, Any]:
@@ -512,10 +518,10 @@ def test_sizes_for_evaluation_go_before_those_of_training(tmp_path: Path) -> Non
 
 def test_defaults_are_timms(tmp_path: Path) -> None:
     found = read(tmp_path, {"architecture": "resnet18", "pretrained_cfg": {}})
-    assert found == hub.Described("resnet18", None, Preprocessing(256, 224, interpolation="bicubic"), None)
+    assert found == timm_config.Described("resnet18", None, Preprocessing(256, 224, interpolation="bicubic"), None)
     old = {"architecture": "resnet18", "num_classes": 2, "crop_pct": 0.9, "labels": ["cat", "dog"]}  # one object
     expected = Preprocessing(248, 224, interpolation="bicubic")
-    assert read(tmp_path, old) == hub.Described("resnet18", 2, expected, ("cat", "dog"))
+    assert read(tmp_path, old) == timm_config.Described("resnet18", 2, expected, ("cat", "dog"))
 
 
 def test_names_by_number_may_have_gaps(tmp_path: Path) -> None:
@@ -595,30 +601,22 @@ def test_no_type_is_unexpected(tmp_path: Path, value: Any) -> None:
 
 def test_check_against_the_network(tmp_path: Path) -> None:
     described = hub.Published("hf:a/b@c", tmp_path, SHA256, FIRST, "resnet18", 3, Preprocessing(256, 224), None)
-    config = jresnet.weights.native.configure("resnet18", num_classes=3)
+    config = zoo.configure("resnet18", num_classes=3)
     hub.check(described, "resnet18", config)
     with pytest.raises(WeightsError, match="describes a resnet18, not a resnet34; 3 classes, not 10; images of 3 chan"):
-        hub.check(described, "resnet34", jresnet.weights.native.configure("resnet34", num_classes=10, in_channels=1))
+        hub.check(described, "resnet34", zoo.configure("resnet34", num_classes=10, in_channels=1))
     silent = dataclasses.replace(described, arch=None, num_classes=None, preprocessing=None)
-    hub.check(silent, "resnet34", jresnet.weights.native.configure("resnet34", in_channels=1))
+    hub.check(silent, "resnet34", zoo.configure("resnet34", in_channels=1))
 
 
 def test_models_commands_and_evaluation_take_them(
     server: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """``create``, the converter and evaluation: the same arrays, the configuration's classes and preprocessing."""
-    import numpy as np
-    import safetensors.numpy
-
-    from convert import torch2flax
-    from jresnet import evaluation as evaluate
-    from jresnet.pytorch import keymap
-    from jresnet.weights import native as weights
-
-    shapes = weights.shapes(weights.configure("resnet20_cifar", num_classes=3))
+    shapes = params.shapes(zoo.configure("resnet20_cifar", num_classes=3))
     draw = np.random.default_rng(0)
     tensors = {
-        keymap.torch_key(path): draw.uniform(0.5, 1.5, torch2flax.torch_shape(shape)).astype(np.float32)
+        keymap.torch_key(path): draw.uniform(0.5, 1.5, keymap.torch_shape(shape)).astype(np.float32)
         for path, shape in shapes.items()
     }
     content = {"model.safetensors": safetensors.numpy.save(tensors)}
@@ -631,18 +629,18 @@ def test_models_commands_and_evaluation_take_them(
     assert jresnet.create("resnet20_cifar", weights=spec, num_classes=5).fc.bias[...].shape == (5,)
     with pytest.raises(WeightsError, match="describes a resnet20_cifar, not a resnet32_cifar"):
         jresnet.create("resnet32_cifar", weights=spec)
-    resolved = evaluate.resolve(spec)
+    resolved = evaluation.resolve(spec)
     assert (resolved.arch, resolved.categories) == ("resnet20_cifar", ("tench", "n2", "goldfish"))
 
     output = tmp_path / "out.safetensors"
     arguments = ["resnet20_cifar", "--weights", spec, "--output", str(output), "--verify", "never"]
     assert torch2flax.main(arguments) == 0
     assert f"weights  {spec}@{FIRST}" in capsys.readouterr().out
-    _, config, values, metadata = weights.read(output)
+    _, config, values, metadata = native.read(output)
     assert config.num_classes == 3
     np.testing.assert_array_equal(values["fc.bias"], tensors["fc.bias"])
     assert Preprocessing.from_json(metadata["preprocessing"]).resize == 288
     assert (metadata["source"], metadata["commit"]) == (f"{spec}@{FIRST}", FIRST)
-    assert torch2flax.main([*arguments, "--num-classes", "4"]) == 0
+    assert torch2flax.main([*arguments, "--force", "--num-classes", "4"]) == 0
     assert "fresh head for 4 classes" in capsys.readouterr().out
-    assert "categories" not in weights.read(output)[3]
+    assert "categories" not in native.read(output)[3]

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import huge_pages
 import pytest
-from conftest import REPOSITORY, load_script
+from benchmark.driver import Workplace
+from conftest import REPOSITORY
 
 HUGE = "glibc.malloc.hugetlb=1"
 
@@ -83,5 +84,5 @@ def test_the_scripts_ask(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_both_frameworks_are_measured_with_them(setting: Path, tmp_path: Path) -> None:
-    place = load_script("benchmark").Workplace(tmp_path, "cpu", 1)
+    place = Workplace(tmp_path, "cpu", 1)
     assert place.environment()["GLIBC_TUNABLES"] == HUGE

@@ -17,7 +17,7 @@ from PIL import Image
 
 from jresnet.data import images
 from jresnet.errors import DataError
-from jresnet.weights.published import Preprocessing
+from jresnet.weights.preprocessing import Preprocessing
 
 GREY = {"mean": (0.5,), "std": (0.5,)}
 

@@ -6,24 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import randomise
 from flax import nnx
 
 import jresnet
 from jresnet.errors import InputError
-from jresnet.weights import native as weights
+from jresnet.models import params
 
 
 def randomised(arch: str, **chosen) -> jresnet.ResNet:
     """A network whose BN parameters and statistics are drawn at random: default ones hide swaps."""
-    draw = np.random.default_rng(0)
     model = jresnet.create(arch, **chosen)
-    ranges = {"scale": (0.5, 1.5), "bias": (-0.3, 0.3), "mean": (-0.3, 0.3), "var": (0.5, 1.5)}
-    values = weights.arrays(model)
-    for path, value in values.items():
-        kind = path.rpartition(".")[2]
-        if kind in ranges and value.ndim == 1:
-            values[path] = draw.uniform(*ranges[kind], value.shape).astype(np.float32)
-    return weights.fill(model.config, values)
+    randomise(model)
+    return model
 
 
 @pytest.mark.parametrize(
@@ -54,9 +49,9 @@ def test_a_fused_network_is_the_same_function(arch: str, chosen: dict) -> None:
 
 def test_the_model_that_was_given_stays_as_it_is() -> None:
     model = randomised("resnet20_cifar")
-    before = {path: np.array(value) for path, value in weights.arrays(model).items()}
+    before = {path: np.array(value) for path, value in params.arrays(model).items()}
     jresnet.fuse(model)
-    after = weights.arrays(model)
+    after = params.arrays(model)
     assert before.keys() == after.keys()
     for path, value in before.items():
         np.testing.assert_array_equal(value, after[path])
@@ -66,7 +61,7 @@ def test_a_fused_network_under_jit_and_in_bfloat16() -> None:
     model = randomised("resnet20_cifar")
     x = np.random.default_rng(1).standard_normal((4, 32, 32, 3)).astype(np.float32)
     expected = np.asarray(model(x))
-    narrow = jresnet.fuse(weights.fill(model.config, weights.arrays(model), jnp.bfloat16))
+    narrow = jresnet.fuse(params.fill(model.config, params.arrays(model), jnp.bfloat16))
     for fused, tolerance in ((jresnet.fuse(model), 1e-5), (narrow, 0.05)):
         graph, state = nnx.split(fused)
         found = jax.jit(lambda state, x, graph=graph: nnx.merge(graph, state)(x))(state, x)

@@ -1,4 +1,4 @@
-"""The kernels against the lines of ``jax.lax`` that they stand for: values, derivatives of all orders, platforms, devices."""
+"""The kernels against the lines of ``jax.lax`` that they stand for: values, derivatives, platforms, devices."""
 
 import dataclasses
 import re
@@ -25,7 +25,7 @@ def max_pool_plainly(x) -> jax.Array:
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding)
 
 
-# Every row of the table in kernels/conv.py: 1x1, all ways of shifting, the stem, small outputs, odd sizes, strides above the kernel.
+# Every row of the table in kernels/conv.py: 1x1, all ways of shifting, the stem, small outputs, odd sizes, large strides.
 @pytest.mark.parametrize(
     ("shape", "out", "kernel", "stride", "padding", "groups"),
     [

@@ -6,16 +6,21 @@ import json
 import os
 import re
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import safetensors.numpy
 
-from jresnet import download
+import jresnet
+from convert import torch2flax
+from jresnet import download, sources
 from jresnet.errors import DownloadError, InputError, WeightsError
+from jresnet.models import params, zoo
+from jresnet.pytorch import keymap
 from jresnet.weights import published as pretrained
-from jresnet.weights.published import Preprocessing
+from jresnet.weights.preprocessing import Preprocessing
 
 ARCHS = [
     "resnet18",
@@ -67,7 +72,7 @@ def row(monkeypatch, tmp_path):
     return dataclasses.replace(ROWS[0], url=url, sha256=digest)
 
 
-def put(row: pretrained.Weights, content: bytes) -> Path:
+def put(row: pretrained.Row, content: bytes) -> Path:
     path = pretrained.cache_dir() / row.filename
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
@@ -200,13 +205,6 @@ def test_preprocessing_through_json():
     assert Preprocessing.from_json(odd.to_json()) == odd
 
 
-@pytest.mark.parametrize(("crop", "resize"), [("pad", None), ("resized", 256)])
-def test_preprocessing_of_older_runs(crop, resize):
-    mean, std = [0.5, 0.4, 0.3], [0.2, 0.2, 0.2]
-    text = json.dumps({"crop": crop, "image_size": 224, "mean": mean, "std": std})
-    assert Preprocessing.from_json(text) == Preprocessing(resize, 224, tuple(mean), tuple(std))
-
-
 @pytest.mark.parametrize(
     ("changes", "problems"),
     [
@@ -240,34 +238,16 @@ def test_preprocessing_that_is_no_object(text):
         Preprocessing.from_json(text)
 
 
-def test_import_is_light():
-    # A bare package in place of jresnet's own, which imports jax.
-    code = (
-        "import sys, types; sys.modules['jresnet'] = types.ModuleType('jresnet');"
-        "sys.modules['jresnet'].__path__ = [sys.argv[1]]; from jresnet import pretrained;"
-        "print(*{'jax', 'flax', 'numpy', 'torch', 'torchvision', 'tqdm'} & set(sys.modules))"
-    )
-    command = [sys.executable, "-c", code, str(Path(pretrained.__file__).parent)]
-    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip() == ""
-
-
 # The digest of a published file is compared whenever it is loaded, whoever loads it.
 
 
 @pytest.fixture(params=[8, 64])
 def stand_in(request, row, monkeypatch):
     """The cached file of a row of the table whose digest has 8 or 64 digits: a random resnet20_cifar."""
-    import numpy as np
-    import safetensors.numpy
-
-    from convert import torch2flax
-    from jresnet.pytorch import keymap
-    from jresnet.weights import native as weights
-
     draw = np.random.default_rng(0)
-    shapes = weights.shapes(weights.configure("resnet20_cifar"))
+    shapes = params.shapes(zoo.configure("resnet20_cifar"))
     tensors = {
-        keymap.torch_key(path): draw.uniform(0.5, 1.5, torch2flax.torch_shape(shape)).astype(np.float32)
+        keymap.torch_key(path): draw.uniform(0.5, 1.5, keymap.torch_shape(shape)).astype(np.float32)
         for path, shape in shapes.items()
     }
     content = safetensors.numpy.save(tensors)
@@ -281,16 +261,13 @@ def stand_in(request, row, monkeypatch):
 @pytest.mark.parametrize("way", ["fetch", "load", "create", "default", "command"])
 def test_file_altered_after_it_was_loaded_is_refused(stand_in, tmp_path, capsys, way):
     """One bit of a weight, which neither safetensors nor torch's legacy format finds; size and times are the same."""
-    import jresnet
-    from convert import torch2flax
-
     output = tmp_path / "out.safetensors"
 
     def load():
         if way == "fetch":
             return pretrained.fetch(pretrained.find("resnet20_cifar"))
         if way == "load":
-            return pretrained.load(pretrained.find("resnet20_cifar"))
+            return sources.load("resnet20_cifar:IMAGENET1K_V1").values
         if way == "command":
             arguments = ["resnet20_cifar", "--weights", "imagenet1k_v1", "--output", str(output), "--verify", "never"]
             if torch2flax.main(arguments):

@@ -19,13 +19,12 @@ import jresnet
 from jresnet.errors import InputError
 from jresnet.kernels.compiler import ONEDNN
 from jresnet.training import metrics as logs
-from jresnet.training import recipes
 from jresnet.training import trainer as run
 from jresnet.training.config import RunConfig, default_config
 from jresnet.training.program import load_data
 from jresnet.training.stop import Interrupted, StopRequest
-from jresnet.weights import native as weights
-from jresnet.weights.published import Preprocessing
+from jresnet.weights import native
+from jresnet.weights.preprocessing import STATISTICS, Preprocessing
 
 SCRIPT = "scripts/train_cifar10.py"
 # Small enough for a test: 4 steps an epoch on 64 digits.
@@ -50,7 +49,7 @@ def trainer(out: Path, stop: StopRequest | None = None, **changes) -> run.Traine
 
 
 def values_of(path: Path) -> dict[str, np.ndarray]:
-    return weights.read(path)[2]
+    return native.read(path)[2]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -124,16 +123,16 @@ def test_the_weights_load_and_classify_as_the_run_says(finished: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({}, Preprocessing(None, 32, *recipes.STATISTICS["digits"])),
+        ({}, Preprocessing(None, 32, *STATISTICS["digits"])),
         (
             {"recipe": "blog", "arch": "resnet20_cifar", "image_size": 56},
-            Preprocessing(64, 56, *recipes.STATISTICS["imagenet"]),
+            Preprocessing(64, 56, *STATISTICS["imagenet"]),
         ),
     ],
 )
 def test_the_weights_say_how_to_prepare_images(tmp_path: Path, changes: dict, expected: Preprocessing) -> None:
     trainer(tmp_path, **changes)._save_weights("last.safetensors", {})
-    metadata = weights.read(tmp_path / "last.safetensors")[3]
+    metadata = native.read(tmp_path / "last.safetensors")[3]
     assert Preprocessing.from_json(metadata["preprocessing"]) == expected
     assert json.loads(metadata["categories"]) == list("0123456789")
 
@@ -162,7 +161,7 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does(finished: Path, tmp_pa
     first.progress.step = after_step  # type: ignore[method-assign]
     with pytest.raises(Interrupted):
         first.fit()
-    assert weights.load(out / "last.safetensors")
+    assert native.load(out / "last.safetensors")
     assert not (out / "summary.json").exists()
     summary = trainer(out, val_split=100).fit(resume=True)
     expected, found = values_of(finished / "last.safetensors"), values_of(out / "last.safetensors")
@@ -204,7 +203,7 @@ def test_signals_save_and_exit(tmp_path: Path, number: int, code: int, more: lis
     assert f"saved; the same command with --out {whole} --resume goes on" in rest
     options = json.loads((out / "config.json").read_text())["options"]
     assert options["deterministic"] == ("--deterministic" in more)
-    assert weights.load(out / "last.safetensors")
+    assert native.load(out / "last.safetensors")
     assert list((out / "checkpoints").iterdir())
     resumed = trainer(out, epochs=50)
     resumed.stop.signal = number  # go no further than the checkpoint
@@ -446,7 +445,7 @@ def test_the_blogs_recipe() -> None:
     )  # fmt: skip
     assert blog.milestones == (10, 20, 30, 40, 50, 60, 70, 80, 90)
     assert not blog.nesterov
-    assert blog.pipeline().mean == recipes.STATISTICS["imagenet"][0]
+    assert blog.pipeline().mean == STATISTICS["imagenet"][0]
 
 
 def test_the_step_recipe() -> None:
@@ -505,7 +504,7 @@ def test_the_run_says_what_decays(tmp_path: Path, capsys: pytest.CaptureFixture[
 
 def test_statistics_are_the_datas() -> None:
     pixels = load_data(config(), None).train.images / 255
-    mean, std = recipes.STATISTICS["digits"]
+    mean, std = STATISTICS["digits"]
     np.testing.assert_allclose(pixels.mean((0, 1, 2)), mean, atol=5e-4)
     np.testing.assert_allclose(pixels.std((0, 1, 2)), std, atol=5e-4)
 

@@ -1,4 +1,4 @@
-"""Safetensors files from strangers: whatever their bytes, ``jresnet.weights.native`` gives what they hold or a WeightsError."""
+"""Safetensors files from strangers: whatever their bytes, reading gives what they hold or a WeightsError."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import jresnet
 from jresnet.errors import WeightsError
 from jresnet.models import zoo
 from jresnet.models.resnet import ResNetConfig
-from jresnet.weights import native as weights
+from jresnet.weights import native
 
 CONFIG = {"num_classes": 2, "in_channels": 1, "stem": "cifar", "shortcut": "projection"}
 ONE = {"a": np.zeros(1, np.float32)}
@@ -41,7 +41,7 @@ def entry(dtype: Any = "F32", shape: Any = (1,), start: Any = 0, stop: Any = 4) 
 def claims(config: Any = CONFIG, arch: str = "tiny", values: dict[str, np.ndarray] = ONE) -> bytes:
     """A native file that states this architecture and this configuration, with a digest that fits."""
     config = config if isinstance(config, str) else json.dumps(config)
-    stated = {"format": weights.FORMAT, "digest": weights.digest(values), "arch": arch, "config": config}
+    stated = {"format": native.FORMAT, "digest": native.digest(values), "arch": arch, "config": config}
     return safetensors.numpy.save(values, stated)
 
 
@@ -54,7 +54,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Iterator[bytes]:
         patch.setitem(zoo.ZOO, "tiny", zoo.Row("tiny", config, 112, 32, 0.0, "these tests"))
         model = jresnet.create("tiny", seed=1)
         randomise(model)
-        weights.save(path, model, "tiny", source="a test")
+        native.save(path, model, "tiny", source="a test")
         yield path.read_bytes()
 
 
@@ -63,7 +63,7 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
     """Writes bytes to a file and reads it with a function of ``weights``; None for a WeightsError."""
     path = tmp_path_factory.mktemp("file") / "some.safetensors"
 
-    def read(data: bytes, function: Callable[..., Any] = weights.read) -> Any:
+    def read(data: bytes, function: Callable[..., Any] = native.read) -> Any:
         path.write_bytes(data)
         try:
             return function(path)
@@ -77,7 +77,7 @@ def read(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 def refused(tmp_path: Path) -> Callable[..., str]:
     """The message with which a function of ``weights`` refuses a file of these bytes."""
 
-    def refused(data: bytes, match: str, function: Callable[..., Any] = weights.read) -> str:
+    def refused(data: bytes, match: str, function: Callable[..., Any] = native.read) -> str:
         (tmp_path / "some.safetensors").write_bytes(data)
         with pytest.raises(WeightsError, match=match) as caught:
             function(tmp_path / "some.safetensors")
@@ -107,7 +107,7 @@ def test_flipped_bytes(tiny: bytes, read: Callable[..., Any]) -> None:
             damaged[position] ^= mask
             if (found := read(bytes(damaged))) is not None:
                 assert found[:2] == (arch, config)
-                assert weights.digest(found[2]) == metadata["digest"] == weights.digest(values)
+                assert native.digest(found[2]) == metadata["digest"] == native.digest(values)
                 through.append(position)
     assert all(position < header for position in through)
     assert 0 < len(through) < header // 2
@@ -165,7 +165,7 @@ def test_flipped_bytes(tiny: bytes, read: Callable[..., Any]) -> None:
     ],
 )  # fmt: skip
 def test_hostile_headers(refused: Callable[..., str], data: bytes, match: str) -> None:
-    message = refused(data, match, weights.read_safetensors)
+    message = refused(data, match, native.read_safetensors)
     assert "is no whole safetensors file" in message
     refused(data, match)
 
@@ -185,7 +185,7 @@ def test_hostile_headers(refused: Callable[..., str], data: bytes, match: str) -
 def test_odd_headers_hold_what_they_say_and_are_not_native(
     read: Callable[..., Any], refused: Callable[..., str], data: bytes
 ) -> None:
-    values, _ = read(data, weights.read_safetensors)
+    values, _ = read(data, native.read_safetensors)
     assert sum(value.nbytes for value in values.values()) <= 4
     refused(data, "is not a jresnet-1 file")
 
@@ -205,13 +205,13 @@ def test_every_dtype_is_read_or_refused(
     size = BYTES[dtype]
     shape = {"F4": 2, "F6_E2M3": 4, "F6_E3M2": 4}.get(dtype, 1)
     tensor, data = {"a": entry(dtype, (shape,), 0, size)}, b"\1" * size
-    found = read(raw(tensor, data), weights.read_safetensors)
+    found = read(raw(tensor, data), native.read_safetensors)
     if dtype.startswith(("F4", "F6_", "F8_")):
         assert found is None
         return
     values = found[0]
     assert values["a"].tobytes() == data
-    stated = {"format": weights.FORMAT, "digest": weights.digest(values), "arch": "tiny", "config": json.dumps(CONFIG)}
+    stated = {"format": native.FORMAT, "digest": native.digest(values), "arch": "tiny", "config": json.dumps(CONFIG)}
     message = refused(raw(tensor | {"__metadata__": stated}, data), "does not hold a tiny: .* missing")
     assert ("not float32" in message) == (dtype != "F32")
 
@@ -298,7 +298,7 @@ def test_random_mutations(tiny: bytes, read: Callable[..., Any], data: st.DataOb
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-    | st.sampled_from(["F32", "BF16", "F8_E4M3", "cifar", "imagenet", "resnet20_cifar", "tiny", weights.FORMAT]),
+    | st.sampled_from(["F32", "BF16", "F8_E4M3", "cifar", "imagenet", "resnet20_cifar", "tiny", native.FORMAT]),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=8,
 )  # fmt: skip
@@ -337,11 +337,11 @@ def test_random_configurations(tiny: bytes, read: Callable[..., Any], chosen: di
 def test_what_is_no_file(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none.safetensors", "nul\0byte", ""):
         with pytest.raises(WeightsError):
-            weights.read_safetensors(path)
+            native.read_safetensors(path)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="address space limits and /dev are Linux's")
-def test_memory_limit_of_the_system(tiny: bytes, native: Path, tmp_path: Path) -> None:
+def test_memory_limit_of_the_system(tiny: bytes, native_file: Path, tmp_path: Path) -> None:
     """In a process that may take 256 MiB more than it has after one good file: tracemalloc does not see Rust's memory."""
     many = {f"{i}": entry(shape=(0,), stop=0) for i in range(50_000)}
     hostile: list[bytes | bytearray] = [
@@ -366,16 +366,16 @@ def test_memory_limit_of_the_system(tiny: bytes, native: Path, tmp_path: Path) -
     paths += [tmp_path / "pipe.safetensors", Path("/dev/zero")]
     script = """
 import resource, sys
-from jresnet import weights
+from jresnet.weights import native
 from jresnet.errors import WeightsError
-weights.read(sys.argv[1])
+native.read(sys.argv[1])
 taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (taken + (256 << 20),) * 2)
 for path in sys.argv[2:]:
     try:
-        weights.read(path)
+        native.read(path)
     except WeightsError:
         print("refused")
 """
-    done = command("-c", script, native, *paths)
+    done = command("-c", script, native_file, *paths)
     assert done.stdout.split() == ["refused"] * len(paths), done.stderr[-2000:]

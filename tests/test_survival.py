@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import REPOSITORY
 
-from jresnet.weights import native as weights
+from jresnet.weights import native
 
 COMMAND = (
     sys.executable, "-u", "scripts/train_cifar10.py", "--depth", "20", "--dataset", "digits", "--limit-train", "64",
@@ -158,7 +158,7 @@ def survive(folder: Path, kills: int, epochs: int) -> list[str]:
     assert resumed in session.log.read_text(), (story, session.log.read_text())
 
     for name in ("last.safetensors", "best.safetensors"):
-        expected, found = weights.read(whole / name)[2], weights.read(killed / name)[2]
+        expected, found = native.read(whole / name)[2], native.read(killed / name)[2]
         different = [key for key in expected if expected[key].tobytes() != found[key].tobytes()]
         assert not different, (story, name, different)
     expected_rows, found_rows = (

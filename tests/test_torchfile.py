@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jresnet.errors import WeightsError
-from jresnet.pytorch import torchfile
+from jresnet.pytorch import torchfile, unpickle
 from jresnet.pytorch.torchfile import read
 
 # --- Builders: pickle opcodes, and the two formats around them.
@@ -278,7 +278,7 @@ def test_missing_and_folder(tmp_path):
 )
 def test_forbidden_globals(refused, in_format, tmp_path, name):
     order = f"touch {tmp_path}/ran" if "system" in name else f"open('{tmp_path}/ran', 'w')"
-    message = refused(in_format(program(call(name, order))), f"forbidden global '{name}'")
+    message = refused(in_format(program(call(name, order))), f"forbidden global {name},")
     assert "torch.save(model.state_dict()" in message
     assert not (tmp_path / "ran").exists()
 
@@ -317,14 +317,14 @@ PLACES = {
 @pytest.mark.parametrize("place", PLACES)
 def test_code_in_every_place(refused, in_format, place):
     """Nested in whatever a pickle is built of."""
-    refused(in_format(program(PLACES[place])), r"forbidden global '(os\.system|builtins\.getattr)'")
+    refused(in_format(program(PLACES[place])), r"forbidden global (os\.system|builtins\.getattr),")
 
 
 @pytest.mark.parametrize("number", range(5))
 def test_code_in_every_pickle_of_the_legacy_format(refused, number):
     parts = [program(torchfile.LEGACY_MAGIC), program(1001), program({"little_endian": True}), GOOD, program(["0"])]
     parts[number] = program(ORDER)
-    refused(b"".join(parts) + struct.pack("<q", 6) + SIX.tobytes(), r"forbidden global 'os\.system'")
+    refused(b"".join(parts) + struct.pack("<q", 6) + SIX.tobytes(), r"forbidden global os\.system,")
 
 
 def test_attribute_of_an_allowed_global(refused, in_format):
@@ -452,7 +452,7 @@ def test_deep_nesting(load, refused, in_format):
 
 def test_billion_laughs(refused, in_format, monkeypatch):
     """Lists in lists by memo references: a few bytes, and 2^60 values for who walks over them."""
-    monkeypatch.setattr(torchfile, "FREE_STEPS", 20_000)
+    monkeypatch.setattr(unpickle, "FREE_STEPS", 20_000)
     body = put([], 0)
     for i in range(60):
         body = Raw(body + put([get(i), get(i)], i + 1))
@@ -469,7 +469,7 @@ def test_billion_laughs(refused, in_format, monkeypatch):
 )
 def test_copies_are_paid_for(refused, in_format, monkeypatch, copy):
     """A large value in the memo, copied by ever so few bytes."""
-    monkeypatch.setattr(torchfile, "FREE_STEPS", 20_000)
+    monkeypatch.setattr(unpickle, "FREE_STEPS", 20_000)
     pairs = put([(i, None) for i in range(500)], 0) + put(dict.fromkeys(range(500)), 1) + put("x" * 100_000, 2)
     refused(in_format(program(Raw(pairs + copy * 200))), "builds far more")
 
@@ -787,7 +787,7 @@ def test_random_mutations(survives, kind, inside, data):
     ids=["dicts", "marks", "memoize", "memo", "calls", "stride 0", "large storage", "views"],
 )
 def test_memory(refused, in_format, monkeypatch, body):
-    monkeypatch.setattr(torchfile, "FREE_STEPS", 10_000)
+    monkeypatch.setattr(unpickle, "FREE_STEPS", 10_000)
     data = in_format(program(body), {"0": np.zeros(1 << 16, np.uint8)} if type(body) is list else None)
     tracemalloc.start()
     try:

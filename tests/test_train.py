@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 import jresnet
-from jresnet.data.cifar10 import Split
+from jresnet.data.dataset import Split
 from jresnet.models.resnet import ResNet, ResNetConfig
 from jresnet.training import augment, devices, optim
 from jresnet.training import step as train

@@ -10,7 +10,7 @@ import safetensors.numpy
 
 import jresnet
 from jresnet.errors import InputError, WeightsError
-from jresnet.weights import native as weights
+from jresnet.weights import native
 
 
 def rewrite(path: Path, to: Path, change) -> Path:
@@ -18,16 +18,16 @@ def rewrite(path: Path, to: Path, change) -> Path:
     with safetensors.safe_open(path, framework="numpy") as file:
         values, metadata = {k: file.get_tensor(k) for k in file.keys()}, dict(file.metadata())  # noqa: SIM118
     change(values, metadata)
-    metadata["digest"] = weights.digest(values)
+    metadata["digest"] = native.digest(values)
     to.write_bytes(safetensors.numpy.save(values, metadata))
     return to
 
 
-def test_a_round_trip_is_exact(native: Path, tmp_path: Path) -> None:
-    arch, _, values, metadata = weights.read(native)
+def test_a_round_trip_is_exact(native_file: Path, tmp_path: Path) -> None:
+    arch, _, values, metadata = native.read(native_file)
     copy = tmp_path / "copy.safetensors"
-    weights.save(copy, weights.load(native), arch, source="a test")
-    _, _, again, more = weights.read(copy)
+    native.save(copy, native.load(native_file), arch, source="a test")
+    _, _, again, more = native.read(copy)
     assert arch == "resnet20_cifar"
     assert values.keys() == again.keys()
     assert all(np.array_equal(values[name], again[name]) for name in values)
@@ -36,9 +36,9 @@ def test_a_round_trip_is_exact(native: Path, tmp_path: Path) -> None:
     assert os.stat(copy).st_mode & 0o444 == 0o444
 
 
-def test_every_flipped_bit_is_found(native: Path, tmp_path: Path) -> None:
+def test_every_flipped_bit_is_found(native_file: Path, tmp_path: Path) -> None:
     """In the header, in the arrays' bytes, in the last byte."""
-    content = native.read_bytes()
+    content = native_file.read_bytes()
     header = 8 + int.from_bytes(content[:8], "little")
     draw = np.random.default_rng(0)
     places = [*draw.integers(8, header, 40), *draw.integers(header, len(content), 40), len(content) - 1]
@@ -49,25 +49,25 @@ def test_every_flipped_bit_is_found(native: Path, tmp_path: Path) -> None:
         flipped[place] ^= 1 << int(draw.integers(8))
         damaged.write_bytes(flipped)
         try:
-            arch, _, values, metadata = weights.read(damaged)
+            arch, _, values, metadata = native.read(damaged)
         except WeightsError:
             continue
         # What gets through may only be a word of the provenance: arrays, architecture and configuration are the same.
         assert arch == "resnet20_cifar"
-        assert weights.digest(values) == metadata["digest"]
+        assert native.digest(values) == metadata["digest"]
         silent.append(place)
     assert all(place < header for place in silent)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 8, 200, -1000, -1])
-def test_truncated_files(native: Path, tmp_path: Path, keep: int) -> None:
+def test_truncated_files(native_file: Path, tmp_path: Path, keep: int) -> None:
     cut = tmp_path / "cut.safetensors"
-    cut.write_bytes(native.read_bytes()[:keep])
+    cut.write_bytes(native_file.read_bytes()[:keep])
     with pytest.raises(WeightsError, match=r"cut\.safetensors is no whole safetensors file"):
-        weights.load(cut)
+        native.load(cut)
 
 
-def test_everything_that_is_wrong_is_listed(native: Path, tmp_path: Path) -> None:
+def test_everything_that_is_wrong_is_listed(native_file: Path, tmp_path: Path) -> None:
     def change(values: dict, metadata: dict) -> None:
         del values["bn1.mean"]
         values["extra.kernel"] = np.zeros(3, np.float32)
@@ -75,7 +75,7 @@ def test_everything_that_is_wrong_is_listed(native: Path, tmp_path: Path) -> Non
         values["bn1.scale"] = values["bn1.scale"].astype(np.float16)
 
     with pytest.raises(WeightsError) as caught:
-        weights.load(rewrite(native, tmp_path / "odd.safetensors", change))
+        native.load(rewrite(native_file, tmp_path / "odd.safetensors", change))
     message = str(caught.value)
     for part in (
         "1 missing: bn1.mean", "1 unexpected: extra.kernel", "1 misshapen: fc.bias is [11], not [10]",
@@ -85,47 +85,26 @@ def test_everything_that_is_wrong_is_listed(native: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("config", ["{}", "[", '{"num_classes": "ten", "in_channels": 3, "stem": "cifar"}', "7"])
-def test_a_damaged_configuration(native: Path, tmp_path: Path, config: str) -> None:
-    path = rewrite(native, tmp_path / "odd.safetensors", lambda values, metadata: metadata.update(config=config))
+def test_a_damaged_configuration(native_file: Path, tmp_path: Path, config: str) -> None:
+    path = rewrite(native_file, tmp_path / "odd.safetensors", lambda values, metadata: metadata.update(config=config))
     with pytest.raises(WeightsError, match="does not say which network it holds"):
-        weights.load(path)
+        native.load(path)
 
 
 def test_a_foreign_safetensors_file(tmp_path: Path) -> None:
     path = tmp_path / "timm.safetensors"
     path.write_bytes(safetensors.numpy.save({"fc.weight": np.zeros((2, 3), np.float32)}))
     with pytest.raises(WeightsError, match=r"is not a jresnet-1 file .*python -m convert\.torch2flax"):
-        weights.load(path)
+        native.load(path)
 
 
 def test_a_folder_and_a_missing_file(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "none.safetensors"):
         with pytest.raises(WeightsError):
-            weights.load(path)
+            native.load(path)
 
 
 def test_the_wrong_architecture_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a resnet32_cifar"):
-        weights.save(tmp_path / "x.safetensors", jresnet.create("resnet20_cifar"), "resnet32_cifar")
+        native.save(tmp_path / "x.safetensors", jresnet.create("resnet20_cifar"), "resnet32_cifar")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "file"
-    weights.write_atomically(path, b"old")
-
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(InputError, match=r"cannot write .*No space left on device"):
-        weights.write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [file.name for file in tmp_path.iterdir()] == ["file"]
-
-
-def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot write .*No such file or directory"):
-        weights.write_atomically(tmp_path / "none" / "file", b"new")

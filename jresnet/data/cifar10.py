@@ -1,12 +1,12 @@
-"""A dataset's bytes -> uint8 arrays: CIFAR-10 from wherever it lies, and the digits inside scikit-learn.
+"""CIFAR-10 -> uint8 arrays, from wherever it lies.
 
 ``load_cifar10`` takes the first of: a prepared TFDS store, the official archive or its extracted folder (python or
 binary), a download. From every source an image becomes one official binary record (label byte, then the red, green and
 blue planes), and each batch's records are compared with the official file by SHA-256: what the images are is told by
 their content, not by the name or the checksum of a container.
 
-Importing this module needs numpy alone; TFDS, array_record, pillow and scikit-learn are imported where they are used,
-TensorFlow never.
+Archives and folders are read with numpy alone; TFDS is imported where there is a store to read or to write, TensorFlow
+never.
 """
 
 from __future__ import annotations
@@ -14,26 +14,21 @@ from __future__ import annotations
 import contextlib
 import gzip
 import hashlib
-import importlib.util
-import io
 import os
-import pickle
-import re
-import struct
-import sys
+import reprlib
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any, NamedTuple
+from typing import IO, Any
 
 import numpy as np
 
+from jresnet.data.dataset import RECORD, Dataset, from_records
+from jresnet.data.tfds import find_tfds, prepare_tfds, read_tfds
 from jresnet.download import fetch
 from jresnet.errors import DataError, DownloadError
-
-if TYPE_CHECKING:
-    from jaxtyping import Int32, UInt8
+from jresnet.pytorch.unpickle import DAMAGE, Instance, Interpreter, Refused
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -56,38 +51,16 @@ URLS = (  # the home server comes last: throttled since June 2026, it takes abou
     "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
 )
 
-RECORD = 1 + 3 * 32 * 32  # bytes: a label and three planes
 MAX_FILE = 64 * 2**20  # bytes; an official batch has 31 million
 MAX_UNPACKED = 512 * 2**20  # bytes; an official archive unpacks to 186 million
+MAX_MEMBERS = 1000  # of an archive; an official one has 9
+MAX_HEADER = 2**16  # bytes of what an archive says of a member beside its name and size; an official one says nothing
 
-_MISSING = '{} is not installed; install it with: pip install "jresnet[train]"'
 _HELP = f"""Any of these three helps:
-  1. --data-dir PATH, where PATH holds {ARCHIVE}, cifar-10-binary.tar.gz or an extracted folder;
+  1. a data_dir that holds {ARCHIVE}, cifar-10-binary.tar.gz or an extracted folder;
      fetch it where there is a network: {URLS[0]} or {URLS[-1]}
   2. a network connection (behind a proxy: set HTTPS_PROXY)
-  3. --dataset digits, which needs no files"""
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """Images with their labels, in a fixed order."""
-
-    images: UInt8[np.ndarray, "n 32 32 3"]  # RGB, C-contiguous
-    labels: Int32[np.ndarray, " n"]
-
-
-@dataclass(frozen=True, eq=False)
-class Dataset:
-    """Two splits, and what is known about where they come from."""
-
-    name: str  # "cifar10" or "digits"
-    classes: tuple[str, ...]  # names of the ten labels
-    train: Split
-    test: Split
-    source: str  # one line for people
-    notes: tuple[str, ...]  # lines to show: what is not official
-    verified: dict[str, bool]  # official batch -> do its records here equal the official ones?
-    digest: str  # SHA-256 over the records of train, then test, in hex
+  3. the dataset "digits", which needs no files"""
 
 
 def load_cifar10(data_dir: str | Path | None = None, *, download: bool = True, progress: bool = True) -> Dataset:
@@ -96,7 +69,8 @@ def load_cifar10(data_dir: str | Path | None = None, *, download: bool = True, p
     Looks in ``data_dir`` for a TFDS store, an extracted folder and an archive, then for a TFDS store in
     ``TFDS_DATA_DIR`` (``~/tensorflow_datasets`` where that is not set). Without ``data_dir`` it looks there first, then
     for a folder or an archive in ``./data``, where torchvision's examples keep it. At last it downloads, into
-    ``data_dir`` or TFDS's folder, and prepares a TFDS store there for the next time.
+    ``data_dir`` or TFDS's folder, and prepares a TFDS store there for the next time; where that fails (a full disk, no
+    TFDS), a note says so, and the next time the images are read from the archive again.
 
     Args:
         data_dir: a folder, or the path of an archive.
@@ -114,167 +88,87 @@ def load_cifar10(data_dir: str | Path | None = None, *, download: bool = True, p
     here = given or Path("data")
     if here.suffix in (".gz", ".tgz", ".tar", ".bin") and not here.exists():  # else a download would make that folder
         raise DataError(f"there is no file {here}; name the CIFAR-10 archive, or the folder that holds it")
+    if here.exists() and not (here.is_dir() or here.is_file()):  # a pipe would never end
+        raise DataError(
+            f"data_dir {here} is a pipe or a device; name the CIFAR-10 archive, or the folder that holds it"
+        )
     try:
         if given:  # what the user named goes before what the environment offers
-            found = _find_store(given) or _find_layout(given) or _find_store(default)
+            found = find_tfds(given) or _find_layout(given) or find_tfds(default)
         else:
-            found = _find_store(default) or _find_layout(here)
+            found = find_tfds(default) or _find_layout(here)
     except OSError as error:
         raise DataError(f"cannot look for CIFAR-10: {error}") from error
     if found:
         return _read_store(found) if (found / "dataset_info.json").exists() else _read_layout(found)
 
     home = given or default
-    archive = home / "downloads" / ARCHIVE  # TFDS's own folder for what it downloads
     reason = "downloading was not allowed"
-    if download or archive.exists():  # one that is there already, from an interrupted run, needs no network
-        if importlib.util.find_spec("tensorflow_datasets") is None:  # better told before the download than after it
-            raise DataError(_MISSING.format("tensorflow-datasets"))
-        existed = home.exists()
+    if download or (home / "downloads" / ARCHIVE).exists():  # one that an earlier run has left needs no network
         try:
-            dataset = _read_layout(fetch(URLS, archive, sha256=ARCHIVE_SHA256, progress=progress))
-            store = prepare_tfds(dataset, home, progress=progress)
-            return replace(dataset, source=f"download {archive}, prepared as TFDS store {store}")
+            return _download(home, progress)
         except DownloadError as error:
             reason = str(error)
-            with contextlib.suppress(
-                OSError
-            ):  # a mistyped data_dir is not to stay behind; rmdir spares what has content
-                archive.parent.rmdir()
-                if not existed:
-                    home.rmdir()
     raise DataError(
         f"found no CIFAR-10: no TFDS store in {' or '.join(str(p) for p in dict.fromkeys([home, default]))}, "
         f"no official archive or extracted folder in {here}; {reason}\n{_HELP}"
     )
 
 
-def load_digits() -> Dataset:
-    """The 1,797 handwritten digits inside scikit-learn, as CIFAR-shaped images: data for a machine without network.
-
-    8x8 pixels of 0 to 16 are scaled to 32x32 of 0 to 255, bilinearly with half-pixel centres, in integers so that each
-    machine gets the same bytes; three equal channels. 36 images of each class (360) are for testing, 1,437 to train on.
+def _download(home: Path, progress: bool) -> Dataset:
+    """CIFAR-10 from the archive in TFDS's own folder for downloads, fetched where it is not there, kept as a store.
 
     Raises:
-        DataError: scikit-learn is not installed.
+        DownloadError: the archive cannot be fetched; a folder made for it is gone again.
+        DataError: it cannot be used.
     """
+    archive, existed = home / "downloads" / ARCHIVE, home.exists()
+    if archive.exists() and not archive.is_file():
+        raise DataError(f"{archive} is no ordinary file; remove it to have the archive downloaded")
     try:
-        from sklearn.datasets import load_digits as sklearn_digits
-    except ImportError as error:
-        raise DataError(_MISSING.format("scikit-learn")) from error
-    pixels, labels = sklearn_digits(return_X_y=True)
-    pixels = pixels.reshape(-1, 8, 8).astype(np.int64)
-
-    # The centre of output pixel i lies at (i + 1/2) / 4 - 1/2 in the input, which beyond the edges repeats them.
-    eighths = np.clip(2 * np.arange(32) - 3, 0, 7 * 8)
-    weights = np.maximum(8 - abs(eighths[:, None] - 8 * np.arange(8)), 0)  # [32, 8]; a row's sum is 8
-    scaled = (weights @ pixels @ weights.T * 255 + 512) // 1024  # 1024 is 8 * 8 * 16; rounded to nearest
-    planes = np.repeat(scaled.reshape(-1, 1024), 3, axis=0).reshape(-1, 3072)
-    records = np.concatenate([labels[:, None], planes], axis=1).astype(np.uint8)
-
-    order = np.random.RandomState(0).permutation(len(labels))  # its stream is frozen for good (NEP 19)
-    test = np.concatenate([order[labels[order] == digit][:36] for digit in range(10)])
-    train = order[~np.isin(order, test)]
-    source = "scikit-learn's digits (1,797 images, 8x8 scaled to 32x32)"
-    return _dataset("digits", tuple("0123456789"), [records[train]], [records[test]], source)
-
-
-def prepare_tfds(dataset: Dataset, data_dir: str | Path, *, progress: bool = True) -> Path:
-    """Write CIFAR-10 as a TFDS store, which ``tfds.data_source("cifar10", data_dir=...)`` reads without TensorFlow.
-
-    TFDS writes into a folder beside the store and renames it at the end, so what an interruption leaves is no store.
-
-    Args:
-        dataset: what ``load_cifar10`` gave.
-        data_dir: the store becomes ``data_dir/cifar10/3.0.2``.
-        progress: whether to say so, with TFDS's progress bars on a terminal.
-
-    Returns:
-        The store's folder.
-
-    Raises:
-        DataError: TFDS is not installed, a store is there already, or it cannot be written.
-    """
-    store = Path(data_dir).expanduser() / "cifar10" / "3.0.2"
-    if dataset.name != "cifar10":
-        raise DataError(f"only CIFAR-10 can become the TFDS store {store}, not {dataset.name}")
-    if store.exists():
-        raise DataError(f"{store} exists already; remove it to have it prepared anew")
-    tfds, _, _ = _tfds()
-    from PIL import Image
-
-    with tfds.core.registered.skip_registration():  # the stock builder has this name, and needs TensorFlow to prepare
-
-        class Cifar10(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc, name-defined]
-            VERSION = tfds.core.Version("3.0.2")
-
-            def _info(self) -> Any:
-                features = {
-                    "id": tfds.features.Text(),
-                    "image": tfds.features.Image(shape=(32, 32, 3)),
-                    "label": tfds.features.ClassLabel(names=CLASSES),
-                }
-                features = tfds.features.FeaturesDict(features)
-                return tfds.core.DatasetInfo(builder=self, features=features, supervised_keys=("image", "label"))
-
-            def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-                return {name: self._generate_examples(name, getattr(dataset, name)) for name in ("train", "test")}
-
-            def _generate_examples(self, name: str, split: Split) -> Iterator[tuple[int, dict[str, Any]]]:
-                # Keys and ids as in the stock builder. TFDS encodes arrays with TensorFlow, PIL images without.
-                for i, (image, label) in enumerate(zip(split.images, split.labels, strict=True)):
-                    yield i, {"id": f"{name}_{i:05d}", "image": Image.fromarray(image), "label": int(label)}
-
-    if progress:
-        images = len(dataset.train.labels) + len(dataset.test.labels)
-        print(f"preparing the TFDS store {store} ({images:,} images)", file=sys.stderr)
-    tfds.display_progress_bar(progress and sys.stderr.isatty())
+        dataset = _read_layout(fetch(URLS, archive, sha256=ARCHIVE_SHA256, progress=progress))
+    except DownloadError:
+        with contextlib.suppress(OSError):  # a mistyped data_dir is not to stay behind; rmdir spares what has content
+            archive.parent.rmdir()
+            if not existed:
+                home.rmdir()
+        raise
+    source = f"download {dataset.source.removeprefix('archive ')}"
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it would announce a download of unknown size
-            Cifar10(data_dir=str(store.parents[1]), file_format="array_record").download_and_prepare()
-    except (OSError, RuntimeError) as error:  # array_record tells of a full disk by a RuntimeError
-        if _find_store(store.parents[1]) != store:  # else another process was quicker, and its store is as good
-            raise DataError(f"cannot write the TFDS store {store}: {error}") from error
-    finally:
-        tfds.display_progress_bar(True)
-    return store
+        store = prepare_tfds(dataset, home, progress=progress)
+    except DataError as error:  # the images are in memory: that they are not kept is no reason to stop
+        note = f"not kept as a TFDS store: {error}".replace("\n", " ")
+        return replace(dataset, source=source, notes=(*dataset.notes, note))
+    return replace(dataset, source=f"{source}, prepared as TFDS store {store}")
 
 
 # From records to a dataset -------------------------------------------------------------------------------------------
 
 
-def _dataset(
-    name: str, classes: tuple[str, ...], train: list[np.ndarray], test: list[np.ndarray], source: str
-) -> Dataset:
-    """Batches of records, uint8 [n, 3073] each, -> a dataset with its digest, nothing verified."""
-    digest = hashlib.sha256()
-    for batch in train + test:
-        digest.update(batch.data)
-    source = source.replace("\n", "\\n")  # a path may hold one, a line must not
-    return Dataset(name, classes, _split(train), _split(test), source, (), {}, digest.hexdigest())
-
-
-def _split(batches: list[np.ndarray]) -> Split:
-    labels = np.concatenate([batch[:, 0] for batch in batches]).astype(np.int32)
-    images = np.empty((len(labels), 32, 32, 3), np.uint8)  # C-contiguous, which concatenate alone does not promise
-    np.concatenate([batch[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) for batch in batches], out=images)
-    return Split(images, labels)
-
-
 def _cifar10(batches: dict[str, np.ndarray], source: str) -> Dataset:
-    """The six batches' records, uint8 [n, 3073] each, compared with the official ones."""
+    """The six batches' records, uint8 [n, RECORD] each, compared with the official ones."""
     parts = [batches[name] for name in OFFICIAL]
-    dataset = _dataset("cifar10", CLASSES, parts[:5], parts[5:], source)
+    dataset = from_records("cifar10", CLASSES, parts[:5], parts[5:], source)
     verified = {name: hashlib.sha256(batches[name].data).hexdigest() == sha256 for name, sha256 in OFFICIAL.items()}
     odd = [f"{name[:-4]} ({len(batches[name]):,} images)" for name, official in verified.items() if not official]
     notes = (f"not the official CIFAR-10, taken as found: {', '.join(odd)} of {dataset.source}",) if odd else ()
     return replace(dataset, notes=notes, verified=verified)
 
 
+def _read_store(store: Path) -> Dataset:
+    """A prepared TFDS store, its shuffled images back in the official order."""
+    splits, kind = read_tfds(store)
+    train, places = splits["train"]
+    parts = [*np.split(train, np.searchsorted(places, range(10_000, 50_000, 10_000))), splits["test"].records]
+    return _cifar10(dict(zip(OFFICIAL, parts, strict=True)), f"TFDS store {store} ({kind})")
+
+
 def _check_labels(labels: list[Any]) -> None:
     for i, label in enumerate(labels):
         if type(label) is not int or not 0 <= label <= 9:
-            raise DataError(f"has the label {str(label)[:40]} at image {i}; expected 0 to 9")
+            huge = isinstance(label, int) and abs(label) > 2**64  # Python prints no number of many thousands of digits
+            shown = f"of {label.bit_length():,} bits" if huge else reprlib.repr(label)
+            raise DataError(f"has the label {shown} at image {i}; expected 0 to 9")
 
 
 # Archives and folders in the official layouts ------------------------------------------------------------------------
@@ -327,13 +221,28 @@ def _files(path: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
             with file.open("rb") as stream:
                 yield file.name, file.stat().st_size, stream
         return
-    with _Unpacked(path) as unpacked, tarfile.open(fileobj=unpacked, mode="r|", bufsize=2**20) as tar:
-        for member in tar:
+    with _Unpacked(path) as unpacked, tarfile.open(fileobj=unpacked, mode="r|", bufsize=2**20, tarinfo=_Member) as tar:
+        for number, member in enumerate(tar):
+            if number == MAX_MEMBERS:
+                raise DataError(f"it has more than {MAX_MEMBERS:,} members; an official one has 9")
             name = PurePosixPath(member.name).name
             if member.isreg() and name in _BATCH and (content := tar.extractfile(member)):
                 yield name, member.size, content
         while unpacked.read(2**20):  # gzip's checksum stands at the very end
             pass
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose headers are small: tarfile reads long names and pax headers into memory, whatever their size."""
+
+    _HEADERS = (
+        tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE,
+    )  # fmt: skip
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in self._HEADERS and self.size > MAX_HEADER:
+            raise DataError(f"it has a header of {self.size:,} bytes; an official one has none")
+        return super()._proc_member(archive)  # type: ignore[misc]
 
 
 class _Unpacked(gzip.GzipFile):
@@ -357,20 +266,20 @@ def _parse_binary(data: bytes) -> np.ndarray:
 def _parse_pickle(data: bytes) -> np.ndarray:
     """A batch of the python archive, written by Python 2 or 3, -> its records, uint8 [n, 3073]."""
     try:
-        loaded = _Unpickler(io.BytesIO(data), encoding="bytes").load()
+        loaded = Interpreter(data, _GLOBALS, bytes_of_python2=True, advice="nothing of it was run").load()
         batch = {_bytes(key): value for key, value in loaded.items()}
         labels, array = batch[b"labels"], batch[b"data"]
         _, shape, dtype, fortran, raw = array.state
         dtype, raw = _bytes(dtype.args[0]), _bytes(raw)
-    except DataError:
-        raise
-    except Exception as error:  # a damaged pickle fails in every way there is
+    except Refused as refusal:
+        raise DataError(f"is no pickle of CIFAR-10 images: it {refusal}") from None
+    except DAMAGE as error:
         raise DataError(f"is no pickle of CIFAR-10 images ({type(error).__name__}: {str(error)[:80]})") from error
     if dtype not in (b"u1", b"|u1") or type(raw) is not bytes:
-        raise DataError(f"has data of dtype {str(dtype)[:40]}; expected u1")
+        raise DataError(f"has data of dtype {reprlib.repr(dtype)}; expected u1")
     if type(labels) is not list or not labels or shape != (len(labels), 3072) or len(raw) != len(labels) * 3072:
         count = f"{len(labels):,} labels" if type(labels) is list else "no list of labels"
-        shape = f"{str(shape)[:40]} in {len(raw):,} bytes"
+        shape = f"{reprlib.repr(shape)} in {len(raw):,} bytes"
         raise DataError(f"has {count} and data of shape {shape}; expected n labels and (n, 3072), n not 0")
     _check_labels(labels)
     records = np.empty((len(labels), RECORD), np.uint8)
@@ -380,144 +289,14 @@ def _parse_pickle(data: bytes) -> np.ndarray:
 
 
 def _bytes(value: Any) -> Any:
-    """A byte string of Python 2, a text of Python 3, or bytes as Python 3 writes them in protocol 2, -> bytes."""
-    if isinstance(value, _Call) and value.name == "_codecs.encode" and value.args[1:] in (("latin1",), (b"latin1",)):
-        value = value.args[0]
+    """A byte string of Python 2 or 3, or a text of Python 3 -> bytes."""
     return value.encode("latin1") if isinstance(value, str) else value
 
 
-_GLOBALS = {
-    ("numpy.core.multiarray", "_reconstruct"),
-    ("numpy._core.multiarray", "_reconstruct"),
-    ("numpy", "ndarray"),
-    ("numpy", "dtype"),
-    ("_codecs", "encode"),
+_GLOBALS: dict[str, object] = {  # what an array is made of, recorded and not made
+    "numpy.core.multiarray._reconstruct": lambda _, *args: Instance(*args),
+    "numpy._core.multiarray._reconstruct": lambda _, *args: Instance(*args),
+    "numpy.ndarray": None,
+    "numpy.dtype": lambda _, *args: Instance(*args),
+    "_codecs.encode": Interpreter.encode,
 }
-
-
-class _Global(NamedTuple):
-    """Stands for an allowed global. Calling it records the call; a tuple, so that no pickle can set its attributes."""
-
-    name: str
-
-    def __call__(self, *args: Any) -> _Call:
-        return _Call(self.name, args)
-
-
-class _Call:
-    """Stands for the object that a call would have made. Nothing is made: so nothing of numpy's allocates or runs."""
-
-    __slots__ = ("args", "name", "state")
-
-    def __init__(self, name: str, args: tuple[Any, ...]) -> None:
-        self.name, self.args, self.state = name, args, None
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _Unpickler(pickle._Unpickler):
-    """The one in Python: that in C allocates as many memo entries as a pickle claims to have."""
-
-    dispatch = {  # noqa: RUF012 - all opcodes but those that look past find_class or allocate before they read
-        code: load
-        for code, load in pickle._Unpickler.dispatch.items()
-        if bytes([code]) not in (pickle.EXT1, pickle.EXT2, pickle.EXT4, pickle.BYTEARRAY8)
-    }
-
-    def find_class(self, module: str, name: str) -> _Global:
-        if (module, name) not in _GLOBALS:
-            raise DataError(f"names the forbidden global {module}.{name}; nothing of it was run")
-        return _Global(f"{module}.{name}")
-
-
-# TFDS stores ---------------------------------------------------------------------------------------------------------
-
-
-def _tfds() -> tuple[Any, Any, Any]:
-    """-> tensorflow_datasets, the class of its tf.train.Example, array_record's module."""
-    try:
-        import tensorflow_datasets as tfds
-        from array_record.python import array_record_module
-        from tensorflow_datasets.proto import tf_example_pb2
-    except ImportError as error:
-        raise DataError(_MISSING.format(f"tensorflow-datasets, or what it needs ({error.name}),")) from error
-    return tfds, tf_example_pb2.Example, array_record_module
-
-
-def _find_store(root: Path) -> Path | None:
-    """The newest prepared version of TFDS's cifar10 under ``root``; told by its files, without TFDS's slow import."""
-    versions = [
-        folder
-        for folder in (root / "cifar10").glob("*.*.*")
-        if re.fullmatch(r"\d+\.\d+\.\d+", folder.name)  # not incomplete.XXXXXX_3.0.2, which an interruption leaves
-        and all((folder / name).is_file() for name in ("dataset_info.json", "features.json"))
-    ]
-    return max(versions, key=lambda folder: [int(part) for part in folder.name.split(".")], default=None)
-
-
-def _read_store(store: Path) -> Dataset:
-    """A prepared TFDS store, its shuffled images put back in the official order by their ids."""
-    tfds, example, array_record = _tfds()
-    splits = {}
-    try:
-        info = tfds.builder_from_directory(store).info
-        kind = info.file_format.value
-        for name in ("train", "test"):
-            raw: list[bytes] = []
-            for path in info.splits[name].filepaths:
-                if kind == "array_record":
-                    raw += array_record.ArrayRecordReader(str(path)).read_all()
-                elif kind == "tfrecord":
-                    raw += _tfrecords(path)
-                else:
-                    raise DataError(f"its format is {kind}; expected array_record or tfrecord")
-            if len(raw) != info.splits[name].num_examples:
-                raise DataError(f"{name} has {len(raw):,} of {info.splits[name].num_examples:,} records")
-            splits[name] = _decode(name, raw, example)
-    except Exception as error:  # TFDS, array_record, protobuf and pillow fail in ways of their own
-        raise DataError(
-            f"the TFDS store {store} cannot be used: {error or type(error).__name__}\n"
-            "  remove it, and the next run looks for another source"
-        ) from error
-    train, index = splits["train"]
-    parts = [*np.split(train, np.searchsorted(index, range(10_000, 50_000, 10_000))), splits["test"][0]]
-    return _cifar10(dict(zip(OFFICIAL, parts, strict=True)), f"TFDS store {store} ({kind})")
-
-
-def _decode(name: str, raw: list[bytes], example: Any) -> tuple[np.ndarray, np.ndarray]:
-    """A split's serialised tf.train.Example -> records, uint8 [n, 3073], by ascending official index, int64 [n]."""
-    from PIL import Image
-
-    records = np.empty((len(raw), RECORD), np.uint8)
-    index = np.arange(len(raw))
-    labels = []
-    for i, message in enumerate(raw):
-        feature = example.FromString(message).features.feature  # TFDS's deserialize_example_np takes twice as long
-        image = Image.open(io.BytesIO(feature["image"].bytes_list.value[0]))
-        if image.size != (32, 32) or image.mode != "RGB":
-            raise DataError(f"an image of {name} is {image.size} {image.mode}; expected (32, 32) RGB")
-        records[i, 1:] = np.asarray(image).transpose(2, 0, 1).reshape(-1)
-        labels.append(feature["label"].int64_list.value[0])
-        if "id" in feature:  # old versions of the dataset have none: their order stays as it is
-            index[i] = int(feature["id"].bytes_list.value[0].removeprefix(f"{name}_".encode()))
-    _check_labels(labels)
-    records[:, 0] = labels
-    order = np.argsort(index)
-    if (np.diff(index[order]) == 0).any():
-        raise DataError(f"the ids of {name} are not unique")
-    return records[order], index[order]
-
-
-def _tfrecords(path: Path) -> Iterator[bytes]:
-    """A TFRecord file's records: uint64 length, its CRC, the record, its CRC.
-
-    The CRCs (Castagnoli's) are not checked: that is slow in Python, and an official batch is known by its SHA-256.
-    """
-    with open(path, "rb") as file:
-        while head := file.read(12):
-            (length,) = struct.unpack("<Q4x", head)
-            record = file.read(length + 4) if length < MAX_FILE else b""
-            if len(record) != length + 4:
-                raise DataError(f"{path.name} is cut short or damaged")
-            yield record[:-4]

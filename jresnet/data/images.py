@@ -2,7 +2,7 @@
 
 The same as torchvision's ``ImageFolder`` with ``Resize`` and ``CenterCrop`` on PIL images, to the last grey level:
 pixels as stored (EXIF's orientation is not looked at), converted to RGB, shorter side resized with antialiasing, centre
-cut out. Normalisation is left to the device (:func:`jresnet.training.augment.normalise`).
+cut out. Normalisation is left to the device (:func:`jresnet.weights.preprocessing.normalise`).
 
 Files may come from anyone. Only the formats below are decoded (Pillow would hand PostScript to a program), and an image
 of more than Pillow's ``MAX_IMAGE_PIXELS`` is refused, as read and as resized.
@@ -23,7 +23,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from jresnet.errors import DataError
-from jresnet.weights.published import Preprocessing
+from jresnet.weights.preprocessing import Preprocessing
 
 if TYPE_CHECKING:
     from jaxtyping import UInt8

@@ -1,9 +1,9 @@
 """The options with which XLA's CPU compiler makes the fastest programs of these networks, by jax's version.
 
 Each row was faster than XLA's own choice in training and in inference, with AVX2 and with AVX-512 (docs/speed.md). A version
-between two rows gets the older one's options, a version newer than all the newest one's: there a small computation with
-these options is compared with the default compiler's before they are used, once a process. On the versions that were measured
-the test suite compares whole networks; the check would take a twentieth of a network's first step.
+between two rows gets the older one's options, a version newer than all the newest one's. There a small computation with these
+options is compared with the default compiler's before they are used, once a process. On the measured versions the test suite
+compares whole networks instead; the check would take a twentieth of a network's first step.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ def compiler_options(remat: bool = False) -> Options:
         remat: for training a model that was created with ``remat=True``.
 
     Returns:
-        What ``jax.jit`` takes; nothing where JAX's default device is no CPU, and for ``remat`` alone where the CPU lacks AVX2
-        or the options failed their check. ``jresnet info`` prints what is in force, and why.
+        What ``jax.jit`` takes. Nothing where JAX's default device is no CPU; those for ``remat`` alone where the CPU lacks
+        AVX2 or the options failed their check. ``jresnet info`` prints what is in force, and why.
 
     Raises:
         InputError: for another value of ``JRESNET_COMPILER_OPTIONS`` than ``on`` and ``off``.
@@ -133,7 +133,7 @@ def _chosen(version: str) -> Choice:
 
 
 def _has_avx2() -> bool:
-    """What Linux says of the CPU; elsewhere by its kind, since every x86-64 on which jax runs has AVX2 but for some tests'."""
+    """What Linux says of the CPU; elsewhere whether it is an x86-64."""
     try:
         return " avx2 " in Path("/proc/cpuinfo").read_text().replace("\n", " ")
     except OSError:

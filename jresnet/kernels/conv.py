@@ -32,7 +32,7 @@ either           groups above 1                  the kernel in up to eight piece
 A piece's shifted copies stay in the cache; the pieces run in a loop, so that compilation does not grow with their number.
 Pieces of a kernel's gradient are summed in float32 at least.
 
-Arrays are NHWC and HWIO throughout, of one dtype; sizes of an exported program may be symbols, which XLA alone computes with.
+Arrays are NHWC and HWIO throughout, of one dtype. Sizes of an exported program may be symbols: then XLA's own is taken.
 """
 
 from __future__ import annotations
@@ -201,7 +201,9 @@ def _kernel_gradient_on_cpu(
     groups: int,
     **how: Any,
 ) -> jax.Array:
-    by_xla = partial(_kernel_gradient, shape=shape, stride=stride, padding=padding, groups=groups, **how)
+    def by_xla(x: jax.Array, dy: jax.Array) -> jax.Array:
+        return _kernel_gradient(x, dy, shape=shape, stride=stride, padding=padding, groups=groups, **how)
+
     if _fewer_pixels_than_taps(x.shape, shape, groups):
         kernel = jax.ShapeDtypeStruct(shape, dy.dtype)
         return jax.linear_transpose(lambda kernel: _by_one_product(x, kernel, stride, padding), kernel)(dy)[0]

@@ -102,7 +102,7 @@ class Kernel:
                 for i, tangent in enumerate(tangents[: len(transposes)])
                 if type(tangent) is not ad.Zero
             ]
-            return y, sum(parts[1:], parts[0]) if parts else ad.Zero.from_primal_value(y)
+            return y, sum(parts[1:], parts[0])
 
         def transpose(cotangent: Any, *arguments: Any, **static: Any) -> list[Any]:
             found: list[Any] = [None] * len(arguments)

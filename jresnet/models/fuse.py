@@ -35,7 +35,7 @@ class FusedResNet(ResNet):
     """What :func:`fuse` returns: a ResNet without BatchNorm, for inference alone."""
 
     def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n classes"]:
-        """As :class:`ResNet` in evaluation; inside ``jax.jit`` on a CPU a batch goes through in pieces that fit the cache."""
+        """As :class:`ResNet` in evaluation; inside ``jax.jit`` on a CPU a batch goes in pieces that fit the cache."""
         if train or not isinstance(x, jax.core.Tracer):
             return super().__call__(x, train)
         config, kernel, x = self.config, self.conv1.kernel[...], checked(x, self.config.in_channels)
@@ -62,7 +62,7 @@ def _as_a_function(model: FusedResNet, x: jax.Array) -> tuple[Any, ...]:
     def logits(x: jax.Array, *weights: jax.Array) -> jax.Array:
         given = iter(weights)
         filled = [next(given) if leaf is None else leaf for leaf in constants]
-        return ResNet.__call__(nnx.merge(graph, tree.unflatten(filled)), x)
+        return ResNet.__call__(nnx.merge(graph, jax.tree.unflatten(tree, filled)), x)
 
     return logits, x, *traced
 
@@ -119,7 +119,7 @@ def _norms(model: ResNet) -> Iterator[tuple[tuple[Any, ...], Any, Any, Conv | No
     for path, module in modules.items():
         if isinstance(module, BatchNorm):
             *above, name = path
-            before = name - 1 if isinstance(name, int) else name.replace("bn", "conv")
+            before = name - 1 if isinstance(name, int) else str(name).replace("bn", "conv")
             conv = modules.get((*above, before))
             yield path, modules[tuple(above)], name, conv if isinstance(conv, Conv) else None
 

@@ -81,7 +81,8 @@ def _problems(config: ResNetConfig) -> list[str]:
         )
     if config.block == "basic" and (config.groups, config.width_per_group) != (1, 64):
         problems.append(
-            f"groups {config.groups} and width_per_group {config.width_per_group} are for bottlenecks; basic blocks have 1 and 64"
+            f"groups {config.groups} and width_per_group {config.width_per_group} are for bottlenecks: "
+            "basic blocks have 1 and 64"
         )
     if config.block == "bottleneck" and min(config.widths) * config.width_per_group < 64:
         problems.append(

@@ -7,11 +7,15 @@ convolutions and head, for one image of the size given, counted by ``tests/test_
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from dataclasses import dataclass
+from typing import Any
 
 from jresnet.errors import InputError
 from jresnet.models.resnet import Block, ResNetConfig
+
+FREE = ("num_classes", "in_channels", "stem", "shortcut")  # what may be chosen apart from an architecture's row
 
 
 @dataclass(frozen=True)
@@ -98,3 +102,17 @@ def find(arch: str) -> Row:
     near = beginnings[:3] or difflib.get_close_matches(arch[:80].lower(), ZOO, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(ZOO)}"
     raise InputError(f"unknown architecture {arch[:80]!r}: {hint}")
+
+
+def configure(arch: str, **chosen: Any) -> ResNetConfig:
+    """The configuration of ``arch`` with those of num_classes, in_channels, stem and shortcut that are not None replaced.
+
+    Raises:
+        InputError: for an unknown architecture or a value out of range; all of them at once.
+    """
+    return replaced(find(arch).config, **chosen)
+
+
+def replaced(config: ResNetConfig, **chosen: Any) -> ResNetConfig:
+    """``config`` with those values that are not None in place of its own."""
+    return dataclasses.replace(config, **{name: value for name, value in chosen.items() if value is not None})

@@ -1,4 +1,4 @@
-"""PyTorch's names for the leaves of a jresnet model: a rename of the leaf, then one table a dialect.
+"""PyTorch's names and layouts for the leaves of a jresnet model: a rename of the leaf, then one table a dialect.
 
 Every dialect is a bijection on the keys of a model, made from the model's own paths, so that whatever is missing or
 unexpected in a file shows.
@@ -10,6 +10,8 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 # jresnet's leaf -> PyTorch's. A kernel and a BN's scale are both "weight"; no module has both.
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
@@ -29,9 +31,6 @@ WRAPPERS = ("module.", "_orig_mod.", "model.")
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "net")
 
 
-RGB = tuple[float, float, float]
-
-
 @dataclass(frozen=True)
 class Dialect:
     """How one family of PyTorch networks names its tensors, and what its networks have in common."""
@@ -40,15 +39,10 @@ class Dialect:
     aliases: tuple[tuple[str, str], ...] = ()  # the same, to a second name under which a tensor is registered again
     config: Mapping[str, Any] = field(default_factory=dict)  # fields of ResNetConfig that its networks share
     num_classes: int | None = None  # of the data set its networks are trained on; None: the architecture's own
-    statistics: tuple[RGB, RGB] | None = None  # mean and std that its data set's pixels in [0, 1] are normalised by
+    statistics: str | None = (
+        None  # by which its images are normalised, a name of jresnet.weights.preprocessing.STATISTICS
+    )
 
-
-_CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))  # kuangliu's main.py; the std is a mean over images
-_CIFAR100 = (  # weiaicunzai's conf/global_settings.py, rounded
-    (0.50707516, 0.48654887, 0.44091784),
-    (0.26733429, 0.25643846, 0.27615047),
-)
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 DIALECTS: Mapping[str, Dialect] = {
     # pytorch/vision, and timm (huggingface/pytorch-image-models), which keeps the names for the weights' sake
@@ -58,14 +52,14 @@ DIALECTS: Mapping[str, Dialect] = {
         renames=((r"^fc\.", "linear."),),
         config={"stem": "cifar", "shortcut": "pad"},
         num_classes=10,
-        statistics=_IMAGENET,
+        statistics="imagenet",
     ),
     # kuangliu/pytorch-cifar; akamaster's option B has the same names at the depths of the CIFAR family
     "kuangliu": Dialect(
         renames=((r"^fc\.", "linear."), (r"\.downsample\.", ".shortcut.")),
         config={"stem": "cifar", "shortcut": "projection"},
         num_classes=10,
-        statistics=_CIFAR10,
+        statistics="kuangliu",
     ),
     # weiaicunzai/pytorch-cifar100: Sequentials of convolution, BN and ReLU, of which the ReLU has no tensors
     "weiaicunzai": Dialect(
@@ -79,13 +73,13 @@ DIALECTS: Mapping[str, Dialect] = {
         ),
         config={"stem": "cifar", "shortcut": "projection"},
         num_classes=100,
-        statistics=_CIFAR100,
+        statistics="cifar100",
     ),
     # chenyaofo/pytorch-cifar-models: torchvision's names at the depths of the CIFAR family, with the paper's option B
     "chenyaofo": Dialect(
         config={"stem": "cifar", "shortcut": "projection"},
         num_classes=10,
-        statistics=_CIFAR10,
+        statistics="kuangliu",
     ),
     # The tutorial's ResNet-34: the list of stages is registered beside the stages themselves
     "resnet34_projection": Dialect(
@@ -143,3 +137,18 @@ def strip_wrappers(keys: Collection[str]) -> str:
                 break
         else:
             return prefix
+
+
+def torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """HWIO -> OIHW, IO -> OI."""
+    return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else shape[::-1]
+
+
+def to_flax(value: np.ndarray) -> np.ndarray:
+    """OIHW -> HWIO, OI -> IO, contiguous: safetensors scrambles arrays that are not."""
+    return np.ascontiguousarray(value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T)
+
+
+def to_torch(value: np.ndarray) -> np.ndarray:
+    """HWIO -> OIHW, IO -> OI, contiguous: the inverse of :func:`to_flax`."""
+    return np.ascontiguousarray(value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T)

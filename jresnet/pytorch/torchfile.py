@@ -1,11 +1,8 @@
 """Read what ``torch.save`` wrote (``.pth``, ``.pt``, ``.th``) into numpy arrays, without torch: ``read(path)``.
 
-A ``torch.save`` file is a pickle beside raw storages, and a pickle is a program: it may name any function and call it.
-So this module never hands one to Python's unpickler. Restricting that (``find_class``) leaves other doors open: BUILD
-sets attributes, NEWOBJ and EXT make objects, a memo index of 2^31 makes the C version reserve gigabytes. Here a small
-interpreter runs the opcodes that torch.save emits and no others. A global's name is looked up in ``_GLOBALS``, a table
-of this module's own functions, and nothing is imported: the worst program can build dicts, lists, tuples, numbers,
-strings, and descriptions of tensors.
+A ``torch.save`` file is a pickle beside raw storages, and a pickle is a program: it is run by
+:mod:`jresnet.pytorch.unpickle`, which builds plain data and runs nothing. The worst file can build dicts, lists, tuples,
+numbers, strings, and descriptions of tensors.
 
 What a file of S bytes costs is bounded before it is spent: its pickle is at most 64 MiB long and may run half a million
 instructions and S / 64 more. While it runs, tensors are only described. Their storages, which must lie in the file
@@ -20,26 +17,25 @@ flipped byte of a number cannot be seen, and a caller who knows the file's SHA-2
 
 import io
 import math
-import pickle as op  # the opcodes' names only: nothing here is unpickled by it
+import pickle  # the name of an opcode only: nothing here is unpickled by it
 import stat
 import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
-from types import FunctionType
 from typing import IO, Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
 from jresnet.errors import WeightsError
+from jresnet.pytorch import unpickle
+from jresnet.pytorch.unpickle import Refused, expect
 
 MAX_PICKLE = 64 << 20  # bytes; a tensor takes about 150: room for 400,000 of them
 MAX_DEPTH = 100  # levels of dicts, lists and tuples
 MAX_VIEWS = 4  # all arrays together, as a multiple of the storages they share
-FREE_STEPS = 500_000  # pickle instructions that any file may run: 11,000 tensors. One costs about 100 bytes of memory,
-BYTES_PER_STEP = 64  # so a larger file may run one more for so many bytes
 MAX_DIRECTORY = 1 << 20  # bytes of a zip archive's directory, and a quarter of the file; zipfile takes 12 times as much
 CHUNK = 1 << 20  # bytes read at a time, so that a large storage is not held twice
 LEGACY_MAGIC, LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001  # torch/serialization.py: MAGIC_NUMBER, PROTOCOL_VERSION
@@ -55,14 +51,6 @@ _STORAGES = {  # torch/storage.py, _dtype_to_storage_type_map; younger dtypes co
     "Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8",
     "ComplexDouble": "complex128", "ComplexFloat": "complex64",
 }  # fmt: skip
-
-
-# What Python and zipfile raise at bytes that torch.save never writes; the reader leaves it to them to object.
-_DAMAGE = (ValueError, TypeError, LookupError, OverflowError, EOFError, RuntimeError, struct.error, zipfile.BadZipFile)
-
-
-class _Refused(Exception):
-    """Why a file is not read: a sentence that goes on after the file's name."""
 
 
 def read(path: str | Path) -> object:
@@ -84,20 +72,20 @@ def read(path: str | Path) -> object:
     try:
         status = Path(path).stat()
         if not stat.S_ISREG(status.st_mode):
-            raise _Refused("is a folder or a device; name the file itself")
+            raise Refused("is a folder or a device; name the file itself")
         with open(path, "rb") as file:
             head = file.read(512)
             if head.startswith(b"PK\x03\x04"):
                 return _read_zip(file, status.st_size)
-            if head.startswith(op.PROTO):
+            if head.startswith(pickle.PROTO):
                 return _read_legacy(file, status.st_size)
-        raise _Refused(_foreign(head))
-    except _Refused as refusal:
+        raise Refused(_foreign(head))
+    except Refused as refusal:
         raise WeightsError(f"{path} {refusal}") from None
     except OSError as error:
         cause = error.strerror or error
         raise WeightsError(f"{path} cannot be read ({cause}); expected a .pth file that torch.save wrote") from error
-    except _DAMAGE as error:
+    except (*unpickle.DAMAGE, zipfile.BadZipFile) as error:
         cause = f"{type(error).__name__}: {str(error)[:200]}"
         raise WeightsError(f"{path} is damaged or not written by torch.save ({cause}); get the file again") from error
 
@@ -117,7 +105,7 @@ def _foreign(head: bytes) -> str:
     return f"is not a file of torch.save: it begins with {head[:8]!r}, not like a zip archive or a pickle"
 
 
-# --- The pickle: what it may hold while it runs, and the interpreter that runs it.
+# --- The pickle: what it may hold while it runs, and what it may cause.
 
 
 class _Storage(NamedTuple):
@@ -139,145 +127,41 @@ class _Tensor(NamedTuple):
     strides: tuple[int, ...]
 
 
-_FIXED = {  # opcode: struct format of its operand
-    op.PROTO: "<B", op.FRAME: "<Q", op.BININT: "<i", op.BININT1: "<B", op.BININT2: "<H", op.BINFLOAT: ">d",
-    op.BINGET: "<B", op.LONG_BINGET: "<I", op.BINPUT: "<B", op.LONG_BINPUT: "<I",
-}  # fmt: skip
-_COUNTED = {  # opcode: struct format of the length that precedes its operand
-    op.SHORT_BINUNICODE: "<B", op.BINUNICODE: "<I", op.BINUNICODE8: "<Q", op.SHORT_BINSTRING: "<B", op.BINSTRING: "<i",
-    op.SHORT_BINBYTES: "<B", op.BINBYTES: "<I", op.BINBYTES8: "<Q", op.LONG1: "<B",
-}  # fmt: skip
-_POPS = {  # opcode: how many values it takes from the stack
-    op.TUPLE1: 1, op.TUPLE2: 2, op.TUPLE3: 3, op.APPEND: 1, op.SETITEM: 2, op.BUILD: 1, op.BINPERSID: 1,
-    op.STACK_GLOBAL: 2, op.REDUCE: 2, op.NEWOBJ: 2, op.STOP: 1,
-}  # fmt: skip
-_POPS_TO_MARK = (op.TUPLE, op.APPENDS, op.SETITEMS)
-_CONSTANTS = {op.NONE: None, op.NEWTRUE: True, op.NEWFALSE: False, op.EMPTY_TUPLE: ()}
-
-
-def _expect(value: Any, *types: type) -> Any:
-    """``value``, if its type is exactly one of ``types``: what a stranger's pickle made is not used before."""
-    if type(value) not in types:
-        raise ValueError(f"a {type(value).__name__} where {types[0].__name__} belongs")
-    return value
-
-
-class _Interpreter:
-    """Runs the pickles at the beginning of ``data``, one a ``load``, within what a file of ``size`` bytes may cost."""
+class _Interpreter(unpickle.Interpreter):
+    """With a ``_Tensor`` for every tensor, and the storages that they need."""
 
     def __init__(self, data: bytes, size: int):
-        self.data, self.size, self.position = data, size, 0
-        self.steps = self.limit = FREE_STEPS + size // BYTES_PER_STEP
+        super().__init__(data, _GLOBALS, size=size, advice=ADVICE)
         self.storages: dict[str, tuple[np.dtype[Any], int]] = {}  # key: dtype, size in bytes
         self.tensors: dict[_Tensor, None] = {}  # a set in the order of the file
 
-    def load(self) -> Any:
-        """The object of the next pickle, with a ``_Tensor`` for every tensor."""
-        stack: list[Any] = []
-        marks: list[list[Any]] = []  # the stacks below each open MARK
-        memo: dict[int, Any] = {}
-        arg: Any
-        items: list[Any]
-        while True:
-            self.charge(1)
-            code, arg, items = self.take(1), None, []
-            if code in _FIXED:
-                arg = self.number(_FIXED[code])
-            elif code in _COUNTED:
-                arg = self.take(self.number(_COUNTED[code]))
-            elif code in _POPS:
-                items = [stack.pop() for _ in range(_POPS[code])][::-1]
-            elif code in _POPS_TO_MARK:
-                stack, items = marks.pop(), stack
-            match code:
-                case op.BINPUT | op.LONG_BINPUT | op.MEMOIZE:
-                    memo[len(memo) if arg is None else arg] = stack[-1]
-                case op.BINGET | op.LONG_BINGET:
-                    stack.append(memo[arg])
-                case op.BINUNICODE | op.SHORT_BINUNICODE | op.BINUNICODE8 | op.SHORT_BINSTRING | op.BINSTRING:
-                    stack.append(arg.decode())  # the last two: Python 2's str
-                case op.LONG1:
-                    stack.append(int.from_bytes(arg, "little", signed=True))
-                case op.BININT | op.BININT1 | op.BININT2 | op.BINFLOAT | op.SHORT_BINBYTES | op.BINBYTES | op.BINBYTES8:
-                    stack.append(arg)
-                case op.NONE | op.NEWTRUE | op.NEWFALSE | op.EMPTY_TUPLE:
-                    stack.append(_CONSTANTS[code])
-                case op.EMPTY_LIST:
-                    stack.append([])
-                case op.EMPTY_DICT:
-                    stack.append({})
-                case op.MARK:
-                    marks.append(stack)
-                    stack = []
-                case op.TUPLE | op.TUPLE1 | op.TUPLE2 | op.TUPLE3:
-                    stack.append(tuple(items))
-                case op.APPEND | op.APPENDS:
-                    _expect(stack[-1], list).extend(items)
-                case op.SETITEM | op.SETITEMS:
-                    self.fill(_expect(stack[-1], dict, OrderedDict), zip(items[::2], items[1::2], strict=True))
-                case op.GLOBAL:
-                    stack.append(_global(self.line(), self.line()))
-                case op.STACK_GLOBAL:
-                    stack.append(_global(*items))
-                case op.REDUCE | op.NEWOBJ:
-                    stack.append(_expect(items[0], FunctionType)(self, *_expect(items[1], tuple)))
-                case op.BUILD:
-                    self.build(stack[-1], items[0])
-                case op.BINPERSID:
-                    stack.append(self.storage(*_expect(items[0], tuple)))
-                case op.PROTO | op.FRAME:
-                    if arg > (5 if code == op.PROTO else len(self.data) - self.position):
-                        raise ValueError(f"a pickle protocol or frame of {arg}")
-                case op.STOP:
-                    return items[0]
-                case _:
-                    raise _Refused(f"has the pickle opcode 0x{code.hex()}, which torch.save does not write; {ADVICE}")
+    # The arguments are a stranger's: each function checks all that it uses.
 
-    def charge(self, steps: int) -> None:
-        """Pay for an instruction, or for each element that one copies: few bytes must not become many objects."""
-        self.steps -= steps
-        if self.steps < 0:
-            raise _Refused(f"holds a pickle that builds far more than its {self.size:,} bytes hold; {ADVICE}")
-
-    def take(self, count: int) -> bytes:
-        if not 0 <= count <= len(self.data) - self.position:
-            raise EOFError(f"{count:,} bytes more expected where the file, or its first {MAX_PICKLE:,} bytes, end")
-        self.position += count
-        return self.data[self.position - count : self.position]
-
-    def number(self, form: str) -> Any:
-        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
-
-    def line(self) -> str:
-        return self.take(self.data.index(b"\n", self.position) + 1 - self.position)[:-1].decode()
-
-    # What a pickle may cause. The arguments are a stranger's: each function checks all that it uses.
-
-    def storage(self, tag: Any, kind: Any, key: Any, _location: Any, numel: Any, view: Any = None) -> _Storage:
-        """A persistent id. A view (key, start, count), of the legacy format, is a window into the storage."""
-        key, numel = _expect(key, str), _expect(numel, int)
-        _, start, count = (None, 0, numel) if view is None else _expect(view, tuple)
-        inside = 0 <= _expect(start, int) <= start + _expect(count, int) <= numel
-        if _expect(tag, str) != "storage" or not isinstance(kind, np.dtype) or not inside:
+    def persistent(self, tag: Any, kind: Any, key: Any, _location: Any, numel: Any, view: Any = None) -> _Storage:  # type: ignore[override]
+        """A storage. A view (key, start, count), of the legacy format, is a window into the storage."""
+        key, numel = expect(key, str), expect(numel, int)
+        _, start, count = (None, 0, numel) if view is None else expect(view, tuple)
+        inside = 0 <= expect(start, int) <= start + expect(count, int) <= numel
+        if expect(tag, str) != "storage" or not isinstance(kind, np.dtype) or not inside:
             raise ValueError("a persistent id that names no storage")
         stored = kind, numel * kind.itemsize
         if self.storages.setdefault(key, stored) != stored:
-            raise _Refused(f"names the storage {key[:40]!r} with two types or sizes; get the file again")
+            raise Refused(f"names the storage {key[:40]!r} with two types or sizes; get the file again")
         return _Storage(key, kind, start * kind.itemsize, count * kind.itemsize)
 
     def tensor(self, storage: Any, offset: Any, shape: Any, strides: Any, dtype: Any, lazy: Any = None) -> _Tensor:
         """``_rebuild_tensor*``. Offset and strides count elements; ``lazy``: a conjugation or negation not yet done."""
-        storage, shape, strides = _expect(storage, _Storage), _expect(shape, tuple), _expect(strides, tuple)
+        storage, shape, strides = expect(storage, _Storage), expect(shape, tuple), expect(strides, tuple)
         dtype = storage.dtype if dtype is None else dtype
         numbers = (offset, *shape, *strides)
         if len(shape) != len(strides) or len(shape) > 32 or any(type(n) is not int or n >> 62 for n in numbers):
             raise ValueError("a tensor with a negative, huge or missing size, stride or offset")
         if lazy or not isinstance(dtype, np.dtype) or storage.dtype not in (dtype, _DTYPES["uint8"]):
-            raise _Refused(f"holds a lazy or reinterpreted view of {storage.dtype}; save it again after tensor.clone()")
+            raise Refused(f"holds a lazy or reinterpreted view of {storage.dtype}; save it again after tensor.clone()")
         numel, item = math.prod(shape), dtype.itemsize
         end = offset + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True)) + 1 if numel else 0
         if max(end, numel) * item > storage.nbytes:
-            raise _Refused(
+            raise Refused(
                 f"describes a tensor ({dtype}, shape {shape}, strides {strides}, offset {offset}) larger than its "
                 f"storage of {storage.nbytes:,} bytes; get the file again, or save expanded tensors after .contiguous()"
             )
@@ -287,44 +171,21 @@ class _Interpreter:
         self.tensors[tensor] = None
         return tensor
 
-    def fill(self, target: dict[Any, Any], pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
-        for key, value in pairs:
-            self.charge(1)
-            # No tuples: to hash nested ones can take exponential time. No huge integers: they can be made to collide.
-            if type(_expect(key, str, int, float, bool, bytes, type(None))) is int and key.bit_length() > 64:
-                raise ValueError("an integer of more than 64 bits as a key")
-            target[key] = value
-        return target
-
     def build(self, target: Any, state: Any) -> None:
         """BUILD sets attributes: a Namespace's (a dict here) are kept, an OrderedDict's dropped, a dtype's checked."""
         if type(target) is dict:
-            self.fill(target, _expect(state, dict).items())
+            self.fill(target, expect(state, dict).items())
         elif isinstance(target, np.dtype):
-            if _expect(_expect(state, tuple)[1], str) not in "<|=":
-                raise _Refused("holds a big-endian number; save it again on a little-endian machine")
+            if expect(expect(state, tuple)[1], str) not in "<|=":
+                raise Refused("holds a big-endian number; save it again on a little-endian machine")
         elif type(target) is not OrderedDict:
-            raise _Refused(f"sets attributes of a {type(target).__name__}, which torch.save does not do; {ADVICE}")
-
-    def encode(self, text: Any, codec: Any) -> bytes:
-        """``_codecs.encode``, as protocol 2 spells bytes."""
-        self.charge(len(_expect(text, str)) // BYTES_PER_STEP)
-        if _expect(codec, str) != "latin1":
-            raise ValueError("bytes in another encoding than latin1")
-        return text.encode("latin1")
+            raise Refused(f"sets attributes of a {type(target).__name__}, which torch.save does not do; {ADVICE}")
 
     def scalar(self, dtype: Any, raw: Any) -> Any:
         """``numpy.core.multiarray.scalar``, as a Python number."""
-        if not isinstance(dtype, np.dtype) or len(_expect(raw, bytes)) != dtype.itemsize:
+        if not isinstance(dtype, np.dtype) or len(expect(raw, bytes)) != dtype.itemsize:
             raise ValueError("a numpy scalar that is no number")
         return np.frombuffer(raw, dtype)[0].item()
-
-
-def _global(module: Any, name: Any) -> object:
-    full = f"{_expect(module, str)[:200]}.{_expect(name, str)[:200]}"
-    if full not in _GLOBALS:
-        raise _Refused(f"names the forbidden global {full!r}, which this reader never runs; {ADVICE}")
-    return _GLOBALS[full]
 
 
 _GLOBALS: dict[str, object] = {  # dtypes, and functions that take the interpreter before their arguments
@@ -340,11 +201,11 @@ _GLOBALS: dict[str, object] = {  # dtypes, and functions that take the interpret
     "torch.Size": lambda run, sizes=(): sizes,
     "torch.device": lambda run, *parts: parts,
     # Python 2 pickled OrderedDict([[key, value], …])
-    "collections.OrderedDict": lambda run, items=(): run.fill(OrderedDict(), _expect(items, tuple, list)),
-    "collections.Counter": lambda run, counts: _expect(counts, dict),
+    "collections.OrderedDict": lambda run, items=(): run.fill(OrderedDict(), expect(items, tuple, list)),
+    "collections.Counter": lambda run, counts: expect(counts, dict),
     "argparse.Namespace": lambda run: {},
     "_codecs.encode": _Interpreter.encode,
-    "numpy.dtype": lambda run, code, *_: _NUMPY_CODES[_expect(code, str)],
+    "numpy.dtype": lambda run, code, *_: _NUMPY_CODES[expect(code, str)],
     "numpy.core.multiarray.scalar": _Interpreter.scalar,
     "numpy._core.multiarray.scalar": _Interpreter.scalar,
 }
@@ -358,9 +219,9 @@ def _assemble(saved: object, run: _Interpreter, keys: Iterable[str], load: Calla
     held = sum(nbytes for _, nbytes in run.storages.values())
     asked = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in run.tensors)
     if held > run.size:
-        raise _Refused(f"is cut short: its storages take {held:,} bytes, the file has {run.size:,}; get it again")
+        raise Refused(f"is cut short: its storages take {held:,} bytes, the file has {run.size:,}; get it again")
     if asked > MAX_VIEWS * held:
-        raise _Refused(f"asks for {asked:,} bytes of tensors from {held:,} bytes of storage; save .contiguous() copies")
+        raise Refused(f"asks for {asked:,} bytes of tensors from {held:,} bytes of storage; save .contiguous() copies")
     run.data = b""  # up to 64 MiB
     users: dict[str, list[_Tensor]] = {key: [] for key in run.storages}
     for tensor in run.tensors:
@@ -376,7 +237,7 @@ def _assemble(saved: object, run: _Interpreter, keys: Iterable[str], load: Calla
         run.charge(1)
         kind = type(node)
         if depth > MAX_DEPTH:
-            raise _Refused(f"nests deeper than {MAX_DEPTH} levels, or contains itself; {ADVICE}")
+            raise Refused(f"nests deeper than {MAX_DEPTH} levels, or contains itself; {ADVICE}")
         if kind is _Tensor:
             return arrays[node]
         if kind in (list, tuple):
@@ -385,7 +246,7 @@ def _assemble(saved: object, run: _Interpreter, keys: Iterable[str], load: Calla
             return kind([(key, finish(child, depth + 1)) for key, child in node.items()])
         if kind in (str, int, float, complex, bool, bytes, type(None)) or isinstance(node, np.dtype):
             return node
-        raise _Refused(f"holds a storage or a function by itself, where values belong; {ADVICE}")
+        raise Refused(f"holds a storage or a function by itself, where values belong; {ADVICE}")
 
     return finish(saved)
 
@@ -416,33 +277,33 @@ def _read_zip(file: io.BufferedReader, size: int) -> object:
     with zipfile.ZipFile(file) as archive:
         entries = {info.filename: info for info in archive.infolist()}
         if len(entries) != len(archive.infolist()):
-            raise _Refused("is a zip archive with two entries of one name; get the file again")
+            raise Refused("is a zip archive with two entries of one name; get the file again")
         if any(name.endswith("/constants.pkl") for name in entries):
-            raise _Refused("is TorchScript; open it with torch.jit.load and torch.save its state_dict()")
+            raise Refused("is TorchScript; open it with torch.jit.load and torch.save its state_dict()")
         end = 0
         for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
             name, parts = info.filename[:80], PurePosixPath(info.filename).parts
             if info.flag_bits & 0x2041 or info.compress_type or info.file_size != info.compress_size:
-                raise _Refused(f"has the compressed or encrypted entry {name!r}; torch.save stores; save it again")
+                raise Refused(f"has the compressed or encrypted entry {name!r}; torch.save stores; save it again")
             if {"/", "//", ".."} & set(parts) or "\\" in info.filename:
-                raise _Refused(f"has the entry {name!r}, which leads out of the archive; get the file again")
+                raise Refused(f"has the entry {name!r}, which leads out of the archive; get the file again")
             file.seek(info.header_offset + 26)
             start = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))  # the local name and padding
             if info.header_offset < end or start + info.file_size > size:
-                raise _Refused(f"has the entry {name!r}, which overlaps another or the end; get the file again")
+                raise Refused(f"has the entry {name!r}, which overlaps another or the end; get the file again")
             end = start + info.file_size
         roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
         if len(roots) != 1:
-            raise _Refused("is a zip archive, but not of torch.save: expected a folder with data.pkl; unpack it first")
+            raise Refused("is a zip archive, but not of torch.save: expected a folder with data.pkl; unpack it first")
         if roots[0] + "byteorder" in entries and archive.read(roots[0] + "byteorder") != b"little":
-            raise _Refused("is big-endian; load it with torch and save it again on a little-endian machine")
+            raise Refused("is big-endian; load it with torch and save it again on a little-endian machine")
         if entries[roots[0] + "data.pkl"].file_size > MAX_PICKLE:
-            raise _Refused(f"has a pickle of more than {MAX_PICKLE:,} bytes; {ADVICE}")
+            raise Refused(f"has a pickle of more than {MAX_PICKLE:,} bytes; {ADVICE}")
 
         def load(key: str, nbytes: int) -> np.ndarray:
             name = f"{roots[0]}data/{key}"
             if name not in entries or entries[name].file_size != nbytes:
-                raise _Refused(f"has not the {nbytes:,} bytes of storage {name[:80]!r}; get the file again")
+                raise Refused(f"has not the {nbytes:,} bytes of storage {name[:80]!r}; get the file again")
             with archive.open(name) as stream:  # BadZipFile at the last byte, if the CRC differs
                 return _bytes(stream, nbytes)
 
@@ -457,32 +318,32 @@ def _check_directory(file: io.BufferedReader, size: int) -> None:
     end64, locator, end = tail[:56], tail[56:76], tail[76:]  # the zip64 records, which a file need not have
     zip64 = locator.startswith(b"PK\6\7")
     if not end.startswith(b"PK\5\6") or not end.endswith(b"\0\0") or (zip64 and not end64.startswith(b"PK\6\6")):
-        raise _Refused("is a zip archive that is cut short, or not written by torch.save; get the file again")
+        raise Refused("is a zip archive that is cut short, or not written by torch.save; get the file again")
     (length,), (length64,) = struct.unpack("<I", end[12:16]), struct.unpack("<Q", end64[40:48])
     if max(length % 0xFFFFFFFF, length64 * zip64) > MAX_DIRECTORY + size // 4:  # 0xFFFFFFFF: see the zip64 record
-        raise _Refused("is a zip archive with a directory larger than torch.save's; get the file again")
+        raise Refused("is a zip archive with a directory larger than torch.save's; get the file again")
 
 
 def _read_legacy(file: io.BufferedReader, size: int) -> object:
     file.seek(0)
     run = _Interpreter(file.read(min(size, MAX_PICKLE)), size)  # read() reserves all that it is asked for
     if run.load() != LEGACY_MAGIC or run.load() != LEGACY_VERSION:
-        raise _Refused("is a pickle, but not one that torch.save wrote; save it again with torch.save")
-    if _expect(run.load(), dict).get("little_endian") is not True:
-        raise _Refused("is big-endian; load it with torch and save it again on a little-endian machine")
+        raise Refused("is a pickle, but not one that torch.save wrote; save it again with torch.save")
+    if expect(run.load(), dict).get("little_endian") is not True:
+        raise Refused("is big-endian; load it with torch and save it again on a little-endian machine")
     saved = run.load()
-    keys = [_expect(key, str) for key in _expect(run.load(), list)]
+    keys = [expect(key, str) for key in expect(run.load(), list)]
     if sorted(keys) != sorted(run.storages):
-        raise _Refused("lists other storages than its tensors use; get the file again")
+        raise Refused("lists other storages than its tensors use; get the file again")
     file.seek(run.position)
 
     def load(key: str, nbytes: int) -> np.ndarray:
         (numel,) = struct.unpack("<q", file.read(8))
         if numel * run.storages[key][0].itemsize != nbytes:
-            raise _Refused(f"gives storage {key[:40]!r} two sizes; get the file again")
+            raise Refused(f"gives storage {key[:40]!r} two sizes; get the file again")
         return _bytes(file, nbytes)
 
     result = _assemble(saved, run, keys, load)
     if file.read(1):
-        raise _Refused("goes on after its last storage; get the file again")
+        raise Refused("goes on after its last storage; get the file again")
     return result

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from jresnet.errors import InputError
-from jresnet.weights import native as weights
+from jresnet.files import write_atomically
 
 ALIGNMENT = 64  # bytes: where each record begins, as torch aligns them, so that a mapped file's tensors are aligned
 _KINDS = {"float64": "Double", "float32": "Float", "float16": "Half", "bfloat16": "BFloat16", "int64": "Long"}
@@ -64,7 +64,7 @@ def write(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
         for identity, value in storages.items():
             add(f"data/{keys[identity]}", value.reshape(-1).view(np.uint8).data)
         add("version", b"3\n")
-    weights.write_atomically(path, content.getvalue())
+    write_atomically(path, content.getvalue())
 
 
 def _pickle(tensors: Iterable[tuple[str, str, np.ndarray]]) -> bytes:

@@ -1,22 +1,19 @@
-"""Runs side by side, from the files they leave: ``python -m jresnet.reports.compare RUN [RUN ...]``.
+"""Runs side by side, from the files they leave: what each came to, over its seeds, and a table for people.
 
-Nothing here needs jax, a GPU or the data.
+Neither jax nor the data are needed, so runs are compared wherever their folders lie.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import re
 import statistics
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jresnet.errors import InputError
-from jresnet.reports import plots
 from jresnet.training.metrics import LARGEST, duration, finite, read_metrics
 
 # What a table says of config.json's "run", and its types.
@@ -340,67 +337,3 @@ def text_table(rows: Sequence[dict[str, str]]) -> str:
 
     head = [", ".join(f"{name} {rows[0][name]}" for name in common), ""] if common else []
     return "\n".join([*head, line({name: name for name in columns}), *map(line, rows)])
-
-
-def markdown_table(rows: Sequence[dict[str, str]]) -> str:
-    """The rows as a table in Markdown."""
-    lines = [
-        list(rows[0]),
-        ["---"] * len(rows[0]),
-        *([text.replace("|", r"\|") for text in row.values()] for row in rows),
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line's options."""
-    parser = argparse.ArgumentParser(
-        prog="python -m jresnet.reports.compare",
-        description="Compare training runs in a table and a plot.",
-        epilog="Figures are those of the last epoch; of several seeds mean ± sample standard deviation over the finished "
-        "ones (over all at the same epoch where none is finished), images/s and time the mean of a seed. Exit code: 0; 1 "
-        "for folders that are no run's or have a damaged file; 2 for bad options.",
-    )
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, finished or not, or of a run's seeds"
-    )
-    parser.add_argument(
-        "--plot", type=Path, default=Path("comparison.png"), metavar="FILE.png",
-        help="training loss and accuracy by epoch; a file that exists is replaced (default: comparison.png)",
-    )  # fmt: skip
-    parser.add_argument("--format", choices=("text", "markdown", "json"), default="text", help="of the table (text)")
-    return parser
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Runs the command; returns its exit code."""
-    options = parser()
-    args = options.parse_args(argv)
-    if args.plot.suffix.lower() != ".png":
-        options.error(f"--plot writes PNG, so its file's name must end in .png, got {str(args.plot)!r}")
-    try:
-        entries = read_entries(args.runs)
-        found = [figures(entry) for entry in entries]
-        if args.format == "json":
-            print(json.dumps(found, indent=1))
-        else:
-            rows = [cells(row) for row in found]
-            print(text_table(rows) if args.format == "text" else markdown_table(rows))
-        sys.stdout.flush()
-        if not any(run.rows for entry in entries for run in entry.runs):
-            print("no plot: no run has an epoch behind it yet", file=sys.stderr)
-            return 0
-        plots.plot_runs({entry.name: [run.rows for run in entry.runs] for entry in entries}, args.plot)
-        print(f"plot     {args.plot}", file=sys.stderr)  # not among the lines of a table that goes to a file
-    except InputError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
-        return 1
-    except ImportError as error:
-        print(f"error: {error}: install what plots need with pip install 'jresnet[train]'", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jresnet.files import write_atomically
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -66,6 +68,8 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> No
 
 def plot_confusion(labels: np.ndarray, predictions: np.ndarray, classes: Sequence[str], path: Path, title: str) -> None:
     """How often each class (row) was taken for each other one (column): counts, coloured by the share of the row.
+
+    scikit-learn's ``ConfusionMatrixDisplay`` colours by count, fills the picture with zeros, and lets names overlap.
 
     Args:
         labels: int ``[N]``.
@@ -254,10 +258,6 @@ def _figure(size: tuple[float, float]) -> Figure:
 
 def _save(figure: Figure, path: Path) -> None:
     """Writes a PNG, whole or not at all."""
-    from jresnet.weights.native import (
-        write_atomically,  # here: it brings in jax, which a table of runs need not wait for
-    )
-
     content = io.BytesIO()
     figure.savefig(content, dpi=120, format="png")
     write_atomically(path, content.getvalue())

@@ -31,8 +31,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from jresnet.errors import InputError, WeightsError
+from jresnet.files import printable
 from jresnet.training.step import TrainState
-from jresnet.weights.native import printable
 
 KEPT = 3  # the newest ones; the best one beside them
 

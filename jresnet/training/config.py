@@ -15,6 +15,7 @@ from jresnet.models import zoo
 from jresnet.models.resnet import Stem
 from jresnet.training import recipes
 from jresnet.training.augment import Pipeline
+from jresnet.weights.preprocessing import STATISTICS
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class RunConfig:
 
     def pipeline(self) -> Pipeline:
         """What happens to the images."""
-        mean, std = recipes.STATISTICS["imagenet" if self.imagenet_statistics else self.dataset]
+        mean, std = STATISTICS["imagenet" if self.imagenet_statistics else self.dataset]
         return Pipeline(
             self.crop, self.image_size, self.flip, mean, std, self.random_erasing, self.mixup, self.cutmix
         )  # fmt: skip

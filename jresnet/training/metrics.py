@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from jresnet.errors import InputError
+from jresnet.files import write_atomically
 
 LARGEST = 2**26  # bytes of a metrics.jsonl that is read; 200 epochs are some 60 kB
 
@@ -112,10 +113,6 @@ class WandB:
     """
 
     def __init__(self, project: str, name: str, config: dict[str, Any], folder: Path):
-        from jresnet.weights.native import (
-            write_atomically,  # here: it brings in jax, which readers of logs need not wait for
-        )
-
         try:
             from wandb import Error, init  # type: ignore[import-not-found]
         except ImportError as error:  # also where a run's own folder wandb/ is taken for the package
@@ -168,8 +165,6 @@ class Metrics:
 
     def _begin(self, epochs: int) -> None:
         from tensorboardX import SummaryWriter
-
-        from jresnet.weights.native import write_atomically  # here: as above
 
         self.rows = read_metrics(self.path, epochs)
         if len(self.rows) < epochs:

@@ -14,13 +14,14 @@ from typing import Any
 import jax
 
 import jresnet
+from jresnet import files
 from jresnet.errors import InputError
 from jresnet.reports import plots
 from jresnet.training import step as train
 from jresnet.training.config import RunConfig, differences, read_config
 from jresnet.training.program import Program
-from jresnet.weights import native as weights
-from jresnet.weights.published import Preprocessing
+from jresnet.weights import native
+from jresnet.weights.preprocessing import Preprocessing
 
 FILES = ("config.json", "metrics.jsonl", "summary.json", "last.safetensors", "best.safetensors", "checkpoints")
 
@@ -36,7 +37,7 @@ def make(out: Path) -> None:
 def write_config(out: Path, config: RunConfig, **more: Any) -> None:
     """Writes ``config.json``."""
     values = {"run": dataclasses.asdict(config), **more, "command": shlex.join(sys.argv)}
-    weights.write_atomically(out / "config.json", json.dumps(values, indent=1).encode())
+    files.write_atomically(out / "config.json", json.dumps(values, indent=1).encode())
 
 
 def check(config: RunConfig, out: Path, resume: bool) -> None:
@@ -60,7 +61,7 @@ def save_weights(path: Path, program: Program, state: train.TrainState, row: dic
     """Writes the model of a state, with how to prepare images for it and the figures of ``row``."""
     config, pipeline = program.config, program.pipeline
     resize = round(config.image_size * 8 / 7) if config.crop == "resized" else None
-    weights.save(
+    native.save(
         path,
         train.model_of(program.graph, state),
         config.arch,
@@ -130,7 +131,7 @@ def finish(
         "command": shlex.join(sys.argv),
         **more,
     }
-    weights.write_atomically(out / "summary.json", json.dumps(summary, indent=1).encode())
+    files.write_atomically(out / "summary.json", json.dumps(summary, indent=1).encode())
     return summary
 
 

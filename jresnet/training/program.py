@@ -13,18 +13,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-import jresnet.data.cifar10
+import jresnet.data
 from jresnet import cache
-from jresnet.data.cifar10 import Dataset, Split
+from jresnet.data.dataset import Dataset, Split
 from jresnet.errors import InputError
 from jresnet.kernels.compiler import compiler_options
+from jresnet.models import zoo
 from jresnet.models.resnet import ResNet
 from jresnet.training import devices, optim
 from jresnet.training import step as train
 from jresnet.training.config import RunConfig
 from jresnet.training.devices import Devices
 from jresnet.training.stop import Interrupted, StopRequest
-from jresnet.weights import native as weights
 
 
 class Program:
@@ -92,7 +92,7 @@ class Program:
         """The network with a seed's initial parameters; with None their shapes alone."""
         config = self.config
         return ResNet(
-            weights.configure(config.arch, num_classes=len(self.data.classes), in_channels=3, stem=config.stem),
+            zoo.configure(config.arch, num_classes=len(self.data.classes), in_channels=3, stem=config.stem),
             zero_init_residual=config.zero_init_residual,
             dtype=jnp.bfloat16 if config.precision == "bfloat16" else None,
             remat=config.remat,
@@ -185,10 +185,8 @@ def describe(config: RunConfig, program: Program) -> list[str]:
 
 
 def load_data(config: RunConfig, data_dir: Path | None) -> Dataset:
-    """The configured dataset; raises DataError and DownloadError as :mod:`jresnet.data.cifar10` says."""
-    if config.dataset == "digits":
-        return jresnet.data.cifar10.load_digits()
-    return jresnet.data.cifar10.load_cifar10(data_dir)
+    """The configured dataset; raises DataError as :func:`jresnet.data.load` says."""
+    return jresnet.data.load(config.dataset, data_dir)
 
 
 def split_dataset(config: RunConfig, data: Dataset) -> dict[str, Split]:

@@ -5,13 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-# Mean and standard deviation, by channel, of the training images' pixels in [0, 1]; ImageNet's are torchvision's.
-STATISTICS = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "digits": ((0.3055, 0.3055, 0.3055), (0.3240, 0.3240, 0.3240)),
-}
-
 
 @dataclass(frozen=True)
 class Recipe:

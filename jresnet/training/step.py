@@ -19,7 +19,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jresnet import cache
-from jresnet.data.cifar10 import Split
+from jresnet.data.dataset import Split
 from jresnet.models.resnet import ResNet
 from jresnet.training.augment import Pipeline, alternate
 from jresnet.training.devices import Devices

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jresnet.data.cifar10 import Dataset
+from jresnet import files
+from jresnet.data.dataset import Dataset
 from jresnet.reports import compare as report
 from jresnet.training import devices
 from jresnet.training import metrics as logs
@@ -28,7 +29,6 @@ from jresnet.training.config import RunConfig
 from jresnet.training.devices import Devices
 from jresnet.training.program import Program, describe
 from jresnet.training.stop import Interrupted, StopRequest
-from jresnet.weights import native as weights
 
 ROLLBACKS = 3  # how often a run goes back to its last checkpoint
 STRETCH = 2.0  # seconds of training between two looks: at metrics, signals and the clock
@@ -465,7 +465,7 @@ def fit_seeds(
 
     Each is a run of its own in ``out/seed-N``; ``out/summary.json`` holds mean and standard deviation. One after the other
     since at once, under ``jax.vmap``, kernels that differ by seed become grouped convolutions, which are slower on a CPU
-    (scripts/measure_runs.py).
+    (docs/log/2026-11-seeds-at-once.md).
 
     Args:
         config: of the first.
@@ -505,7 +505,7 @@ def fit_seeds(
         if not first:
             return {}
         summary = report.summarise(summaries)
-        weights.write_atomically(out / "summary.json", json.dumps(summary, indent=1).encode())
+        files.write_atomically(out / "summary.json", json.dumps(summary, indent=1).encode())
         accuracy = summary["final"]["test_accuracy"]
         spread = f" ± {100 * accuracy['std']:.2f}" if runs > 1 else ""
         logs.Progress().say(

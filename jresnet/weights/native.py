@@ -6,153 +6,28 @@ a temporary name and moved into place, so that one that exists is whole.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import hashlib
 import json
 import os
 import platform
 import stat
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any
 
 import flax
 import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
-from flax import nnx
 from jax.typing import DTypeLike
 
 from jresnet.errors import InputError, WeightsError
-from jresnet.models import zoo
-from jresnet.models.layers import Linear
+from jresnet.files import write_atomically
+from jresnet.models.params import arrays, differences, fill, shapes
 from jresnet.models.resnet import ResNet, ResNetConfig
+from jresnet.models.zoo import FREE, configure
 
 FORMAT = "jresnet-1"
-FREE = ("num_classes", "in_channels", "stem", "shortcut")  # what may be chosen apart from an architecture's row
-_KINDS = {"stem": ("imagenet", "cifar"), "shortcut": ("pad", "projection", "projection_first", "conv")}
-_STATE = (nnx.Param, nnx.BatchStat)
-
-
-def configure(arch: str, **chosen: Any) -> ResNetConfig:
-    """The configuration of ``arch`` with those of num_classes, in_channels, stem and shortcut that are not None replaced.
-
-    Raises:
-        InputError: for an unknown architecture or a value out of range; all of them at once.
-    """
-    config = dataclasses.replace(zoo.find(arch).config, **{k: v for k, v in chosen.items() if v is not None})
-    problems = [
-        f"{name} must be a whole number of at least 1, got {value!r}"
-        for name in ("num_classes", "in_channels")
-        if not isinstance(value := getattr(config, name), int) or isinstance(value, bool) or value < 1
-    ]
-    problems += [
-        f"{name} must be {' or '.join(map(repr, kinds))}, got {getattr(config, name)!r}"
-        for name, kinds in _KINDS.items()
-        if getattr(config, name) not in kinds
-    ]
-    if config.shortcut == "pad" and config.block != "basic":
-        problems.append("shortcut 'pad' is defined for basic blocks (He et al. 2016, section 4.2), not for bottlenecks")
-    if problems:
-        raise InputError("; ".join(problems))
-    return config
-
-
-def arrays(model: ResNet) -> dict[str, Any]:
-    """Every parameter and running statistic by its dotted path, such as ``layer1.0.bn2.mean``, sorted."""
-    flat = nnx.to_flat_state(nnx.state(model, _STATE))
-    return dict(sorted((".".join(map(str, path)), variable.get_value()) for path, variable in flat))
-
-
-@functools.lru_cache(64)
-def shapes(config: ResNetConfig) -> Mapping[str, tuple[int, ...]]:
-    """The shape of every parameter and running statistic by its dotted path."""
-    return MappingProxyType({path: leaf.shape for path, leaf in arrays(ResNet(config, rngs=None)).items()})
-
-
-def fill(
-    config: ResNetConfig, values: Mapping[str, np.ndarray], dtype: DTypeLike | None = None, remat: bool = False
-) -> ResNet:
-    """A model whose leaves are exactly ``values``, by their dotted paths; ``dtype``, ``remat`` as in :class:`ResNet`."""
-    graph, state = nnx.split(ResNet(config, dtype=dtype, remat=remat, rngs=None), _STATE)
-    flat = {
-        path: variable.replace(jax.numpy.asarray(values[".".join(map(str, path))]))
-        for path, variable in nnx.to_flat_state(state)
-    }
-    return nnx.merge(graph, nnx.from_flat_state(flat))
-
-
-def adapt(
-    values: Mapping[str, np.ndarray], found: ResNetConfig, wanted: ResNetConfig, seed: int = 0
-) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Weights of ``found`` for a network that has another number of classes or of input channels, as timm adapts them.
-
-    A head for other classes is drawn anew, as PyTorch's ``nn.Linear``. A stem kernel for three channels is summed over
-    them for one; for any other number C its channels are repeated in turn and scaled by 3 / C, so that the activations
-    keep their size.
-
-    Returns:
-        The values by dotted path, and a sentence on each thing that was adapted.
-
-    Raises:
-        WeightsError: where the networks differ in anything else, or a stem for other than three channels would have to
-            be adapted.
-    """
-    values, notes = dict(values), []
-    problems = [
-        f"its {field.name} is {getattr(found, field.name)!r}, not {getattr(wanted, field.name)!r}"
-        for field in dataclasses.fields(ResNetConfig)
-        if field.name not in ("num_classes", "in_channels")
-        and getattr(found, field.name) != getattr(wanted, field.name)
-    ]
-    if found.in_channels != wanted.in_channels:
-        if found.in_channels == 3:
-            kernel, channels = np.asarray(values["conv1.kernel"]), wanted.in_channels
-            if channels == 1:
-                values["conv1.kernel"], how = kernel.sum(2, keepdims=True), "summed over the channels"
-            else:
-                repeated = np.take(kernel, np.arange(channels) % 3, axis=2)
-                values["conv1.kernel"] = repeated * np.float32(3 / channels)
-                how = f"its channels repeated in turn and scaled by 3/{channels}"
-            notes.append(f"stem for {channels} input channel{'s' * (channels > 1)}: the kernel for 3, {how}")
-        else:
-            problems.append(
-                f"its in_channels is {found.in_channels}, not {wanted.in_channels}: only a stem for 3 can be adapted"
-            )
-    if problems:
-        raise WeightsError(f"the weights are of another network: {'; '.join(problems)}")
-    if found.num_classes != wanted.num_classes:
-        head = Linear(values["fc.kernel"].shape[0], wanted.num_classes, rngs=nnx.Rngs(seed))
-        values |= {"fc.kernel": np.asarray(head.kernel[...]), "fc.bias": np.asarray(head.bias[...])}
-        notes.append(
-            f"fresh head for {wanted.num_classes} classes, to be trained: the weights' own has {found.num_classes}"
-        )
-    return values, notes
-
-
-def differences(expected: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """One line for each kind of disagreement between two tables of names and shapes; empty where they agree."""
-    missing, unexpected = expected.keys() - got.keys(), [printable(k) for k in got.keys() - expected.keys()]
-    misshapen = [
-        f"{k} is {list(got[k])}, not {list(expected[k])}"
-        for k in sorted(expected.keys() & got.keys())
-        if tuple(got[k]) != tuple(expected[k])
-    ]
-    lines = []
-    for title, names in (("missing", sorted(missing)), ("unexpected", sorted(unexpected)), ("misshapen", misshapen)):
-        if names:
-            lines.append(f"{len(names)} {title}: {', '.join(names)}")
-    return lines
-
-
-def printable(name: str) -> str:
-    """A name from a stranger's file as it may be shown on a terminal: without control codes, and not for pages."""
-    name = name if name.isprintable() else repr(name)
-    return name if len(name) <= 200 else f"{name[:200]}..."
 
 
 def digest(values: Mapping[str, np.ndarray]) -> str:
@@ -198,34 +73,6 @@ def save(path: str | Path, model: ResNet, arch: str, **provenance: str) -> None:
     write_atomically(path, safetensors.numpy.save(values, metadata))
 
 
-def write_atomically(path: str | Path, content: bytes) -> None:
-    """Writes a file so that, whenever it is interrupted, the path holds the old content or the new one, whole.
-
-    Raises:
-        InputError: where it cannot be written (no such folder, no permission, disk full).
-    """
-    path = Path(path)
-    temporary = None
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-            mask = os.umask(0)  # mkstemp makes files private; give this one the permissions of an ordinary file
-            os.umask(mask)
-            os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except OSError as error:
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        raise InputError(f"cannot write {path}: {error.strerror or error}; choose another place") from error
-    except BaseException:  # Ctrl-C: leave nothing half-written
-        if temporary:
-            Path(temporary).unlink(missing_ok=True)
-        raise
-
-
 def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The arrays and the metadata of any safetensors file, bfloat16 included.
 
@@ -253,12 +100,18 @@ def read(path: str | Path) -> tuple[str, ResNetConfig, dict[str, np.ndarray], di
         WeightsError: where the file is missing, truncated, altered, not jresnet's, or does not hold what its
             architecture needs; one message lists everything that is wrong.
     """
-    path = Path(path)
-    if path.suffix in (".pth", ".pt", ".th"):
+    if Path(path).suffix in (".pth", ".pt", ".th"):
         raise WeightsError(
-            f"{path} is a PyTorch file: convert it first, with python -m convert.torch2flax ARCH --weights {path}"
+            f"{path} is a PyTorch file: jresnet.create(ARCH, weights=...) reads it, or convert it first, with "
+            f"python -m convert.torch2flax ARCH --weights {path}"
         )
-    values, metadata = read_safetensors(path)
+    return parse(path, *read_safetensors(path))
+
+
+def parse(
+    path: str | Path, values: dict[str, np.ndarray], metadata: dict[str, str]
+) -> tuple[str, ResNetConfig, dict[str, np.ndarray], dict[str, str]]:
+    """:func:`read`, of the arrays and the metadata of ``path``, whose name is for errors only."""
     if metadata.get("format") != FORMAT:
         raise WeightsError(
             f"{path} is not a {FORMAT} file (its metadata says {metadata.get('format')!r}): a PyTorch or timm file "
@@ -268,8 +121,7 @@ def read(path: str | Path) -> tuple[str, ResNetConfig, dict[str, np.ndarray], di
         raise WeightsError(f"{path} was altered after it was written, its digest differs: fetch or convert it again")
     try:
         arch, chosen = metadata["arch"], json.loads(metadata["config"])
-        # The shortcut came later than the first files.
-        config = configure(arch, **{name: chosen[name] for name in FREE if name != "shortcut" or name in chosen})
+        config = configure(arch, **{name: chosen[name] for name in FREE})
     except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise WeightsError(f"{path} does not say which network it holds ({str(error)[:500]})") from error
     problems = differences(shapes(config), {name: value.shape for name, value in values.items()})

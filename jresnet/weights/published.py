@@ -12,7 +12,6 @@ be found.
     e   rajeshgangireddy/anomalib, src/anomalib/models/image/mh_patchcore/README.md
 """
 
-import dataclasses
 import difflib
 import functools
 import importlib.resources
@@ -21,104 +20,15 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from jresnet import download
 from jresnet.errors import DownloadError, InputError, WeightsError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from jax.typing import DTypeLike
-
-    from jresnet.models.resnet import ResNet, ResNetConfig
+from jresnet.files import sha256_of
+from jresnet.weights.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True)
-class Preprocessing:
-    """From an image to the network's input, in this order; resizing is antialiased."""
-
-    resize: int | None  # pixels of the shorter side; None: the image as it is
-    crop: int  # pixels of the central square
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)  # RGB or one grey channel, of pixels scaled to 0..1
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    interpolation: str = "bilinear"  # or "bicubic"
-
-    def __str__(self) -> str:
-        size = "as they are" if self.resize is None else f"shorter side {self.resize} pixels ({self.interpolation})"
-        mean, std = (", ".join(f"{value:g}" for value in values) for values in (self.mean, self.std))
-        return f"{size}, centre {self.crop} x {self.crop}, mean {mean}, std {std}"
-
-    def check(self) -> None:
-        """Raises :class:`InputError` with everything that is of a wrong type or out of range."""
-
-        def pixels(value: object) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 4096
-
-        def numbers(values: object) -> bool:
-            return (
-                isinstance(values, tuple)
-                and len(values) in (1, 3)
-                and all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-            )
-
-        problems = []
-        if self.resize is not None and not pixels(self.resize):
-            problems.append(f"resize must be null or 1 to 4096 pixels, got {_short(self.resize)}")
-        if not pixels(self.crop):
-            problems.append(f"crop must be 1 to 4096 pixels, got {_short(self.crop)}")
-        if not numbers(self.mean) or not all(0 <= value <= 1 for value in self.mean):
-            problems.append(f"mean must be one or three numbers from 0 to 1, got {_short(self.mean)}")
-        if not numbers(self.std) or not all(0 < value <= 1 for value in self.std):
-            problems.append(f"std must be one or three numbers above 0 and at most 1, got {_short(self.std)}")
-        if not problems and len(self.mean) != len(self.std):
-            problems.append(f"mean has {len(self.mean)} values and std {len(self.std)}")
-        if self.interpolation not in ("bilinear", "bicubic"):
-            problems.append(f"interpolation must be bilinear or bicubic, got {_short(self.interpolation)}")
-        if problems:
-            raise InputError("; ".join(problems))
-
-    def to_json(self) -> str:
-        """The entry ``preprocessing`` of a native file's metadata."""
-        return json.dumps(dataclasses.asdict(self))
-
-    @classmethod
-    def from_json(cls, text: str) -> "Preprocessing":
-        """What :meth:`to_json` wrote, or the older form of a training run, from a file that anyone may have written.
-
-        Raises:
-            WeightsError: for anything else; one message lists all that is wrong.
-        """
-        try:
-            found = json.loads(text)
-            if not isinstance(found, dict):
-                raise InputError(f"expected an object, got {_short(found)}")
-            if found.get("crop") in ("pad", "resized") and isinstance(size := found.pop("image_size", None), int):
-                resize = None if found["crop"] == "pad" else round(size * 8 / 7)
-                found |= {"resize": resize, "crop": size, "interpolation": "bilinear"}
-            fields = {field.name for field in dataclasses.fields(cls)}
-            problems = [f"{_short(name)} is unknown" for name in sorted(found.keys() - fields)]
-            if "resize" not in found:  # for the others, null is wrong as well
-                problems.append("there is no resize")
-            known: dict[str, Any] = {name: tuple(v) if isinstance(v := found.get(name), list) else v for name in fields}
-            try:
-                cls(**known).check()
-            except InputError as error:
-                problems.append(str(error))
-            if problems:
-                raise InputError("; ".join(problems))
-        except (ValueError, RecursionError) as error:  # json's own, and those above
-            raise WeightsError(f"the preprocessing that the weights file states cannot be used: {error}") from error
-        return cls(**known)
-
-
-def _short(value: object) -> str:
-    """A value as it may stand in a message: a stranger's may be very long."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-@dataclass(frozen=True)
-class Weights:
+class Row:
     """One published weights file."""
 
     arch: str
@@ -154,9 +64,9 @@ _DIGESTS = {
 }
 
 
-def _row(arch: str, name: str, digits: str, resize: int, top1: float, top5: float, default: bool = False) -> Weights:
+def _row(arch: str, name: str, digits: str, resize: int, top1: float, top5: float, default: bool = False) -> Row:
     url = f"https://download.pytorch.org/models/{arch}-{digits}.pth"
-    return Weights(arch, name, url, _DIGESTS.get(digits, digits), Preprocessing(resize, 224), top1, top5, default)
+    return Row(arch, name, url, _DIGESTS.get(digits, digits), Preprocessing(resize, 224), top1, top5, default)
 
 
 _TABLE = (
@@ -186,12 +96,17 @@ def names(arch: str) -> tuple[str, ...]:
     return tuple(row.name for row in _TABLE if row.arch == arch.lower())
 
 
-def find(arch: str, name: str | None = None) -> Weights:
+def is_name(text: str) -> bool:
+    """Whether ``text`` is a name of published weights, of some architecture, or ``DEFAULT``; in whatever case."""
+    return text.upper() in ("DEFAULT", *(row.name for row in _TABLE))
+
+
+def find(arch: str, name: str | None = None) -> Row:
     """The weights of an architecture by their name, whatever its case.
 
     Args:
         arch: one of torchvision's ten, such as ``"resnet50"``.
-        name: such as ``"IMAGENET1K_V1"``; None or ``"DEFAULT"`` means torchvision's default, its best.
+        name: such as ``"IMAGENET1K_V1"``; ``None`` or ``"DEFAULT"`` means torchvision's default, its best.
 
     Raises:
         InputError: nothing is published under these names; the message says what is.
@@ -203,7 +118,7 @@ def find(arch: str, name: str | None = None) -> Weights:
             f"no weights are published for {arch!r}{_nearest(arch.lower(), known)}. There are some for "
             f"{', '.join(known)}. For any other architecture give the path of a weights file."
         )
-    wanted = (name or "DEFAULT").upper()
+    wanted = ("DEFAULT" if name is None else name).upper()
     for row in rows:
         if row.name == wanted or (row.default and wanted == "DEFAULT"):
             return row
@@ -225,13 +140,13 @@ def cache_dir() -> Path:
     return Path(home).expanduser() / "hub" / "checkpoints"
 
 
-def cached(weights: Weights) -> Path | None:
+def cached(weights: Row) -> Path | None:
     """Where the file lies in the cache, unchecked; None if it does not."""
     path = cache_dir() / weights.filename
     return path if path.exists() else None
 
 
-def fetch(weights: Weights, *, progress: bool = True) -> Path:
+def fetch(weights: Row, *, progress: bool = True) -> Path:
     """The weights file, from the cache or else downloaded into it; its digest is checked at every call.
 
     Args:
@@ -249,7 +164,7 @@ def fetch(weights: Weights, *, progress: bool = True) -> Path:
         except DownloadError as error:
             raise DownloadError(f"{error}\nThe folder is torch's cache; TORCH_HOME sets another.") from error
     try:
-        actual = download.sha256_of(path)
+        actual = sha256_of(path)
     except OSError as error:
         raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
     if not actual.startswith(weights.sha256):
@@ -282,36 +197,13 @@ def categories() -> tuple[str, ...]:
     return tuple(text.splitlines())
 
 
-def metadata(weights: Weights) -> dict[str, str]:
-    """What a native file says of published weights beside their source: preprocessing and scores, as JSON."""
+def metadata(weights: Row) -> dict[str, str]:
+    """What a native file says of published weights: source and name, and as JSON preprocessing, scores and categories."""
     scores = {"top1": weights.top1, "top5": weights.top5, "of": "ImageNet-1K validation, single crop, published"}
-    return {"preprocessing": weights.preprocessing.to_json(), "scores": json.dumps(scores)}
-
-
-def read(weights: Weights) -> "tuple[ResNetConfig, dict[str, np.ndarray]]":
-    """Published weights fetched, checked and converted: their network's configuration, and its arrays by dotted path.
-
-    Raises:
-        DownloadError: the file is neither in the cache nor to be had.
-        WeightsError: the file in the cache is damaged.
-    """
-    return converted(fetch(weights), weights.arch)
-
-
-def converted(path: Path, arch: str, **chosen: Any) -> "tuple[ResNetConfig, dict[str, np.ndarray]]":
-    """A PyTorch file of ``arch``: its network's configuration, and its arrays by dotted path.
-
-    ``chosen`` and errors as :func:`convert.torch2flax.match`.
-    """
-    # The one place where jresnet knows of convert, which knows PyTorch's files and names.
-    from convert import torch2flax
-
-    found = torch2flax.match(torch2flax.read(path), arch, source=str(path), **chosen)
-    return found.config, found.values
-
-
-def load(weights: Weights, dtype: "DTypeLike | None" = None) -> "ResNet":
-    """Published weights as a model; errors as :func:`read`."""
-    from jresnet.weights import native
-
-    return native.fill(*read(weights), dtype)
+    return {
+        "source": weights.url,
+        "weights": weights.name,
+        "preprocessing": weights.preprocessing.to_json(),
+        "scores": json.dumps(scores),
+        "categories": json.dumps(categories()),
+    }

@@ -29,15 +29,15 @@ import torch
 import torch.nn.functional as F
 from flax import nnx
 
-from convert import flax2torch, torch2flax, verify
-from jresnet import ResNet, create
-from jresnet.data import cifar10 as data
+from convert import verify
+from jresnet import ResNet, create, data, files
 from jresnet.errors import InputError
-from jresnet.pytorch import keymap
+from jresnet.models import params
+from jresnet.pytorch import keymap, statedict
 from jresnet.training import optim, recipes
 from jresnet.training import step as train
 from jresnet.training.augment import Pipeline
-from jresnet.weights import native as weights
+from jresnet.weights.preprocessing import STATISTICS
 
 ARCH = "resnet20_cifar"
 RECIPE = recipes.RECIPES["step"]  # 200 steps end long before its first milestone
@@ -75,7 +75,7 @@ def kept(steps: int) -> list[int]:
 
 def draw_batches(split: data.Split, steps: int, batch_size: int, seed: int) -> list[Batch]:
     """Epochs in random order, augmented by jresnet's pipeline: 1.6 MB a step of 128 images."""
-    mean, std = recipes.STATISTICS["cifar10"]
+    mean, std = STATISTICS["cifar10"]
     augment = jax.jit(Pipeline(RECIPE.crop, RECIPE.image_size, RECIPE.flip, mean, std).train)
     order_key, augment_key = jax.random.split(jax.random.key(seed))
 
@@ -119,10 +119,10 @@ def train_pytorch(
 ) -> Run:
     """The run of ``torch.optim.SGD`` in a plain loop, from the parameters of ``start``."""
     model = networks.build(ARCH)
-    model.load_state_dict({key: torch.from_numpy(value) for key, value in flax2torch.state_dict(start).items()})
+    model.load_state_dict({key: torch.from_numpy(value) for key, value in statedict.state_dict(start).items()})
     model = model.to(dtype).to(memory_format=memory_format).train()
     parameters = dict(model.named_parameters())
-    paths = [path for path in sorted(weights.arrays(start)) if keymap.torch_key(path) in parameters]
+    paths = [path for path in sorted(params.arrays(start)) if keymap.torch_key(path) in parameters]
     sgd = torch.optim.SGD(
         model.parameters(), RECIPE.lr, RECIPE.momentum, weight_decay=RECIPE.weight_decay, nesterov=RECIPE.nesterov
     )
@@ -138,7 +138,7 @@ def train_pytorch(
         run.losses[i] = loss.item()
         if i + 1 in kept(len(batches)):
             values = [parameters[keymap.torch_key(path)].detach().numpy() for path in paths]
-            run.parameters[i + 1] = np.concatenate([np.ravel(torch2flax.to_flax(value)) for value in values])
+            run.parameters[i + 1] = np.concatenate([np.ravel(keymap.to_flax(value)) for value in values])
     torch.set_num_threads(before)
     return run
 
@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         report = compare(split, args.steps, args.batch_size, args.seed, args.exact)
         report["data"] = {"digest": dataset.digest, "official": dataset.verified}
-        weights.write_atomically(args.out / "comparison.json", json.dumps(rounded(report), indent=1).encode())
+        files.write_atomically(args.out / "comparison.json", json.dumps(rounded(report), indent=1).encode())
         plot(report, args.out / "comparison.png")
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

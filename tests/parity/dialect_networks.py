@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convert import reference
-from jresnet.weights import native as weights
+from jresnet.models import zoo
 
 WIDTHS, CIFAR_WIDTHS = (64, 128, 256, 512), (16, 32, 64)
 DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet20_cifar": (3, 3, 3)}
@@ -209,7 +209,7 @@ def d2l() -> nn.Module:
 
 
 def chenyaofo() -> nn.Module:
-    config = weights.configure("resnet20_cifar", shortcut="projection")
+    config = zoo.configure("resnet20_cifar", shortcut="projection")
     return reference.network("resnet20_cifar", config)  # torchvision's names at the depths of the CIFAR family
 
 

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from convert import reference
+from convert.installed import import_torchvision
 from convert.reference import randomise
-from convert.verify import import_torchvision
-from jresnet.weights import native as weights
+from jresnet.models import zoo
 
 models = import_torchvision().models
 
@@ -23,12 +23,12 @@ TORCHVISION = (
 def CifarResNet(depth: int, num_classes: int = 10) -> nn.Module:
     """The paper's CIFAR network of this depth, with PyTorch's initial parameters."""
     arch = f"resnet{depth}_cifar"
-    return reference.network(arch, weights.configure(arch, num_classes=num_classes))
+    return reference.network(arch, zoo.configure(arch, num_classes=num_classes))
 
 
 def build(arch: str, **chosen: Any) -> nn.Module:
     """The PyTorch network of a row of the zoo, with random BN parameters and statistics: default ones hide swaps."""
     torch.manual_seed(0)
-    model = reference.network(arch, weights.configure(arch, **chosen))
+    model = reference.network(arch, zoo.configure(arch, **chosen))
     randomise(model)
     return model.eval()

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-import benchmark_table as table
 import pytest
-from conftest import load_script
+from benchmark import driver, table
+from benchmark.suites import Row
 
 from convert import verify
+from jresnet.models import zoo
 from jresnet.models.resnet import ResNetConfig
-from jresnet.weights import native as weights
 
 REPOSITORY = Path(__file__).parent.parent.parent
 TINY = ResNetConfig("basic", (1, 1, 1), (4, 8, 16), num_classes=10, stem="cifar", shortcut="pad")
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    return load_script("benchmark")
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +25,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def quick(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(script, "SECONDS", 0.01)
-    monkeypatch.setattr(script, "EPOCH", 16)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "SECONDS", 0.01)
+    monkeypatch.setattr(driver, "EPOCH", 16)
 
 
-def measure(script: ModuleType, folder: Path, row: Any, config: ResNetConfig, names: list[str]) -> dict[str, Any]:
+def measure(folder: Path, row: Any, config: ResNetConfig, names: list[str]) -> dict[str, Any]:
     about = {"config": dataclasses.asdict(config), "gflop": 1.0}
-    return script.measure(script.Workplace(folder, "cpu", 1), row, names, about)
+    return driver.measure(driver.Workplace(folder, "cpu", 1), row, names, about)
 
 
 def assert_same(found: dict[str, Any]) -> None:
@@ -54,11 +48,11 @@ def assert_same(found: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("task", ["train", "infer"])
-def test_the_same_results(script: ModuleType, folder: Path, task: str) -> None:
+def test_the_same_results(folder: Path, task: str) -> None:
     """The whole gradient, or the logits."""
-    row = script.Row(task, task, "resnet20_cifar", 8, 8)
+    row = Row(task, task, "resnet20_cifar", 8, 8)
     others = ["timm"] if task == "infer" else []
-    found = measure(script, folder, row, TINY, ["jresnet", "torch", *others])
+    found = measure(folder, row, TINY, ["jresnet", "torch", *others])
     for name in others:  # its reason; the others go on
         assert found.pop(name) == "timm has no resnet20_cifar with the cifar stem"
     assert_same(found)
@@ -68,19 +62,19 @@ def test_the_same_results(script: ModuleType, folder: Path, task: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.parametrize("task", ["train", "infer"])
-def test_all_peers(script: ModuleType, folder: Path, task: str) -> None:
+def test_all_peers(folder: Path, task: str) -> None:
     """torch.compile, which needs a C++ compiler, and timm too."""
-    row = script.Row(task, task, "resnet18", 64, 4)
-    assert_same(measure(script, folder, row, weights.configure("resnet18"), ["torch", "torch-compile", "timm"]))
+    row = Row(task, task, "resnet18", 64, 4)
+    assert_same(measure(folder, row, zoo.configure("resnet18"), ["torch", "torch-compile", "timm"]))
 
 
-def test_an_epoch(script: ModuleType, folder: Path) -> None:
+def test_an_epoch(folder: Path) -> None:
     """Of 16 images, in steps of 6."""
-    row = script.Row("train", "epoch", "tiny", 8, 6, "bfloat16")
-    found = measure(script, folder, row, TINY, ["torch"])["torch"][0]
+    row = Row("train", "epoch", "tiny", 8, 6, "bfloat16")
+    found = measure(folder, row, TINY, ["torch"])["torch"][0]
     assert found["images_per_second"] == 12 / found["seconds"] > 0
 
 
-def test_products(script: ModuleType, folder: Path) -> None:
-    found = script.Workplace(folder, "cpu", 1).ask("torch", "gemm", precision="float32")
+def test_products(folder: Path) -> None:
+    found = driver.Workplace(folder, "cpu", 1).ask("torch", "gemm", precision="float32")
     assert found["gflops"] > 0

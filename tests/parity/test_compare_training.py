@@ -9,7 +9,7 @@ import compare_training
 import numpy as np
 import pytest
 
-from jresnet.data import cifar10 as data
+from jresnet import data
 
 
 @pytest.fixture

@@ -8,8 +8,10 @@ from pathlib import Path
 import networks
 import pytest
 import torch
+from conftest import command
 
 from convert import torch2flax, verify
+from jresnet import files
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -33,7 +35,6 @@ def test_a_published_file_through_the_cache(
     import dataclasses
 
     import jresnet
-    from jresnet import download
     from jresnet.weights import published as pretrained
 
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -46,7 +47,7 @@ def test_a_published_file_through_the_cache(
     assert "is damaged or another file" in capsys.readouterr().err
     assert list(tmp_path.rglob("*.safetensors")) == []
 
-    mine = dataclasses.replace(row, sha256=download.sha256_of(path))
+    mine = dataclasses.replace(row, sha256=files.sha256_of(path))
     monkeypatch.setattr(pretrained, "find", lambda *_: mine)
     output = tmp_path / "out.safetensors"
     assert torch2flax.main(["resnet18", "--output", str(output)]) == 0
@@ -66,3 +67,10 @@ def test_a_whole_module_is_refused_with_advice(tmp_path: Path, capsys: pytest.Ca
     assert torch2flax.main(["resnet20_cifar", "--weights", str(source), "--output", str(tmp_path / "x")]) == 1
     assert "torch.save(model.state_dict()" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["whole.pth"]
+
+
+def test_pytorchs_networks_bring_in_no_jax() -> None:
+    """In the benchmark it would count as PyTorch's memory and start."""
+    code = "import sys; from convert import reference; reference.CifarResNet; assert 'jax' not in sys.modules"
+    done = command("-W", "ignore", "-c", code)
+    assert done.returncode == 0, done.stderr

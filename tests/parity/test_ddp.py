@@ -34,17 +34,16 @@ def in_jax(folder: Path) -> None:
     jax.config.update("jax_enable_x64", True)
     from flax import nnx
 
-    from convert import torch2flax
+    from jresnet.models import params
     from jresnet.pytorch import keymap
     from jresnet.training import devices, optim
     from jresnet.training import step as train
-    from jresnet.weights import native as weights
 
     tensors = np.load(folder / "start.npz")
     batches = np.load(folder / "batches.npz")
     where = devices.find()
     assert where.count == DEVICES
-    values = {path: torch2flax.to_flax(tensors[keymap.torch_key(path)]) for path in weights.shapes(TINY)}
+    values = {path: keymap.to_flax(tensors[keymap.torch_key(path)]) for path in params.shapes(TINY)}
     optimizer = optim.optimizer("sgd", LR, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY)
     unchanged: Any = SimpleNamespace(
         flip="none", train=lambda key, images, turned: images, mix=lambda key, images, targets: (images, targets)
@@ -52,7 +51,7 @@ def in_jax(folder: Path) -> None:
     split = train.Images(*where.replicate((np.concatenate(batches["images"]), np.concatenate(batches["labels"]))))
     order = np.arange(STEPS * BATCH).reshape(STEPS, BATCH)
     for bn in ("per-device", "global"):
-        model = weights.fill(TINY, values)  # its arrays are overwritten in training
+        model = params.fill(TINY, values)  # its arrays are overwritten in training
         step = train.train_step(nnx.graphdef(model), optimizer, unchanged, devices=where, bn=bn)
         state = where.replicate(train.init(model, optimizer))
         state, metrics = train.StepsLoop(step, where)(state, split, order, 0, STEPS, where.replicate(jax.random.key(0)))
@@ -146,14 +145,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def errors(found: Any, wanted: Any) -> dict[str, float]:
     """Relative L2 errors by name, of jresnet's results beside PyTorch's."""
-    from convert import torch2flax
     from jresnet.pytorch import keymap
 
     keys = {name: name if name in ("losses", "correct") else keymap.torch_key(name) for name in found}
     assert set(keys.values()) == {key for key in wanted if not key.endswith("num_batches_tracked")}
     result = {}
     for name, key in keys.items():
-        value, reference = found[name], torch2flax.to_flax(np.asarray(wanted[key]))
+        value, reference = found[name], keymap.to_flax(np.asarray(wanted[key]))
         assert value.dtype == reference.dtype, name
         result[name] = float(np.linalg.norm(value - reference) / np.linalg.norm(reference))
     return result

@@ -14,8 +14,11 @@ from networks import randomise
 from torch import nn
 
 from convert import torch2flax, verify
+from jresnet import sources
 from jresnet.errors import WeightsError
-from jresnet.weights import native as weights
+from jresnet.models import params
+from jresnet.pytorch import keymap, statedict
+from jresnet.weights import native
 
 ALL = [(dialect, arch, build) for dialect, rows in DIALECT_NETWORKS.items() for arch, build in rows]
 
@@ -31,9 +34,9 @@ def randomised(build: Callable[[], nn.Module]) -> nn.Module:
 def test_found_and_the_same_function(dialect: str, arch: str, build: Callable[[], nn.Module]) -> None:
     """With nothing said but the architecture; the number of classes where the dialect's own is not the network's."""
     network = randomised(build)
-    found = torch2flax.match(network.state_dict(), arch)
+    found = statedict.match(network.state_dict(), arch)
     assert found.dialect == dialect
-    model = weights.fill(found.config, found.values)
+    model = params.fill(found.config, found.values)
     size = 32 if found.config.stem == "cifar" else 64
     result = verify.compare(model, network, size)
     assert result.jresnet <= verify.ALLOWED * result.torch
@@ -48,7 +51,7 @@ def test_the_command_on_a_checkpoint_of_a_dialect(tmp_path: Path, capsys: pytest
     assert torch2flax.main(arguments) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["dialect"] == "kuangliu"
-    _, config, _, metadata = weights.read(output)
+    _, config, _, metadata = native.read(output)
     assert (config.stem, config.num_classes) == ("cifar", 10)
     assert json.loads(metadata["preprocessing"])["std"] == [0.2023, 0.1994, 0.2010]
 
@@ -72,7 +75,7 @@ def test_averaged_weights_go_before_the_last_ones(tmp_path: Path) -> None:
         averaged.module.linear.bias += 1
     path = tmp_path / "checkpoint.pth"
     torch.save({"model": network.state_dict(), "model_ema": averaged.state_dict(), "epoch": 3}, path)
-    found = torch2flax.match(torch2flax.read(path), "resnet20_cifar")
+    found = statedict.match(sources.open_file(path)[0], "resnet20_cifar")
     np.testing.assert_array_equal(found.values["fc.bias"], averaged.module.linear.bias.detach().numpy())
     assert found.notes == ("taken from 'model_ema', not from 'model' beside it",)
 
@@ -84,7 +87,7 @@ def test_a_stem_is_adapted_as_timm_adapts_it(channels: int) -> None:
     network = randomised(DIALECT_NETWORKS["torchvision"][0][1])
     model = torch2flax.convert(network.state_dict(), "resnet18", in_channels=channels)
     wanted = adapt_input_conv(channels, network.conv1.weight.detach()).numpy()
-    np.testing.assert_allclose(torch2flax.to_torch(np.asarray(model.conv1.kernel[...])), wanted, rtol=1e-6, atol=1e-8)
+    np.testing.assert_allclose(keymap.to_torch(np.asarray(model.conv1.kernel[...])), wanted, rtol=1e-6, atol=1e-8)
 
 
 def test_half_and_bf16_and_views(tmp_path: Path) -> None:
@@ -102,6 +105,6 @@ def test_half_and_bf16_and_views(tmp_path: Path) -> None:
                 at += value.numel()
         tensors["fc.weight"] = tensors["fc.weight"].t().contiguous().t()
         torch.save(tensors, tmp_path / "views.pth")
-        found = torch2flax.match(torch2flax.read(tmp_path / "views.pth"), "resnet20_cifar")
+        found = statedict.match(sources.open_file(tmp_path / "views.pth")[0], "resnet20_cifar")
         for key, value in found.torchvision().items():
             np.testing.assert_array_equal(value, network_[key].float().numpy())

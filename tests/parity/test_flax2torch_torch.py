@@ -18,8 +18,9 @@ from torch import nn
 
 import jresnet
 from convert import flax2torch, torch2flax, verify
-from jresnet.pytorch import torchsave
-from jresnet.weights import native as weights
+from convert.installed import import_torchvision
+from jresnet.pytorch import statedict, torchsave
+from jresnet.weights import native
 
 DTYPES = [np.dtype(name) for name in ("float32", "int64", "float64", "float16", ml_dtypes.bfloat16)]
 ENTRIES = [(dialect, *entry) for dialect, entries in DIALECT_NETWORKS.items() for entry in entries]
@@ -53,11 +54,11 @@ def every_bit(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(("dialect", "arch", "build"), ENTRIES, ids=[f"{d}-{a}" for d, a, _ in ENTRIES])
 def test_pytorch_to_flax_to_pytorch_is_exact(tmp_path: Path, dialect: str, arch: str, build) -> None:
     theirs = every_bit(build()).state_dict()
-    source, native, output = tmp_path / "theirs.pth", tmp_path / "native.safetensors", tmp_path / "native.pth"
+    source, native_file, output = tmp_path / "theirs.pth", tmp_path / "native.safetensors", tmp_path / "native.pth"
     torch.save(theirs, source)
-    there = [arch, "--weights", str(source), "--output", str(native), "--dialect", dialect, "--verify", "never"]
+    there = [arch, "--weights", str(source), "--output", str(native_file), "--dialect", dialect, "--verify", "never"]
     assert torch2flax.main(there) == 0
-    assert flax2torch.main([str(native), "--verify", "never"]) == 0  # dialect and counters: from the file
+    assert flax2torch.main([str(native_file), "--verify", "never"]) == 0  # dialect and counters: from the file
     for mmap in (False, True):
         ours = torch.load(output, weights_only=True, mmap=mmap)
         assert same(ours, theirs)
@@ -69,7 +70,7 @@ def test_pytorch_to_flax_to_pytorch_is_exact(tmp_path: Path, dialect: str, arch:
 
     if arch != "resnet50":  # for time's sake
         output = tmp_path / "out.safetensors"
-        assert flax2torch.main([str(native), "--output", str(output), "--verify", "never"]) == 0
+        assert flax2torch.main([str(native_file), "--output", str(output), "--verify", "never"]) == 0
         assert same(safetensors.torch.load_file(output), theirs)
 
 
@@ -78,13 +79,13 @@ def test_a_network_trained_here_is_torchvisions(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], suffix: str
 ) -> None:
     """The lines that the command prints load it, and it computes the same function."""
-    native, output = tmp_path / "mine.safetensors", tmp_path / f"out{suffix}"
+    native_file, output = tmp_path / "mine.safetensors", tmp_path / f"out{suffix}"
     model = jresnet.create("resnet18", num_classes=10, seed=1)
-    weights.save(native, model, "resnet18")
-    assert flax2torch.main([str(native), "--output", str(output), "--verify", "always", "--json"]) == 0
+    native.save(native_file, model, "resnet18")
+    assert flax2torch.main([str(native_file), "--output", str(output), "--verify", "always", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["verify"]["done"]
-    names = {"torchvision": verify.import_torchvision(), "torch": torch, "safetensors": safetensors}
+    names = {"torchvision": import_torchvision(), "torch": torch, "safetensors": safetensors}
     exec(report["load"], names)  # two lines of our own
     theirs = names["model"]
     found = verify.compare(model, theirs, 64)
@@ -95,7 +96,7 @@ def test_a_network_trained_here_is_torchvisions(
 def test_a_live_model_without_a_file() -> None:
     model = jresnet.create("resnet18", num_classes=5)
     theirs = networks.models.resnet18(num_classes=5)
-    tensors = {key: torch.from_numpy(value) for key, value in flax2torch.state_dict(model, counters=9).items()}
+    tensors = {key: torch.from_numpy(value) for key, value in statedict.state_dict(model, counters=9).items()}
     theirs.load_state_dict(tensors, strict=True)
     assert theirs.bn1.num_batches_tracked == 9
     assert list(tensors) == list(theirs.state_dict())

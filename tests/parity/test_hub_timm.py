@@ -12,11 +12,12 @@ import torch
 from networks import TORCHVISION
 
 from convert import torch2flax, verify
+from convert.installed import import_torchvision
 from jresnet.errors import WeightsError
-from jresnet.weights import hub
-from jresnet.weights.published import Preprocessing
+from jresnet.weights import timm_config
+from jresnet.weights.preprocessing import Preprocessing
 
-verify.import_torchvision()  # which timm imports, and which does not import by itself beside a CPU build of torch
+import_torchvision()  # which timm imports, and which does not import by itself beside a CPU build of torch
 
 import timm  # noqa: E402
 from timm.data import create_transform, resolve_model_data_config  # noqa: E402
@@ -69,9 +70,9 @@ def test_preprocessing_is_timms(name: str, tmp_path: Path) -> None:
     model = configured(name, path)
     if model.num_classes == 0:  # resnet50.bamboo: features only
         with pytest.raises(WeightsError, match="num_classes should be 1 to 1,000,000, not 0"):
-            hub.read_config(path)
+            timm_config.read(path)
         return
-    found = hub.read_config(path)
+    found = timm_config.read(path)
     assert (found.arch, found.num_classes) == (name.partition(".")[0], 1000)
     assert found.preprocessing
     assert single(found.preprocessing) == described(model)
@@ -83,7 +84,7 @@ def test_sizes_are_rounded_as_timm_does(size: int, tmp_path: Path) -> None:
         model = configured(
             "resnet18.a1_in1k", tmp_path / "c.json", input_size=(3, size, size), crop_pct=hundredths / 100
         )
-        found = hub.read_config(tmp_path / "c.json").preprocessing
+        found = timm_config.read(tmp_path / "c.json").preprocessing
         assert found
         assert single(found) == described(model)
 
@@ -93,7 +94,7 @@ def test_what_jresnet_cannot_do_is_refused(changed: dict[str, str], tmp_path: Pa
     described(configured("resnet18.a1_in1k", tmp_path / "c.json"))
     configured("resnet18.a1_in1k", tmp_path / "c.json", **changed)
     with pytest.raises(WeightsError, match=next(iter(changed))):
-        hub.read_config(tmp_path / "c.json")
+        timm_config.read(tmp_path / "c.json")
 
 
 @pytest.mark.parametrize("arch", TORCHVISION)

@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from convert.verify import import_torchvision
+from convert.installed import import_torchvision
 from jresnet.data import images
 from jresnet.training import augment
 from jresnet.weights import published as pretrained
-from jresnet.weights.published import Preprocessing
+from jresnet.weights.preprocessing import Preprocessing
 
 torchvision = import_torchvision()
 datasets, transforms = torchvision.datasets, torchvision.transforms

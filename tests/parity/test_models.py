@@ -18,9 +18,9 @@ from flax import nnx
 
 import jresnet
 from convert import torch2flax, verify
+from jresnet.models import params
 from jresnet.models.layers import BatchNorm, Conv
-from jresnet.pytorch import keymap
-from jresnet.weights import native as weights
+from jresnet.pytorch import keymap, statedict
 
 ARCHS = (*networks.TORCHVISION, "resnet20_cifar", "resnet56_cifar", "resnet34_projection", "resnet18_d2l")
 EXACT = 1e-10  # relative, in float64: a few thousand roundings of 1e-16, enlarged by BN's divisions
@@ -110,8 +110,8 @@ def test_a_swapped_leaf_is_seen() -> None:
 def test_checked_conversions_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     """``--verify always`` compares, and refuses a model that computes something else."""
     reference = networks.build("resnet18")
-    found = torch2flax.match(reference.state_dict(), "resnet18")
-    model = weights.fill(found.config, found.values)
+    found = statedict.match(reference.state_dict(), "resnet18")
+    model = params.fill(found.config, found.values)
     result = verify.check(model, "resnet18", found.torchvision(), "always")
     assert result.done
     assert "PyTorch's own in float32" in str(result)
@@ -172,7 +172,7 @@ def test_initial_parameters_are_distributed_as_torchvisions() -> None:
     theirs = networks.models.resnet50().state_dict()
     from jresnet import create
 
-    ours = weights.arrays(create("resnet50"))
+    ours = params.arrays(create("resnet50"))
     for path, value in ours.items():
         wanted = theirs[keymap.torch_key(path)].numpy()
         if path.endswith(("kernel", "fc.bias")):

@@ -22,16 +22,16 @@ from test_training import EXACT, Errors, Unchanged, by_path, nchw
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 
 import jresnet
-from convert import torch2flax
 from convert.reference import CifarResNet, randomise
-from jresnet.data import cifar10 as data
+from jresnet import data
+from jresnet.data.cifar10 import CLASSES
 from jresnet.errors import InputError
+from jresnet.models import params, zoo
 from jresnet.models.resnet import ResNetConfig
 from jresnet.pytorch import keymap
 from jresnet.training import augment, optim
 from jresnet.training import step as train
 from jresnet.training.config import RunConfig, default_config
-from jresnet.weights import native as weights
 
 TINY = ResNetConfig("basic", (1, 1, 1), (4, 8, 16), num_classes=10, stem="cifar", shortcut="pad")
 BATCH, STEPS_PER_EPOCH, EPOCHS, PIXELS = 16, 2, 3, 8
@@ -61,8 +61,8 @@ def pair() -> tuple[jresnet.ResNet, torch.nn.Module]:
     reference = CifarResNet(TINY).double()
     randomise(reference)
     tensors = reference.state_dict()
-    values = {path: torch2flax.to_flax(tensors[keymap.torch_key(path)].numpy()) for path in weights.shapes(TINY)}
-    return weights.fill(TINY, values), reference
+    values = {path: keymap.to_flax(tensors[keymap.torch_key(path)].numpy()) for path in params.shapes(TINY)}
+    return params.fill(TINY, values), reference
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_steps(recipe: str, overrides: dict[str, Any]) -> None:
             found["averaged statistics"] = state.averaged.batch_stats, training.averaged.state_dict()
         for kind, (values, tensors) in found.items():
             for path, value in by_path(values).items():
-                errors.add(kind, path, value, torch2flax.to_flax(tensors[keymap.torch_key(path)].numpy()))
+                errors.add(kind, path, value, keymap.to_flax(tensors[keymap.torch_key(path)].numpy()))
     assert len(errors["parameters"]) == len(errors["momenta"]) == len(momenta)
     assert len(errors["running statistics"]) == 2 * sum("running_mean" in key for key in reference.state_dict())
     assert errors.worst() < EXACT, str(errors)
@@ -244,12 +244,10 @@ def test_network(arch: str, last: str) -> None:
     config = default_config(arch=arch, zero_init_residual=True, precision="float32")
     torch.manual_seed(0)
     tensors = train_torch.network(config, 10).state_dict()
-    shapes = weights.shapes(weights.configure(arch, num_classes=10, in_channels=3, stem=config.stem))
+    shapes = params.shapes(zoo.configure(arch, num_classes=10, in_channels=3, stem=config.stem))
     paths = {keymap.torch_key(path): shape for path, shape in shapes.items()}
     assert {
-        key: tuple(torch2flax.to_flax(value.numpy()).shape)
-        for key, value in tensors.items()
-        if "num_batches" not in key
+        key: tuple(keymap.to_flax(value.numpy()).shape) for key, value in tensors.items() if "num_batches" not in key
     } == paths
     for key, value in tensors.items():
         if value.ndim == 4:
@@ -273,7 +271,7 @@ def test_network_begins_as_jresnet_s() -> None:
     torch.manual_seed(0)
     tensors = train_torch.network(config, 10).state_dict()
     model = jresnet.create("resnet20_cifar", zero_init_residual=True)
-    for path, array in weights.arrays(model).items():
+    for path, array in params.arrays(model).items():
         value, tensor = np.asarray(array), tensors[keymap.torch_key(path)].numpy()
         if value.std() == 0 or tensor.std() == 0:
             assert np.unique(value) == np.unique(tensor), path
@@ -289,7 +287,7 @@ def dataset(train_images: int = 40, test_images: int = 20) -> data.Dataset:
         images = draw.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
         return data.Split(images, draw.integers(0, 10, count).astype(np.int32))
 
-    return data.Dataset("cifar10", data.CLASSES, split(train_images), split(test_images), "drawn", (), {}, "")
+    return data.Dataset("cifar10", CLASSES, split(train_images), split(test_images), "drawn", (), {}, "")
 
 
 def test_views() -> None:

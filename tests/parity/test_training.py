@@ -192,7 +192,7 @@ def test_ten_training_steps(arch: str, nesterov: bool) -> None:
         parameters = dict(reference.named_parameters())
 
         def wanted(path: str, tensors: dict[str, torch.Tensor]) -> np.ndarray:
-            return torch2flax.to_flax(tensors[keymap.torch_key(path)].numpy())
+            return keymap.to_flax(tensors[keymap.torch_key(path)].numpy())
 
         for i, indices in enumerate(np.arange(labels.size).reshape(labels.shape)):
             state, metrics = step(state, split, jnp.asarray(indices), jax.random.key(0))

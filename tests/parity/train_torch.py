@@ -2,8 +2,8 @@
 
     python tests/parity/train_torch.py --recipe fast --depth 20 --epochs 10 --data-dir DIR --runs 3 --seed 0 --out OUT
 
-Flags are the fields of ``jresnet.training.config.RunConfig``; network, initialisation, recipe and data are the same, only the
-random draws differ. Images lie on the device in channels-last order; on CUDA the network is compiled. Writes
+Flags are the fields of ``jresnet.training.config.RunConfig``; network, initialisation, recipe and data are the same, only
+the random draws differ. Images lie on the device in channels-last order; on CUDA the network is compiled. Writes
 ``OUT/seed-N/{config.json, metrics.jsonl, summary.json}`` and ``OUT/summary.json`` over the seeds. A run that was killed
 goes on from its last epoch with ``--resume``, and finished seeds are left as they are.
 
@@ -33,12 +33,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convert import reference
-from jresnet.data import cifar10 as data
+from jresnet import data, files
 from jresnet.errors import InputError
 from jresnet.models import zoo
 from jresnet.reports import compare as report
 from jresnet.training.config import RunConfig, default_config, differences, read_config
-from jresnet.weights import native as weights
 
 PADDING = 4  # black pixels around an image that is cropped at random
 FILES = ("config.json", "metrics.jsonl", "summary.json", "state.pt")
@@ -106,7 +105,7 @@ def check(config: RunConfig) -> None:
 def network(config: RunConfig, classes: int) -> nn.Module:
     """The configured network with fresh parameters, drawn as jresnet draws them, from torch's generator."""
     model = reference.network(
-        config.arch, weights.configure(config.arch, num_classes=classes, in_channels=3, stem=config.stem)
+        config.arch, zoo.configure(config.arch, num_classes=classes, in_channels=3, stem=config.stem)
     )
     for module in model.modules():
         if isinstance(module, nn.Conv2d):  # also the CIFAR stem that replaces torchvision's
@@ -372,7 +371,7 @@ def run(config: RunConfig, found: data.Dataset, out: Path, resume: bool) -> dict
         state = {"training": training.state_dict(), "rows": rows, "generator": torch.get_rng_state()}
         save(state_file, state)
         content = "".join(json.dumps(row) + "\n" for row in rows)
-        weights.write_atomically(out / "metrics.jsonl", content.encode())
+        files.write_atomically(out / "metrics.jsonl", content.encode())
 
     judge = "val" if "val" in images.held else "test"
     best = max(rows, key=lambda row: row[f"{judge}_accuracy"])  # the first of equal ones
@@ -461,7 +460,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
 
 
 def write(path: Path, values: dict[str, Any]) -> None:
-    weights.write_atomically(path, json.dumps(values, indent=1).encode())
+    files.write_atomically(path, json.dumps(values, indent=1).encode())
 
 
 if __name__ == "__main__":

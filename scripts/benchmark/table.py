@@ -1,4 +1,4 @@
-"""What ``scripts/benchmark.py`` makes of its measurements: statistics, tables and plots."""
+"""What the benchmark makes of its measurements: statistics, tables and plots."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def evaluate(name: str, found: Mapping[str, Any], gflop: float, fastest: float) 
     rounds, ours = found[name], found["jresnet"]
     if isinstance(rounds, str):
         return {"failed": rounds}
-    result: dict[str, Any] = {"rounds": rounds, "seconds": spread([each["seconds"] for each in rounds])}
+    result: dict[str, Any] = {"rounds": rounds, "seconds": middle([each["seconds"] for each in rounds])}
     if "images_per_second" in rounds[0]:
-        result["images_per_second"] = spread([each["images_per_second"] for each in rounds])
+        result["images_per_second"] = middle([each["images_per_second"] for each in rounds])
         if fastest:
             result["share_of_ceiling"] = result["images_per_second"]["median"] * gflop / fastest
     if name in PEERS and isinstance(ours, list):
         result["ratios"] = [its["seconds"] / our["seconds"] for our, its in zip(ours, rounds, strict=False)]
-        result["ratio"] = spread(result["ratios"])
+        result["ratio"] = middle(result["ratios"])
     result |= {key: rounds[0][key] for key in ("compile_seconds", "error", "note") if key in rounds[0]}
     for key in ("host_bytes", "device_bytes"):
         if key in rounds[0]:
@@ -44,7 +44,7 @@ def evaluate(name: str, found: Mapping[str, Any], gflop: float, fastest: float) 
     return result
 
 
-def spread(values: Sequence[float]) -> dict[str, float]:
+def middle(values: Sequence[float]) -> dict[str, float]:
     """Median, least and most."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 

@@ -1,4 +1,4 @@
-"""jresnet's worker of ``scripts/benchmark.py``: a job as JSON in the first argument, the answer as JSON on the last line.
+"""jresnet's worker of the benchmark: a job as JSON in the first argument, the answer as JSON on the last line.
 
 It also writes a row's weights and images for all frameworks, and what they come to in float64.
 """
@@ -14,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import benchmark_common as common
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,13 +22,14 @@ from flax import nnx
 from jax import lax
 
 import jresnet
-from convert import flax2torch, torch2flax
-from jresnet import cache
-from jresnet.data import cifar10 as data
-from jresnet.pytorch import keymap
-from jresnet.training import augment, devices, optim, recipes
+from benchmark import common
+from benchmark.networks import macs, randomise
+from jresnet import cache, data
+from jresnet.models import params, zoo
+from jresnet.pytorch import keymap, statedict
+from jresnet.training import augment, devices, optim
 from jresnet.training import step as train
-from jresnet.weights import native as weights
+from jresnet.weights.preprocessing import STATISTICS
 
 Job = Mapping[str, Any]
 
@@ -42,8 +42,8 @@ def survey(job: Job) -> dict[str, Any]:
         if not row["arch"]:
             continue
         try:
-            config = weights.configure(row["arch"], **row["chosen"])
-        except jresnet.InputError as error:
+            config = zoo.configure(row["arch"], **row["chosen"])
+        except jresnet.JresnetError as error:
             problems.append(str(error))
             continue
         passes = 1 if row["task"] == "infer" else 3
@@ -51,26 +51,6 @@ def survey(job: Job) -> dict[str, Any]:
     device = jax.devices()[0]
     name = f"{device.device_kind} ({device.platform})"
     return {"problems": list(dict.fromkeys(problems)), "rows": rows, "platform": device.platform, "device": name}
-
-
-def macs(config: jresnet.ResNetConfig, size: int) -> int:
-    """Multiply-accumulates of the convolutions and the head for one image, from the shapes."""
-    graph, state = nnx.split(jresnet.ResNet(config, rngs=None))
-
-    def count(jaxpr: Any) -> int:
-        total = 0
-        for equation in jaxpr.eqns:
-            shapes = [variable.aval.shape for variable in equation.invars]
-            if equation.primitive.name == "conv_general_dilated":  # HWIO, I divided by the groups
-                total += int(np.prod(equation.outvars[0].aval.shape) * np.prod(shapes[1][:3]))
-            elif equation.primitive.name == "dot_general":
-                total += int(np.prod(shapes[0]) * shapes[1][-1])
-            total += sum(count(inner.jaxpr) for inner in equation.params.values() if hasattr(inner, "jaxpr"))
-        return total
-
-    with jax.enable_x64(True):  # in float64 no convolution goes by Winograd's algorithm, with fewer products
-        image = jax.ShapeDtypeStruct((1, size, size, config.in_channels), jnp.float64)
-        return count(jax.make_jaxpr(lambda state, x: nnx.merge(graph, state)(x))(state, image).jaxpr)
 
 
 def gemm(job: Job) -> dict[str, Any]:
@@ -87,15 +67,12 @@ def gemm(job: Job) -> dict[str, Any]:
 
 def make(job: Job) -> dict[str, Any]:
     """Writes random weights, images and labels and, where ``check`` asks, what they come to in float64."""
-    folder, draw = Path(job["folder"]), np.random.default_rng(0)
+    folder, draw = Path(job["folder"]), np.random.default_rng(1)
     model = jresnet.ResNet(configuration(job), rngs=nnx.Rngs(0))
-    for path, leaf in nnx.to_flat_state(nnx.state(model)):  # default statistics would hide swapped ones
-        if path[-1] != "kernel":
-            low, high = (0.5, 1.5) if path[-1] in ("scale", "var") else (-0.3, 0.3)
-            leaf[...] = jnp.asarray(draw.uniform(low, high, leaf.shape), jnp.float32)
+    randomise(model)
     images = draw.standard_normal((job["batch"], job["size"], job["size"], model.config.in_channels), np.float32)
     labels = draw.integers(0, model.config.num_classes, job["batch"]).astype(np.int32)
-    np.savez(folder / common.INPUTS, images=images, labels=labels, **flax2torch.state_dict(model))
+    np.savez(folder / common.INPUTS, images=images, labels=labels, **statedict.state_dict(model))
     if job["check"]:
         with jax.enable_x64(True):
             np.savez(folder / common.REFERENCE, **reference(*load(job, np.float64), job["task"]))
@@ -121,8 +98,8 @@ def load(job: Job, wide: Any = np.float32) -> tuple[jresnet.ResNet, jax.Array, j
     """The row's model, with parameters in ``wide``, its images and its labels."""
     images, labels, tensors = common.inputs(job)
     config, dtype = configuration(job), jnp.bfloat16 if job["precision"] == "bfloat16" and wide == np.float32 else None
-    values = {p: torch2flax.to_flax(tensors[keymap.torch_key(p)]).astype(wide) for p in weights.shapes(config)}
-    return weights.fill(config, values, dtype), jnp.asarray(images, wide), jnp.asarray(labels)
+    values = {p: keymap.to_flax(tensors[keymap.torch_key(p)]).astype(wide) for p in params.shapes(config)}
+    return params.fill(config, values, dtype), jnp.asarray(images, wide), jnp.asarray(labels)
 
 
 def loss(graph: nnx.GraphDef, params: nnx.State, stats: nnx.State, images: jax.Array, labels: jax.Array):
@@ -135,7 +112,7 @@ def loss(graph: nnx.GraphDef, params: nnx.State, stats: nnx.State, images: jax.A
 def by_key(state: nnx.State) -> dict[str, np.ndarray]:
     """Parameters, or their gradients, by torchvision's keys and in PyTorch's layout."""
     flat = ((".".join(map(str, path)), leaf.get_value()) for path, leaf in nnx.to_flat_state(state))
-    return {keymap.torch_key(path): torch2flax.to_torch(np.asarray(value)) for path, value in flat}
+    return {keymap.torch_key(path): keymap.to_torch(np.asarray(value)) for path, value in flat}
 
 
 def measure(job: Job) -> dict[str, Any]:
@@ -246,7 +223,7 @@ def epoch(job: Job) -> dict[str, Any]:
 
 
 def pipeline(size: int) -> augment.Pipeline:
-    return augment.Pipeline("pad", size, "random", *recipes.STATISTICS["cifar10"])
+    return augment.Pipeline("pad", size, "random", *STATISTICS["cifar10"])
 
 
 def first_batch(job: Job) -> dict[str, Any]:
@@ -265,7 +242,7 @@ if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
     try:
         answer = {"survey": survey, "gemm": gemm, "make": make, "measure": measure}[asked["do"]](asked)
-    except jresnet.InputError as error:
+    except jresnet.JresnetError as error:
         sys.exit(str(error))
     assert "torch" not in sys.modules
     print(json.dumps(answer))

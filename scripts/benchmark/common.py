@@ -1,4 +1,4 @@
-"""What the two workers of ``scripts/benchmark.py`` share: how to time, and how far from float64 a result is."""
+"""What the benchmark's two workers share: how to time, and how far from float64 a result is."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 LR = 1e-3  # so low that a batch seen many times does not diverge
 SGD = {"momentum": 0.9, "nesterov": True, "weight_decay": 5e-4}

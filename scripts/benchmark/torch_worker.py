@@ -1,4 +1,4 @@
-"""PyTorch's worker of ``scripts/benchmark.py``: a job as JSON in the first argument, the answer as JSON on the last line.
+"""PyTorch's worker of the benchmark: a job as JSON in the first argument, the answer as JSON on the last line.
 
 The networks are those of ``convert.reference`` (torchvision's, and the CIFAR family) or timm's, channels-last.
 """
@@ -11,17 +11,12 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import benchmark_common as common
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# jresnet without its __init__: convert.reference takes no more than names of it, and JAX beside torch would count as
-# torch's memory and start.
-sys.modules["jresnet"] = types.ModuleType("jresnet")
-sys.modules["jresnet"].__path__ = [str(common.ROOT / "jresnet")]
-
-from convert import reference, verify  # noqa: E402
+from benchmark import common
+from convert import installed, reference
 
 Job = Mapping[str, Any]
 
@@ -57,7 +52,7 @@ def load(job: Job) -> tuple[nn.Module, dict[str, Tensor], Tensor, Tensor]:
     """The row's network, its weights, images in NHWC order and labels, on the device."""
     arch, config = job["arch"], types.SimpleNamespace(**job["config"])
     if job["contestant"] == "timm":
-        verify.import_torchvision()  # timm imports it
+        installed.import_torchvision()  # timm imports it
         import timm
 
         if config.stem != "imagenet" or not timm.is_model(arch):

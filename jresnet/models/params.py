@@ -1,0 +1,108 @@
+"""A model as a flat dict of arrays, by dotted path, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from jresnet.errors import WeightsError
+from jresnet.files import printable
+from jresnet.models.layers import Linear
+from jresnet.models.resnet import ResNet, ResNetConfig
+
+_STATE = (nnx.Param, nnx.BatchStat)
+
+
+def arrays(model: ResNet) -> dict[str, Any]:
+    """Every parameter and running statistic by its dotted path, such as ``layer1.0.bn2.mean``, sorted."""
+    flat = nnx.to_flat_state(nnx.state(model, _STATE))
+    return dict(sorted((".".join(map(str, path)), variable.get_value()) for path, variable in flat))
+
+
+@functools.lru_cache(64)
+def shapes(config: ResNetConfig) -> Mapping[str, tuple[int, ...]]:
+    """The shape of every parameter and running statistic by its dotted path."""
+    return MappingProxyType({path: leaf.shape for path, leaf in arrays(ResNet(config, rngs=None)).items()})
+
+
+def fill(
+    config: ResNetConfig, values: Mapping[str, np.ndarray], dtype: DTypeLike | None = None, remat: bool = False
+) -> ResNet:
+    """A model whose leaves are exactly ``values``, by their dotted paths; ``dtype``, ``remat`` as in :class:`ResNet`."""
+    graph, state = nnx.split(ResNet(config, dtype=dtype, remat=remat, rngs=None), _STATE)
+    flat = {
+        path: variable.replace(jax.numpy.asarray(values[".".join(map(str, path))]))
+        for path, variable in nnx.to_flat_state(state)
+    }
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def adapt(
+    values: Mapping[str, np.ndarray], found: ResNetConfig, wanted: ResNetConfig, seed: int = 0
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Weights of ``found`` for a network that has another number of classes or of input channels, as timm adapts them.
+
+    A head for other classes is drawn anew, as PyTorch's ``nn.Linear``. A stem kernel for three channels is summed over
+    them for one; for any other number C its channels are repeated in turn and scaled by 3 / C, so that the activations
+    keep their size.
+
+    Returns:
+        The values by dotted path, and a sentence on each thing that was adapted.
+
+    Raises:
+        WeightsError: where the networks differ in anything else, or a stem for other than three channels would have to
+            be adapted.
+    """
+    values, notes = dict(values), []
+    problems = [
+        f"its {field.name} is {getattr(found, field.name)!r}, not {getattr(wanted, field.name)!r}"
+        for field in dataclasses.fields(ResNetConfig)
+        if field.name not in ("num_classes", "in_channels")
+        and getattr(found, field.name) != getattr(wanted, field.name)
+    ]
+    if found.in_channels != wanted.in_channels:
+        if found.in_channels == 3:
+            kernel, channels = np.asarray(values["conv1.kernel"]), wanted.in_channels
+            if channels == 1:
+                values["conv1.kernel"], how = kernel.sum(2, keepdims=True), "summed over the channels"
+            else:
+                repeated = np.take(kernel, np.arange(channels) % 3, axis=2)
+                values["conv1.kernel"] = repeated * np.float32(3 / channels)
+                how = f"its channels repeated in turn and scaled by 3/{channels}"
+            notes.append(f"stem for {channels} input channel{'s' * (channels > 1)}: the kernel for 3, {how}")
+        else:
+            problems.append(
+                f"its in_channels is {found.in_channels}, not {wanted.in_channels}: only a stem for 3 can be adapted"
+            )
+    if problems:
+        raise WeightsError(f"the weights are of another network: {'; '.join(problems)}")
+    if found.num_classes != wanted.num_classes:
+        head = Linear(values["fc.kernel"].shape[0], wanted.num_classes, rngs=nnx.Rngs(seed))
+        values |= {"fc.kernel": np.asarray(head.kernel[...]), "fc.bias": np.asarray(head.bias[...])}
+        notes.append(
+            f"fresh head for {wanted.num_classes} classes, to be trained: the weights' own has {found.num_classes}"
+        )
+    return values, notes
+
+
+def differences(expected: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]]) -> list[str]:
+    """One line for each kind of disagreement between two tables of names and shapes; empty where they agree."""
+    missing, unexpected = expected.keys() - got.keys(), [printable(k) for k in got.keys() - expected.keys()]
+    misshapen = [
+        f"{k} is {list(got[k])}, not {list(expected[k])}"
+        for k in sorted(expected.keys() & got.keys())
+        if tuple(got[k]) != tuple(expected[k])
+    ]
+    lines = []
+    for title, names in (("missing", sorted(missing)), ("unexpected", sorted(unexpected)), ("misshapen", misshapen)):
+        if names:
+            lines.append(f"{len(names)} {title}: {', '.join(names)}")
+    return lines

@@ -1,0 +1,156 @@
+"""``config.json`` in the form that timm writes for the Hugging Face Hub (``timm.models._hub.save_config_for_hf``).
+
+**Preprocessing** is that of timm's ``validate.py``, and so of its tables of results,
+``create_transform(**resolve_model_data_config(model, use_test_size=True), is_training=False)``: shorter side resized to
+``floor(size / crop_pct)``, central square of ``size``, with ``test_input_size`` and ``test_crop_pct`` where a configuration
+has them, else ``input_size`` and ``crop_pct``.
+"""
+
+import json
+import math
+import reprlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jresnet.errors import InputError, WeightsError
+from jresnet.models import zoo
+from jresnet.weights.preprocessing import Preprocessing
+
+MAX_BYTES = 4 << 20  # a table of 21,841 names takes 1 MB
+
+
+class Described(NamedTuple):
+    """What a ``config.json`` says; None throughout where there is none, or it is not timm's."""
+
+    arch: str | None = None  # a name of the zoo
+    num_classes: int | None = None
+    preprocessing: Preprocessing | None = None
+    categories: tuple[str, ...] | None = None  # in the order of the logits
+
+
+def read(path: Path) -> Described:
+    """What a ``config.json`` of timm's says. It may be anyone's: size, types and ranges are checked.
+
+    Raises:
+        InputError: it describes a network that the zoo has not.
+        WeightsError: it is no JSON object, or states what jresnet cannot do; one message lists everything.
+    """
+    try:
+        size, content = path.stat().st_size, b""
+        if size <= MAX_BYTES:
+            content = path.read_bytes()
+    except OSError as error:
+        raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
+    if not content:
+        raise WeightsError(f"{path} should hold at most {MAX_BYTES:,} bytes of JSON, but has {size:,} bytes")
+    try:
+        config = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise WeightsError(f"{path} is no JSON file: {error}") from error
+    if not isinstance(config, dict):
+        raise WeightsError(f"{path} should hold an object, not {reprlib.repr(config)}")
+    if "architecture" not in config:
+        if "model_type" in config:
+            raise WeightsError(
+                f"{path} is a configuration of the transformers library, which names its tensors in another way: "
+                f"only repositories in timm's form are read, such as hf:timm/resnet50.a1_in1k"
+            )
+        return Described()
+    arch = config["architecture"]
+    if not isinstance(arch, str) or arch not in zoo.ZOO:
+        raise InputError(
+            f"the repository holds a network {reprlib.repr(arch)}, which jresnet does not have ({path}). "
+            f"There are {', '.join(zoo.ZOO)}."
+        )
+    # timm's older form has everything in one object.
+    pretrained = config.get("pretrained_cfg", config)
+    if not isinstance(pretrained, dict):
+        raise WeightsError(f"pretrained_cfg in {path} should be an object, not {reprlib.repr(pretrained)}")
+    problems: list[str] = []
+    num_classes = _num_classes(config, pretrained, problems)
+    _check_network(config, num_classes, problems)
+    preprocessing = _preprocessing(pretrained, problems)
+    categories = _categories(pretrained | config, num_classes, problems)
+    if problems:
+        raise WeightsError(f"{path} cannot be used: {'; '.join(problems)}")
+    return Described(arch, num_classes, preprocessing, categories)
+
+
+def _num_classes(config: dict[str, Any], pretrained: dict[str, Any], problems: list[str]) -> int | None:
+    value = config.get("num_classes", pretrained.get("num_classes"))
+    if value is None:
+        return None
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1_000_000:
+        problems.append(f"num_classes should be 1 to 1,000,000, not {reprlib.repr(value)}")
+        return None
+    return value
+
+
+def _check_network(config: dict[str, Any], num_classes: int | None, problems: list[str]) -> None:
+    """What timm's model takes as arguments beyond its name may make it another network."""
+    arguments = config.get("model_args", {})
+    if not isinstance(arguments, dict):
+        problems.append(f"model_args should be an object, not {reprlib.repr(arguments)}")
+        return
+    plain = {"in_chans": 3, "num_classes": num_classes or arguments.get("num_classes"), "global_pool": "avg"}
+    for name, value in ({"global_pool": config.get("global_pool")} | arguments).items():
+        if name in ("zero_init_last", "drop_rate", "drop_path_rate", "drop_block_rate"):  # matter in training only
+            continue
+        if value is not None and (name not in plain or value != plain[name]):
+            problems.append(f"{reprlib.repr(name)} of {reprlib.repr(value)} makes it another network")
+
+
+def _preprocessing(pretrained: dict[str, Any], problems: list[str]) -> Preprocessing:
+    """As ``timm.data.resolve_data_config`` and ``transforms_imagenet_eval`` of timm 1.0.31, with their defaults."""
+
+    def get(name: str, default: Any) -> Any:
+        return default if (value := pretrained.get(name)) is None else value
+
+    def triple(name: str, default: tuple[float, ...]) -> tuple[float, ...]:
+        values = get(name, list(default))
+        if isinstance(values, list) and len(values) == 3:
+            return tuple(values)
+        problems.append(f"{name} should be three numbers, not {reprlib.repr(values)}")
+        return default
+
+    size = get("test_input_size", get("input_size", [3, 224, 224]))
+    share, mode = get("test_crop_pct", get("crop_pct", 0.875)), get("crop_mode", "center")
+    mean, std = triple("mean", Preprocessing.mean), triple("std", Preprocessing.std)
+    if not isinstance(size, list) or len(size) != 3 or size[0] != 3 or size[1] != size[2]:
+        problems.append(f"input_size should be 3 channels and a square, not {reprlib.repr(size)}")
+        size = [3, 224, 224]
+    elif not isinstance(size[1], int) or not 1 <= size[1] <= 4096:
+        problems.append(f"input_size should be 1 to 4096 pixels, not {reprlib.repr(size)}")
+        size = [3, 224, 224]
+    if not isinstance(share, int | float) or isinstance(share, bool) or not 0.01 <= share <= 1:
+        problems.append(f"crop_pct should be a number from 0.01 to 1, not {reprlib.repr(share)}")
+        share = 1
+    if mode != "center":
+        problems.append(f"crop_mode should be 'center', not {reprlib.repr(mode)}")
+    found = Preprocessing(math.floor(size[1] / share), size[1], mean, std, get("interpolation", "bicubic"))
+    try:
+        found.check()
+    except InputError as error:
+        problems.append(str(error))
+    return found
+
+
+def _categories(config: dict[str, Any], num_classes: int | None, problems: list[str]) -> tuple[str, ...] | None:
+    """The names of the classes: descriptions where there are any, as a name may be no more than ``n01440764``."""
+
+    def is_text(value: object) -> bool:  # it will be printed on a terminal
+        return isinstance(value, str) and value.isprintable() and 0 < len(value) <= 1000
+
+    # "labels" is the older name.
+    names, described = config.get("label_names", config.get("labels")), config.get("label_descriptions") or {}
+    if names is None:
+        return None
+    if isinstance(names, dict) and num_classes and names.keys() <= {str(i) for i in range(num_classes)}:
+        names = [names.get(str(i), str(i)) for i in range(num_classes)]  # where an index has no name, its number
+    if not isinstance(names, list) or not all(map(is_text, names)) or len(names) != num_classes:
+        problems.append(f"label_names should be {num_classes or ''} printable names, not {reprlib.repr(names)}")
+    elif not isinstance(described, dict) or not all(map(is_text, described.values())):
+        problems.append(f"label_descriptions should give printable texts by name, not {reprlib.repr(described)}")
+    else:
+        return tuple(described.get(name, name) for name in names)
+    return None

@@ -1,0 +1,396 @@
+"""The command: ``python scripts/benchmark.py`` measures jresnet's speed, and PyTorch's beside it.
+
+Every measurement is a process of its own (``jresnet_worker.py``, ``torch_worker.py``), one at a time, and the frameworks
+take turns: A B A B. All get the same random weights and images, which a worker writes once a row, with the
+logits or the gradient in float64 to compare theirs with. This file imports neither JAX nor PyTorch, so that it has no part
+in their memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import huge_pages
+
+from benchmark.common import CHECKED_IMAGES, ROOT
+from benchmark.suites import LEVELS, SMALL, SUITES, Row, choose
+from benchmark.table import PEERS, evaluate, footer, head, line, plot
+
+WORKERS = {name: ROOT / "scripts" / "benchmark" / f"{name}_worker.py" for name in ("jresnet", "torch")}
+RUNS = {"jresnet": "scripts/train_cifar10.py", "torch": "tests/parity/train_torch.py"}  # for the accuracy suite
+PACKAGES = {"jresnet": ("jax", "jaxlib", "flax", "optax", "numpy"), "torch": ("torch", "torchvision", "timm")}
+
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # as Linux names them; a model's name may not tell
+SECONDS = 3.0  # of steps a measurement, at least
+CHECKED_GFLOP = 2000  # up to which a row is computed in float64 too: that takes minutes on two cores
+EPOCH = 50_000  # images, CIFAR-10's
+GPU_MINUTES = 7.0  # budget; a round that has begun is finished
+
+
+class Problem(Exception):
+    """What stops the command; a line for each thing that is wrong."""
+
+
+class WorkerError(Exception):
+    """Why a worker has no figures."""
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What the measurements of one call have in common."""
+
+    folder: Path  # for what passes between the workers
+    device: str
+    rounds: int  # measurements of each framework
+    data_dir: Path | None = None
+    no_torch: str = ""  # why there are no peers
+    peer_python: str = sys.executable
+    deadline: float = math.inf  # of time.monotonic(), after which neither a row nor a round begins
+
+    @property
+    def late(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def ask(self, worker: str, do: str, cache: str = "cache", **job: Any) -> dict[str, Any]:
+        """A worker's answer; ``cache`` is the folder of what it compiles. Raises WorkerError."""
+        job |= {"do": do, "device": self.device}
+        command = [self.python(worker), str(WORKERS[worker]), json.dumps(job)]
+        return answer(command, **self.environment(cache, job.get("devices", 1)))
+
+    def python(self, worker: str) -> str:
+        """The interpreter of a worker."""
+        return self.peer_python if worker == "torch" else sys.executable
+
+    def environment(self, cache: str = "cache", devices: int = 1) -> dict[str, str]:
+        """Of a process that measures."""
+        found = huge_pages.environment() | {
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / cache / "jax"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "TORCHINDUCTOR_CACHE_DIR": str(self.folder / cache / "torch"),
+        }
+        if self.device == "cpu":
+            found |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "CUDA_VISIBLE_DEVICES": ""}
+        return found
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(
+        description="Measure jresnet's speed and that of PyTorch's networks with the same weights and images, in turn, each "
+        "in a process of its own. Prints a Markdown table; progress goes to stderr.",
+        epilog="Exit code: 0; 1 where something cannot be used or jresnet has no figures (a peer may have none); 2 for bad "
+        "options; 130 when interrupted.",
+    )
+    add = parser.add_argument
+    add("--suite", choices=(*SUITES, "all"), help="what to measure (default: train and infer)")
+    add("--peer", default=",".join(PEERS), metavar="NAMES", help="some of %(default)s (default: all), or none")
+    add(
+        "--peer-python", default=sys.executable, metavar="PATH", help="that has the peers installed (default: this one)"
+    )
+    add("--arch", help="of jresnet.list_models(), instead of the suite's own (default: those)")
+    add("--batch", type=int, metavar="N", help="images (default: the row's own; with --arch 128 small or 16 large)")
+    add(
+        "--size", type=int, metavar="PIXELS",
+        help=f"height and width, below {SMALL} with the CIFAR stem and ten classes (the row's own; with --arch 32 or 224)",
+    )  # fmt: skip
+    add("--precision", choices=("float32", "bfloat16"), help="of convolutions (cpu: float32, gpu: bfloat16)")
+    add("--device", choices=("cpu", "gpu"), default="cpu", help="(default: %(default)s)")
+    add("--rounds", type=int, metavar="N", help="measurements of each framework (cpu: 5, gpu: 2)")
+    add("--json", type=Path, metavar="FILE", help="every round's figures, written after each row (default: none)")
+    add("--plots", type=Path, metavar="DIR", help="folder for the scaling suite's plots, PNG (default: none)")
+    add("--data-dir", type=Path, metavar="DIR", help="CIFAR-10, for the suites data and accuracy (default: digits)")
+    add(
+        "--minutes", type=float, metavar="M",
+        help=f"rows and rounds begin while these last; the rest is named (cpu: no limit, gpu: {GPU_MINUTES:g})",
+    )  # fmt: skip
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    args = parser().parse_args(argv)
+    command = shlex.join(["python", "scripts/benchmark.py", *(sys.argv[1:] if argv is None else argv)])
+    try:
+        with tempfile.TemporaryDirectory(prefix="jresnet-benchmark-") as folder:
+            return run(args, command, Path(folder))
+    except Problem as problem:
+        for complaint in str(problem).splitlines():
+            print(f"error: {complaint}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def run(args: argparse.Namespace, command: str, folder: Path) -> int:
+    """Measures, prints and writes all rows."""
+    gpu, load = args.device == "gpu", os.getloadavg()[0]  # before anything runs here
+    minutes = (GPU_MINUTES if gpu else math.inf) if args.minutes is None else args.minutes
+    packages = versions(args.peer_python)
+    no_torch = "" if "torch" in packages else "torch is not installed: pip install 'jresnet[torch]'"
+    deadline, rounds = time.monotonic() + 60 * minutes, args.rounds or (2 if gpu else 5)
+    place = Workplace(folder, args.device, rounds, args.data_dir, no_torch, args.peer_python, deadline)
+    rows, peers = choose(args), [] if args.peer == "none" else args.peer.split(",")
+    try:
+        known = place.ask("jresnet", "survey", rows=[dataclasses.asdict(row) | {"chosen": row.chosen} for row in rows])
+    except WorkerError as error:
+        raise Problem(f"jresnet does not start: {error}") from error
+    problems = check(args, peers) + known["problems"]
+    if gpu and known["platform"] != "gpu":
+        print("would measure:", *rows, sep="\n  ")
+        problems.append("--device gpu: JAX finds none; it needs the driver and pip install 'jax[cuda12]'")
+    if problems:
+        raise Problem("\n".join(problems))
+
+    report: dict[str, Any] = {
+        "command": command,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "hardware": hardware() | {"load": load, "device": known["device"]},
+        "versions": packages,
+        "ceilings": ceilings(place, rows, bool(peers)),
+        "rows": [],
+        "left_out": [],
+    }
+    print(head(), flush=True)
+    for row, about in zip(rows, known["rows"], strict=True):
+        if place.late:
+            report["left_out"].append(str(row))
+        else:
+            found = measure(place, row, row.contestants(peers), about)
+            fastest = max((v for k, v in report["ceilings"].items() if k.endswith(row.precision)), default=0.0)
+            results = {name: evaluate(name, found, about["gflop"], fastest) for name in found}
+            report["rows"].append({"what": str(row)} | dataclasses.asdict(row) | about | {"results": results})
+            print("\n".join(line(str(row), name, result) for name, result in results.items()), flush=True)
+        if args.json:
+            write(args.json, report)
+    print(footer(report))
+    if args.plots:
+        plot(report["rows"], args.plots)
+    if failed := [f"{row['task']} {row['arch']}" for row in report["rows"] if "failed" in row["results"]["jresnet"]]:
+        raise Problem(f"jresnet has no figures: {', '.join(failed)}")
+    return 0
+
+
+def check(args: argparse.Namespace, peers: Sequence[str]) -> list[str]:
+    """What is wrong with the options, as far as can be told without JAX."""
+    problems = [f"unknown peer {name!r}: there are {', '.join(PEERS)}, or none" for name in peers if name not in PEERS]
+    for name, least in (("batch", 1), ("rounds", 1), ("size", 32)):
+        given = getattr(args, name)
+        if given is not None and given < least:
+            problems.append(f"--{name} must be at least {least}, got {given}")
+    if args.minutes is not None and not args.minutes > 0:
+        problems.append(f"--minutes must be more than 0, got {args.minutes:g}")
+    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
+        problems.append(f"--json {args.json} must name a file in a folder that exists")
+    if args.data_dir and not args.data_dir.exists():
+        problems.append(f"--data-dir {args.data_dir} is not there")
+    if args.plots and args.suite not in ("scaling", "all"):
+        problems.append("--plots draws the scaling suite: add --suite scaling")
+    if args.plots and args.plots.exists() and not args.plots.is_dir():
+        problems.append(f"--plots {args.plots} is a file: name a folder")
+    if args.plots and not importlib.util.find_spec("matplotlib"):
+        problems.append("--plots needs matplotlib: pip install 'jresnet[train]'")
+    return problems
+
+
+def ceilings(place: Workplace, rows: Sequence[Row], peers: bool) -> dict[str, float]:
+    """1e9 operations a second in a large matrix product, by framework and precision."""
+    found = {}
+    for precision in sorted({row.precision for row in rows if row.arch}):
+        for worker in ("jresnet", "torch") if peers and not place.no_torch else ("jresnet",):
+            with contextlib.suppress(WorkerError):  # why, the rows will tell
+                found[f"{worker} {precision}"] = place.ask(worker, "gemm", precision=precision)["gflops"]
+    return found
+
+
+def measure(place: Workplace, row: Row, contestants: Sequence[str], about: Mapping[str, Any]) -> dict[str, Any]:
+    """Of each contestant a list of its rounds' answers or, as text, why it has none."""
+    found: dict[str, Any] = {name: place.no_torch if name in PEERS and place.no_torch else [] for name in contestants}
+    timed = row.task in ("train", "infer", "epoch")
+    images = min(row.batch, CHECKED_IMAGES) if row.task == "infer" else row.batch
+    checked = row.suite == row.task and about["gflop"] * images <= CHECKED_GFLOP  # in "train" and "infer"
+    with tempfile.TemporaryDirectory(dir=place.folder) as inputs:
+        job = dataclasses.asdict(row) | {"config": about["config"], "folder": inputs, "epoch": EPOCH}
+        job |= {"seconds": SECONDS if timed else 0, "data_dir": place.data_dir and str(place.data_dir)}
+        if row.arch and not row.dataset:
+            say(f"{row}: weights, images{', float64' if checked else ''}")
+            try:
+                place.ask("jresnet", "make", **job, check=checked)
+            except WorkerError as error:
+                return dict.fromkeys(found, str(error))
+        for number in range(place.rounds):
+            if number and place.late:
+                break
+            cache = f"{inputs}/{number}" if row.task in ("first step", "compile") else "cache"  # else an old one helps
+            for name in [name for name in contestants if isinstance(found[name], list)]:
+                try:
+                    if row.dataset:
+                        one = reach(place, row, name, number)
+                    else:
+                        one = once(place, row, name, cache, job | {"check": checked and number == 0})
+                except WorkerError as error:
+                    found[name] = str(error)
+                    say(f"{row}: {name} failed: {error}")
+                else:
+                    found[name].append(one)
+                    say(f"{row}: round {number + 1} of {place.rounds}, {name}, {one['seconds']:.4g} s")
+    return found
+
+
+def once(place: Workplace, row: Row, name: str, cache: str, job: dict[str, Any]) -> dict[str, Any]:
+    """One measurement, in a fresh process; ``seconds`` of the answer is what the row is about."""
+    worker = "torch" if name in PEERS else "jresnet"
+    if row.task == "import":
+        timed = f"import time; began = time.perf_counter(); import {worker}; print(time.perf_counter() - began)"
+        return {"seconds": answer([place.python(worker), "-c", timed])}
+    began = time.time()
+    found = place.ask(worker, "measure", cache, contestant=name, **job)
+    if row.task == "first step":
+        found["seconds"] = found["first_step_at"] - began
+    elif row.task == "compile":
+        found["seconds"] = found["compile_seconds"]
+    return found
+
+
+def reach(place: Workplace, row: Row, name: str, seed: int) -> dict[str, Any]:
+    """How long a whole run trains and evaluates, without compilation, until test accuracies are reached.
+
+    Raises:
+        WorkerError: where one of them is not.
+    """
+    with tempfile.TemporaryDirectory(dir=place.folder) as folder:
+        out = Path(folder) / "run"
+        command = [place.python(name), str(ROOT / RUNS[name]), "--recipe", "fast", "--arch", row.arch]
+        command += ["--seed", str(seed), "--batch-size", str(row.batch)]
+        command += ["--precision", row.precision, "--dataset", row.dataset]
+        command += ["--data-dir", str(place.data_dir)] if place.data_dir else []
+        execute([*command, "--out", str(out)], **place.environment())
+        metrics = (out / ("metrics.jsonl" if name == "jresnet" else f"seed-{seed}/metrics.jsonl")).read_text()
+    epochs = [json.loads(text) for text in metrics.splitlines()]
+    levels = LEVELS[row.dataset]
+    reached = [next((e["seconds"] for e in epochs if e["test_accuracy"] >= level), None) for level in levels]
+    said = ", ".join(
+        f"{level:.0%} {'never' if when is None else f'after {when:.3g} s'}"
+        for level, when in zip(levels, reached, strict=True)
+    )
+    said += f"; {epochs[-1]['test_accuracy']:.2%} after {len(epochs)} epochs"
+    if reached[-1] is None:
+        raise WorkerError(f"seed {seed}: {said}")
+    return {"seconds": reached[-1], "reached": reached, "final": epochs[-1]["test_accuracy"], "note": said}
+
+
+def answer(command: list[str], **environment: str) -> Any:
+    """The JSON on the last line of a command's output; raises WorkerError."""
+    return json.loads(execute(command, **environment)[-1])
+
+
+def execute(command: list[str], **environment: str) -> list[str]:
+    """The lines of a command's output.
+
+    Raises:
+        WorkerError: with the last lines of what it complained about.
+    """
+    paths = [str(ROOT), str(ROOT / "scripts"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # Sleeping threads, which OMP_WAIT_POLICY=passive asks for, take up to a third from PyTorch.
+    inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment = {**inherited, **environment, "PYTHONPATH": os.pathsep.join(paths)}
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        # A session of its own: Ctrl-C reaches this process alone, which then ends the worker and its children.
+        worker = subprocess.Popen(command, stdout=out, stderr=errors, env=environment, start_new_session=True)
+        try:
+            code = worker.wait()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(worker.pid, signal.SIGKILL)
+            worker.wait()
+        texts = []
+        for file in (out, errors):
+            file.seek(0)
+            texts.append([text.strip() for text in file.read().splitlines() if text.strip()])
+    if code == 0:
+        return texts[0]
+    ended = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    raise WorkerError(" / ".join([*texts[1][-3:], *([ended] if code < 0 or not texts[1] else [])])[-500:])
+
+
+def hardware() -> dict[str, Any]:
+    """The machine."""
+    described = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    model = re.search(r"^model name\s*:\s*(.+)$", described, re.MULTILINE)
+    return {
+        "cpu": model[1] if model else platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "instructions": [
+            known for known in INSTRUCTIONS if re.search(rf"^flags\s*:.*\b{known}\b", described, re.MULTILINE)
+        ],
+        "system": platform.platform(),
+        "huge_pages": huge_pages.there(),
+    }
+
+
+def versions(peer_python: str) -> dict[str, str]:
+    """Of Python and what is installed of jresnet's packages here, and of the peers' there.
+
+    Raises:
+        Problem: where that is no Python.
+    """
+    code = (
+        "import importlib.metadata, json, platform, sys\n"
+        "there = {name for found in importlib.metadata.distributions() if (name := found.metadata['Name'])}\n"
+        "found = {name: importlib.metadata.version(name) for name in sys.argv[1:] if name in there}\n"
+        "print(json.dumps({'python': platform.python_version()} | found))"
+    )
+    try:
+        ours = answer([sys.executable, "-c", code, *PACKAGES["jresnet"]])
+        theirs = answer([peer_python, "-c", code, *PACKAGES["torch"]])
+    except (OSError, ValueError, LookupError, WorkerError) as error:
+        raise Problem(f"--peer-python {peer_python} is no Python that works: {error}") from error
+    python = theirs.pop("python")
+    return ours | ({"the peers' python": python} if python != ours["python"] else {}) | theirs
+
+
+def write(path: Path, report: Mapping[str, Any]) -> None:
+    """The old file or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise Problem(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def handle_signals() -> None:
+    """SIGTERM, too, ends the worker first."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def say(text: str) -> None:
+    """Progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    handle_signals()
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""Where weights come from: what a text means, and what the weights then say of themselves. No torch, no network."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from conftest import REPOSITORY, command
+
+import jresnet
+from jresnet import sources
+from jresnet.errors import InputError, WeightsError
+from jresnet.files import sha256_of
+from jresnet.models import params
+from jresnet.pytorch import statedict, torchsave
+from jresnet.weights import native
+from jresnet.weights.preprocessing import STATISTICS, Preprocessing
+
+
+@pytest.fixture(scope="module")
+def model() -> jresnet.ResNet:
+    return jresnet.create("resnet20_cifar", num_classes=4, seed=2)
+
+
+@pytest.fixture
+def pth(model: jresnet.ResNet, tmp_path: Path) -> Path:
+    """As torch.save writes it."""
+    torchsave.write(tmp_path / "mine.pth", statedict.state_dict(model, counters=7))
+    return tmp_path / "mine.pth"
+
+
+@pytest.mark.parametrize("name", ["mine.pth", "mine.pt", "mine.th", "mine.ckpt", "mine", "mine.safetensors"])
+def test_files_of_pytorch(model: jresnet.ResNet, pth: Path, name: str) -> None:
+    path = pth.with_name(name)
+    if path.suffix == ".safetensors":
+        safetensors.numpy.save_file(statedict.state_dict(model, counters=7), path)
+    else:
+        pth.rename(path)
+    found = sources.load(path, "resnet20_cifar")
+    assert native.digest(found.values) == native.digest(params.arrays(model))
+    assert found.config == model.config  # the number of classes is the file's
+    assert found.metadata == {
+        "source": name, "source_sha256": sha256_of(path), "dialect": "torchvision", "num_batches_tracked": "7",
+    }  # fmt: skip
+    assert (found.spec, found.preprocessing, found.categories) == (str(path), None, None)
+    assert found.conversion
+
+
+@pytest.mark.parametrize("name", ["native.safetensors", "native"])
+def test_native_files_say_their_architecture(native_file: Path, tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(native_file.read_bytes())
+    found = sources.load(str(path))
+    assert (found.arch, found.conversion) == ("resnet20_cifar", None)
+    assert native.digest(found.values) == found.metadata["digest"]
+    with pytest.raises(WeightsError, match="its architecture is resnet20_cifar, not resnet18"):
+        sources.load(path, "resnet18")
+
+
+def test_a_model_from_a_file_of_pytorch(model: jresnet.ResNet, pth: Path) -> None:
+    again = jresnet.create("resnet20_cifar", weights=pth)
+    assert native.digest(params.arrays(again)) == native.digest(params.arrays(model))
+    other = jresnet.create("resnet20_cifar", weights=pth, num_classes=6, in_channels=1)
+    assert (other.config.num_classes, other.config.in_channels) == (6, 1)
+    np.testing.assert_array_equal(other.bn1.var[...], model.bn1.var[...])
+    with pytest.raises(WeightsError, match=r"holds a resnet20_cifar, not a resnet32_cifar"):
+        jresnet.create("resnet32_cifar", weights=pth)
+
+
+def test_the_channels_are_the_files(tmp_path: Path) -> None:
+    grey = jresnet.create("resnet20_cifar", in_channels=1)
+    torchsave.write(tmp_path / "grey.pth", statedict.state_dict(grey))
+    assert jresnet.create("resnet20_cifar", weights=tmp_path / "grey.pth").config.in_channels == 1
+    with pytest.raises(WeightsError, match=r"conv1\.weight is \[16, 1, 3, 3\], not \[16, 4, 3, 3\]"):
+        jresnet.create("resnet20_cifar", weights=tmp_path / "grey.pth", in_channels=4)
+
+
+def test_a_users_own_convert_py_does_no_harm(tmp_path: Path) -> None:
+    """Nor is torch needed."""
+    model = jresnet.create("resnet18", num_classes=3, seed=5)
+    torchsave.write(tmp_path / "mine.pth", statedict.state_dict(model))
+    for name in ("convert", "torch", "torchvision", "scripts"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('the user\\'s own module')")
+    code = (
+        "import jresnet; model = jresnet.create('resnet18', weights='mine.pth');"
+        "print(model.config.num_classes, float(model.fc.bias[...][0]))"
+    )
+    done = command("-c", code, cwd=tmp_path, env={"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["3", str(float(model.fc.bias[...][0]))]
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_names_are_not_shadowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("resnet50", "DEFAULT", "IMAGENET1K_V1", "resnet50:IMAGENET1K_V1"):
+        Path(name).mkdir() if kind == "folder" else Path(name).touch()
+    assert sources.find("resnet50").spec == "resnet50:IMAGENET1K_V2"
+    assert sources.find("resnet50", "resnet50").spec == "resnet50:IMAGENET1K_V2"
+    assert sources.find("ResNet50:imagenet1k_v1").spec == "resnet50:IMAGENET1K_V1"
+    assert sources.find("resnet50:IMAGENET1K_V1", "resnet50").label == "imagenet1k_v1"
+    assert sources.find("DEFAULT", "resnet18").spec == "resnet18:IMAGENET1K_V1"
+    assert sources.find("IMAGENET1K_V1", "resnet50").spec == "resnet50:IMAGENET1K_V1"
+    for path in (os.path.join(".", "resnet50"), Path("resnet50"), str(tmp_path / "DEFAULT")):
+        assert sources.find(path, "resnet50").path == Path(path)
+
+
+@pytest.mark.parametrize(
+    ("spec", "arch", "message"),
+    [
+        ("", "resnet50", "an empty text"),
+        ("", None, "an empty text"),
+        ("resnet18:IMAGENET1K_V1", "resnet50", "those of resnet18, not of resnet50"),
+        ("resnet18", "resnet50", "those of resnet18, not of resnet50"),
+        ("resnet50:IMAGENET1K_V9", None, "resnet50 has no weights 'IMAGENET1K_V9'"),
+        ("resnet50:", None, "resnet50:IMAGENET1K_V2"),
+        ("IMAGENET1K_V9", "resnet50", "did you mean IMAGENET1K_V"),
+        ("IMAGENET1K_V1", None, "does not say of which architecture"),
+        ("IMAGENET1K_V1", "resnet20_cifar", "no weights are published for 'resnet20_cifar'"),
+        ("resnet20_cifar", None, "no weights are published for 'resnet20_cifar'"),
+        ("resnet51", None, r"no weights are published for 'resnet51' \(did you mean"),
+        ("x.pth", "resnet51", "unknown architecture 'resnet51'"),
+    ],
+)
+def test_what_is_no_source(spec: str, arch: str | None, message: str) -> None:
+    if spec == "resnet50:":
+        assert sources.find(spec).spec == message
+        return
+    with pytest.raises(InputError, match=message):
+        sources.find(spec, arch)
+
+
+def test_a_file_that_does_not_say_its_architecture(pth: Path) -> None:
+    with pytest.raises(WeightsError, match=r"does not say its architecture.*python -m convert\.torch2flax ARCH"):
+        sources.load(pth)
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    for name in ("x.pth", "x.safetensors", "folder/x"):
+        with pytest.raises(WeightsError, match="No such file"):
+            sources.load(str(tmp_path / name), "resnet18")
+
+
+@pytest.mark.parametrize(("dialect", "statistics"), [("akamaster", "imagenet"), ("torchvision", None)])
+def test_the_preprocessing_of_a_dialect(tmp_path: Path, dialect: str, statistics: str | None) -> None:
+    model = jresnet.create("resnet20_cifar")
+    torchsave.write(tmp_path / "x.th", statedict.state_dict(model, dialect))
+    found = sources.load(tmp_path / "x.th", "resnet20_cifar")
+    assert found.metadata["dialect"] == dialect
+    assert found.preprocessing == (Preprocessing(None, 32, *STATISTICS[statistics]) if statistics else None)
+
+
+def test_what_a_file_says_wrongly_is_told_when_it_is_asked(tmp_path: Path) -> None:
+    model = jresnet.create("resnet20_cifar")
+    names = json.dumps(["a"] * 9)
+    native.save(tmp_path / "x.safetensors", model, "resnet20_cifar", preprocessing="{}", categories=names)
+    found = sources.load(tmp_path / "x.safetensors")
+    with pytest.raises(WeightsError, match="the preprocessing that the weights file states cannot be used"):
+        _ = found.preprocessing
+    with pytest.raises(WeightsError, match="are not 10 names"):
+        _ = found.categories
+    assert jresnet.create("resnet20_cifar", weights=tmp_path / "x.safetensors")
+
+
+def test_a_files_name_need_not_be_unicode(pth: Path) -> None:
+    path = pth.with_name(os.fsdecode(b"\xff.pth"))
+    pth.rename(path)
+    assert sources.load(path, "resnet20_cifar").metadata["source"] == "\ufffd.pth"
