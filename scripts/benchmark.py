@@ -30,9 +30,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huge_pages
 from benchmark_common import CHECKED_IMAGES, ROOT
 from benchmark_table import PEERS, evaluate, footer, head, line, plot
+
+from jresnet.commands import huge_pages
 
 WORKERS = {name: ROOT / "scripts" / f"benchmark_{name}.py" for name in ("jresnet", "torch")}
 SUITES = ("train", "infer", "accuracy", "startup", "data", "scaling")

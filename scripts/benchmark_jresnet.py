@@ -26,9 +26,11 @@ import jresnet
 from convert import flax2torch, torch2flax
 from jresnet import cache
 from jresnet.data import cifar10 as data
+from jresnet.data.statistics import STATISTICS
 from jresnet.pytorch import keymap
-from jresnet.training import augment, devices, optim, recipes
+from jresnet.training import augment, devices, optim
 from jresnet.training import step as train
+from jresnet.training.loop import StepsLoop, epoch_order
 from jresnet.weights import native as weights
 
 Job = Mapping[str, Any]
@@ -229,9 +231,9 @@ def epoch(job: Job) -> dict[str, Any]:
     labels = draw.integers(0, model.config.num_classes, len(images)).astype(np.int32)
     split = train.Images(*where.replicate((images, labels)))
     step = train.train_step(nnx.graphdef(model), optimizer, pipeline(job["size"]))
-    loop = train.StepsLoop(step, where, compiler_options=jresnet.compiler_options())
+    loop = StepsLoop(step, where, compiler_options=jresnet.compiler_options())
     state, key, number = where.replicate(train.init(model, optimizer)), jax.random.key(0), 0
-    order = np.asarray(train.epoch_order(key, 0, len(images), job["batch"]))
+    order = np.asarray(epoch_order(key, 0, len(images), job["batch"]))
     began = time.perf_counter()
     loop.compile(state, split, order, key)
     seconds = time.perf_counter() - began
@@ -239,14 +241,14 @@ def epoch(job: Job) -> dict[str, Any]:
     def run(epochs: int) -> None:
         nonlocal state, number
         for _ in range(epochs):
-            order, number = np.asarray(train.epoch_order(key, number, len(images), job["batch"])), number + 1
+            order, number = np.asarray(epoch_order(key, number, len(images), job["batch"])), number + 1
             state, _ = loop(state, split, order, 0, len(order), key)
 
     return common.pace(job, run, order.size) | {"compile_seconds": seconds}
 
 
 def pipeline(size: int) -> augment.Pipeline:
-    return augment.Pipeline("pad", size, "random", *recipes.STATISTICS["cifar10"])
+    return augment.Pipeline("pad", size, "random", *STATISTICS["cifar10"])
 
 
 def first_batch(job: Job) -> dict[str, Any]:

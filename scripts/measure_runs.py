@@ -48,13 +48,14 @@ def measure(create: Callable[[int], Any], size: int, batch_size: int, runs: int,
     from flax import nnx
 
     from jresnet import cache, compiler_options
-    from jresnet.training import optim, recipes
+    from jresnet.data.statistics import STATISTICS
+    from jresnet.training import optim
     from jresnet.training import step as train
     from jresnet.training.augment import Pipeline
 
     models = [create(seed) for seed in range(runs)]
     optimizer = optim.optimizer("sgd", 0.01, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    pipeline = Pipeline("pad", size, "random", *recipes.STATISTICS["cifar10"])
+    pipeline = Pipeline("pad", size, "random", *STATISTICS["cifar10"])
     step = train.train_step(nnx.graphdef(models[0]), optimizer, pipeline)
 
     draw = np.random.default_rng(0)

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 from jresnet.errors import InputError
 from jresnet.reports import plots
-from jresnet.training.metrics import LARGEST, duration, finite, read_metrics
+from jresnet.reports.metrics_file import LARGEST, finite, read_metrics
+from jresnet.training.console import duration
 
 # What a table says of config.json's "run", and its types.
 SETTINGS: dict[str, type | tuple[type, ...]] = {

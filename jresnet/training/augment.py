@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jresnet.data.statistics import normalise
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int, UInt8
 
@@ -70,13 +72,6 @@ class Pipeline:
         if self.crop == "resized":
             views = resize_and_center_crop(views, round(self.size * 8 / 7), self.size)
         return normalise(views, self.mean, self.std)
-
-
-def normalise(
-    images: Float[Array, "n h w c"], mean: tuple[float, ...], std: tuple[float, ...]
-) -> Float[Array, "n h w c"]:
-    """Grey levels 0 to 255 -> (x / 255 - mean) / std, by channel."""
-    return (images / 255 - jnp.array(mean, images.dtype)) / jnp.array(std, images.dtype)
 
 
 def random_crop(key: jax.Array, images: Float[Array, "n h w c"], size: int, padding: int) -> Float[Array, "n s s c"]:

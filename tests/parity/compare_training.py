@@ -32,11 +32,13 @@ from flax import nnx
 from convert import flax2torch, torch2flax, verify
 from jresnet import ResNet, create
 from jresnet.data import cifar10 as data
+from jresnet.data.statistics import STATISTICS
 from jresnet.errors import InputError
 from jresnet.pytorch import keymap
 from jresnet.training import optim, recipes
 from jresnet.training import step as train
 from jresnet.training.augment import Pipeline
+from jresnet.training.loop import epoch_order
 from jresnet.weights import native as weights
 
 ARCH = "resnet20_cifar"
@@ -75,13 +77,13 @@ def kept(steps: int) -> list[int]:
 
 def draw_batches(split: data.Split, steps: int, batch_size: int, seed: int) -> list[Batch]:
     """Epochs in random order, augmented by jresnet's pipeline: 1.6 MB a step of 128 images."""
-    mean, std = recipes.STATISTICS["cifar10"]
+    mean, std = STATISTICS["cifar10"]
     augment = jax.jit(Pipeline(RECIPE.crop, RECIPE.image_size, RECIPE.flip, mean, std).train)
     order_key, augment_key = jax.random.split(jax.random.key(seed))
 
     def indices() -> Iterator[np.ndarray]:
         for epoch in range(steps):
-            yield from np.asarray(train.epoch_order(order_key, epoch, len(split.labels), batch_size))
+            yield from np.asarray(epoch_order(order_key, epoch, len(split.labels), batch_size))
 
     batches = []
     for step, chosen in zip(range(steps), indices(), strict=False):

@@ -13,8 +13,7 @@ from flax import nnx
 
 from convert import reference, torch2flax, verify
 from jresnet.data import cifar10 as data
-from jresnet.training import recipes
-from jresnet.training.augment import normalise
+from jresnet.data.statistics import STATISTICS, normalise
 from jresnet.weights import native as weights
 
 
@@ -31,7 +30,7 @@ def test_akamasters_resnet20(shared: Path, images: data.Split) -> None:
     found = torch2flax.match(torch2flax.read(shared / "weights" / "resnet20-12fca82f.th"), "resnet20_cifar")
     network = reference.network("resnet20_cifar", found.config)
     network.load_state_dict({key: torch.tensor(value) for key, value in found.torchvision().items()}, strict=False)
-    x = np.asarray(normalise(images.images.astype(np.float32), *recipes.STATISTICS["imagenet"]))
+    x = np.asarray(normalise(images.images.astype(np.float32), *STATISTICS["imagenet"]))
     tensors = torch.from_numpy(np.ascontiguousarray(x.transpose(0, 3, 1, 2))).split(500)
     with torch.no_grad():
         theirs = torch.cat([network.eval()(part) for part in tensors]).numpy()

@@ -2,8 +2,8 @@
 
     python tests/parity/train_torch.py --recipe fast --depth 20 --epochs 10 --data-dir DIR --runs 3 --seed 0 --out OUT
 
-Flags are the fields of ``jresnet.training.config.RunConfig``; network, initialisation, recipe and data are the same, only the
-random draws differ. Images lie on the device in channels-last order; on CUDA the network is compiled. Writes
+Flags are the fields of ``jresnet.training.config.RunConfig``; network, initialisation, recipe and data are the same, only
+the random draws differ. Images lie on the device in channels-last order; on CUDA the network is compiled. Writes
 ``OUT/seed-N/{config.json, metrics.jsonl, summary.json}`` and ``OUT/summary.json`` over the seeds. A run that was killed
 goes on from its last epoch with ``--resume``, and finished seeds are left as they are.
 
