@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from jresnet.errors import DataError, DownloadError, InputError, JresnetError, WeightsError
+from jresnet.version import __version__
 
 if TYPE_CHECKING:  # the same for type checkers and editors
     from jresnet.factory import (
@@ -37,7 +38,6 @@ if TYPE_CHECKING:  # the same for type checkers and editors
     from jresnet.training import optim
     from jresnet.weights.native import load, save
 
-__version__ = "0.1.0"
 
 __all__ = [
     "BasicBlock",

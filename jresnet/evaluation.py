@@ -1,6 +1,6 @@
 """How well weights classify labelled images: every image once, by the weights' own preprocessing.
 
-``scripts/evaluate.py`` is the command line.
+:mod:`jresnet.commands.evaluate` is the command line.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jax.typing import DTypeLike
 from tqdm import tqdm
@@ -112,7 +113,7 @@ def choose_preprocessing(
     if len(chosen.mean) != channels:
         raise InputError(
             f"the network takes images of {channels} channel{'s'[: channels - 1]}, but there are {len(chosen.mean)} values "
-            f"of mean and std ({origin}): give {channels} with --mean and --std"
+            f"of mean and std ({origin}): give {channels} as `mean` and `std`"
         )
     return chosen, origin
 
@@ -200,7 +201,7 @@ def score(model: ResNet, preprocessing: Preprocessing, data: Labelled, batch_siz
 
     def forward(state: nnx.State, pixels: UInt8[Array, "b s s c"], labels: Int[Array, " b"]):
         logits = nnx.merge(graph, state)(normalise(pixels.astype(jnp.float32), mean, std))
-        return cross_entropy(logits, labels), rank(logits, labels)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels), rank(logits, labels)
 
     shape = (batch_size, preprocessing.crop, preprocessing.crop, len(mean))
     began = time.perf_counter()
@@ -244,11 +245,6 @@ def score(model: ResNet, preprocessing: Preprocessing, data: Labelled, batch_siz
     k = min(5, model.config.num_classes)
     top1, topk = int((place < 1).sum()), int((place < k).sum())
     return Scores(len(loss), top1, topk, k, float(loss.mean()), seconds, compile_seconds, tuple(bad))
-
-
-def cross_entropy(logits: Float[Array, "b k"], labels: Int[Array, " b"]) -> Float[Array, " b"]:
-    """-log softmax of each label's logit, in nats."""
-    return jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, labels[:, None], 1)[:, 0]
 
 
 def rank(logits: Float[Array, "b k"], labels: Int[Array, " b"]) -> Int[Array, " b"]:

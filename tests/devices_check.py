@@ -13,6 +13,7 @@ from jresnet import data
 from jresnet.models.resnet import ResNet, ResNetConfig
 from jresnet.training import augment, devices, optim
 from jresnet.training import step as train
+from jresnet.training.loop import StepsLoop, epoch_order, evaluate
 
 TINY = ResNetConfig("basic", (1, 1), (4, 8), num_classes=10, stem="cifar", shortcut="pad")
 
@@ -45,7 +46,7 @@ def check(settings: dict) -> dict:
         graph, optimizer, pipeline, steps_per_epoch=4, label_smoothing=0.1, ema=0.9, devices=where,
         bn=settings.get("bn", "global"),
     )  # fmt: skip
-    loop = train.StepsLoop(step, where, on_device=settings.get("on_device"))
+    loop = StepsLoop(step, where, on_device=settings.get("on_device"))
     state = where.replicate(train.init(model, optimizer, average=True))
     split = train.Images(*where.replicate((images, labels)))
     key = where.replicate(jax.random.key(1))
@@ -54,10 +55,10 @@ def check(settings: dict) -> dict:
     devices.meet(f"compiled {settings}")
     losses: list[float] = []
     for epoch in range(2):
-        order = np.asarray(train.epoch_order(jax.random.key(0), epoch, 64, 16))
+        order = np.asarray(epoch_order(jax.random.key(0), epoch, 64, 16))
         state, metrics = loop(state, split, order, 0, 4, key)
         losses += metrics.loss.tolist()
-    found = train.evaluate(
+    found = evaluate(
         jax.jit(train.eval_step(graph, pipeline), out_shardings=where.whole), train.evaluated(state),
         data.Split(images[:50], labels[:50]), 16, where,
     )  # fmt: skip

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from jresnet.training import augment
+from jresnet.weights.preprocessing import normalise
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +115,7 @@ def test_mixup_and_cutmix_take_turns() -> None:
 
 
 def test_normalise() -> None:
-    result = augment.normalise(jnp.full((1, 1, 1, 2), 51.0), (0.1, 0.2), (0.5, 0.1))
+    result = normalise(jnp.full((1, 1, 1, 2), 51.0), (0.1, 0.2), (0.5, 0.1))
     np.testing.assert_allclose(result[0, 0, 0], [0.2, 0.0], atol=1e-6)
 
 

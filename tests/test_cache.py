@@ -8,9 +8,9 @@ from pathlib import Path
 
 import jax
 import pytest
-from conftest import REPOSITORY, load_script
+from conftest import REPOSITORY
 
-from jresnet import cache
+from jresnet import cache, commands
 
 # Prints the folder, and how many programs were compiled and how many loaded.
 PROGRAM = """
@@ -92,10 +92,10 @@ def test_a_home_that_cannot_be_written_is_no_obstacle(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "options"),
-    [("train_cifar10", ["--dataset", "digits"]), ("evaluate", ["--weights", "resnet18", "--data", "cifar10"])],
+    ("name", "options"),
+    [("train", ["--dataset", "digits"]), ("evaluate", ["--weights", "resnet18", "--data", "cifar10"])],
 )
-def test_the_scripts_use_it_before_anything_else(script: str, options: list[str], monkeypatch) -> None:
+def test_the_commands_use_it_before_anything_else(name: str, options: list[str], monkeypatch) -> None:
     class Asked(Exception):
         pass
 
@@ -103,9 +103,8 @@ def test_the_scripts_use_it_before_anything_else(script: str, options: list[str]
         raise Asked
 
     monkeypatch.setattr(cache, "keep_compiled", keep_compiled)
-    module = load_script(script)
     with pytest.raises(Asked):
-        module.main(options)
+        commands.run(name, options, name)
 
 
 def test_the_search_for_garbage_waits_while_jax_traces_and_goes_on_after_an_error():

@@ -93,7 +93,7 @@ def test_they_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JRESNET_COMPILER_OPTIONS", "off")
     assert jresnet.compiler_options() == {}
     assert jresnet.compiler_options(remat=True) == compiler.BARRIERS
-    assert compiler.explain() == ["compiler options: XLA's own, since JRESNET_COMPILER_OPTIONS is off"]
+    assert compiler.explain() == ["compiler XLA's own, since JRESNET_COMPILER_OPTIONS is off"]
     monkeypatch.setenv("JRESNET_COMPILER_OPTIONS", "fast")
     with pytest.raises(jresnet.InputError, match="must be on or off, got 'fast'"):
         jresnet.compiler_options()

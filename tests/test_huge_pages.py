@@ -1,4 +1,4 @@
-"""scripts/huge_pages.py: what asks for large pages, and what does not."""
+"""What asks for large pages, and what does not."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import huge_pages
 import pytest
 from benchmark.driver import Workplace
 from conftest import REPOSITORY
+
+from jresnet import commands
+from jresnet.commands import huge_pages
 
 HUGE = "glibc.malloc.hugetlb=1"
 
@@ -60,13 +62,14 @@ def test_the_off_switch(setting: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_same_process_with_the_same_arguments(setting: Path, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
-        "import os, pathlib, sys, huge_pages\n"
+        "import os, pathlib, sys\n"
+        "from jresnet.commands import huge_pages\n"
         f"huge_pages.SETTING = pathlib.Path({str(setting)!r})\n"
         "print(os.getpid(), os.environ.get('GLIBC_TUNABLES'), sys.flags.dont_write_bytecode, sys.argv[1:], flush=True)\n"
         "huge_pages.ask()\n"
     )
     command = [sys.executable, "-B", str(script), "--depth", "two words"]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "scripts")}
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)
     found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
     process, rest = found[0].split(maxsplit=1)
@@ -81,6 +84,15 @@ def test_the_scripts_ask(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(REPOSITORY / "scripts" / f"{script}.py"), run_name="__main__")
     assert ended.value.code == 77
+
+
+@pytest.mark.parametrize(("name", "asks"), [("train", True), ("evaluate", True), ("info", False), ("--help", False)])
+def test_the_console_command_asks_where_it_computes(name: str, asks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(huge_pages, "ask", lambda: asked.append(name))
+    monkeypatch.setattr(commands, "dispatch", lambda arguments: 0)
+    assert commands.main([name]) == 0
+    assert bool(asked) == asks
 
 
 def test_both_frameworks_are_measured_with_them(setting: Path, tmp_path: Path) -> None:

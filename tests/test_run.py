@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -14,16 +13,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPOSITORY, command
+from safetensors import safe_open
 
 import jresnet
+from jresnet import commands
 from jresnet.errors import InputError
 from jresnet.kernels.compiler import ONEDNN
-from jresnet.training import metrics as logs
-from jresnet.training import trainer as run
+from jresnet.reports.metrics_file import read_metrics
+from jresnet.training.checkpoint import Checkpoints
 from jresnet.training.config import RunConfig, default_config
+from jresnet.training.console import introduction
+from jresnet.training.guard import NonFiniteLoss
+from jresnet.training.outputs import Lock
 from jresnet.training.program import load_data
+from jresnet.training.seeds import fit_seeds
 from jresnet.training.stop import Interrupted, StopRequest
-from jresnet.weights import native
+from jresnet.training.trainer import Options, Trainer
+from jresnet.weights import native as weights
 from jresnet.weights.preprocessing import STATISTICS, Preprocessing
 
 SCRIPT = "scripts/train_cifar10.py"
@@ -43,13 +49,13 @@ def config(**changes) -> RunConfig:
     return default_config(**{**short, **changes})
 
 
-def trainer(out: Path, stop: StopRequest | None = None, **changes) -> run.Trainer:
+def trainer(out: Path, stop: StopRequest | None = None, **changes) -> Trainer:
     chosen = config(**changes)
-    return run.Trainer(chosen, load_data(chosen, None), out, stop)
+    return Trainer(chosen, load_data(chosen, None), out, stop)
 
 
 def values_of(path: Path) -> dict[str, np.ndarray]:
-    return native.read(path)[2]
+    return weights.read(path)[2]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -131,8 +137,9 @@ def test_the_weights_load_and_classify_as_the_run_says(finished: Path) -> None:
     ],
 )
 def test_the_weights_say_how_to_prepare_images(tmp_path: Path, changes: dict, expected: Preprocessing) -> None:
-    trainer(tmp_path, **changes)._save_weights("last.safetensors", {})
-    metadata = native.read(tmp_path / "last.safetensors")[3]
+    first = trainer(tmp_path, **changes)
+    first.outputs.weights("last.safetensors", first.state, {})
+    metadata = weights.read(tmp_path / "last.safetensors")[3]
     assert Preprocessing.from_json(metadata["preprocessing"]) == expected
     assert json.loads(metadata["categories"]) == list("0123456789")
 
@@ -158,10 +165,10 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does(finished: Path, tmp_pa
         if len(steps) == stop_after:
             stop.signal = signal.SIGTERM
 
-    first.progress.step = after_step  # type: ignore[method-assign]
+    first.console.step = after_step  # type: ignore[method-assign]
     with pytest.raises(Interrupted):
         first.fit()
-    assert native.load(out / "last.safetensors")
+    assert weights.load(out / "last.safetensors")
     assert not (out / "summary.json").exists()
     summary = trainer(out, val_split=100).fit(resume=True)
     expected, found = values_of(finished / "last.safetensors"), values_of(out / "last.safetensors")
@@ -200,10 +207,10 @@ def test_signals_save_and_exit(tmp_path: Path, number: int, code: int, more: lis
         process.send_signal(number)
         rest = process.stdout.read()
         assert process.wait(timeout=60) == code
-    assert f"saved; the same command with --out {whole} --resume goes on" in rest
+    assert f"the state is saved\n         the same command with --out {whole} --resume goes on\n" in rest
     options = json.loads((out / "config.json").read_text())["options"]
     assert options["deterministic"] == ("--deterministic" in more)
-    assert native.load(out / "last.safetensors")
+    assert weights.load(out / "last.safetensors")
     assert list((out / "checkpoints").iterdir())
     resumed = trainer(out, epochs=50)
     resumed.stop.signal = number  # go no further than the checkpoint
@@ -221,7 +228,7 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     assert not (out / "last.safetensors").exists()
 
 
-def break_after(trainer: run.Trainer, step: int, times: int = 1) -> None:
+def break_after(trainer: Trainer, step: int, times: int = 1) -> None:
     """Makes the loss NaN in the next stretch that ends after ``step``, ``times`` times."""
     loop, left = trainer.program.loop, [times]
 
@@ -242,9 +249,9 @@ def test_a_nan_leaves_the_last_good_checkpoint_alone(tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = trainer(out, epochs=3)
     break_after(first, 4)
-    with pytest.raises(run.NonFiniteLoss, match=r"the loss is nan at step [4-7] \(epoch 2\)"):
+    with pytest.raises(NonFiniteLoss, match=r"the loss is nan at step [4-7] \(epoch 2\)"):
         first.fit()
-    assert [path.name for path in (out / "checkpoints").iterdir()] == ["4"]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["4.safetensors"]
     summary = trainer(out, epochs=3).fit(resume=True)
     assert np.isfinite(summary["final"]["test_loss"])
 
@@ -258,7 +265,7 @@ def test_rollback_goes_back_and_on_in_another_order(tmp_path: Path, capsys: pyte
     assert "rollback 2 of 3" in said
     assert "resumed  at step 4 of 12" in said
     assert summary["rollbacks"] == 2
-    assert [row["epoch"] for row in logs.read_metrics(tmp_path / "out" / "metrics.jsonl")] == [1, 2, 3]
+    assert [row["epoch"] for row in read_metrics(tmp_path / "out" / "metrics.jsonl")] == [1, 2, 3]
     undisturbed = trainer(tmp_path / "other", epochs=3).fit()
     assert summary["final"]["train_loss"] != undisturbed["final"]["train_loss"]
 
@@ -266,25 +273,77 @@ def test_rollback_goes_back_and_on_in_another_order(tmp_path: Path, capsys: pyte
 def test_rollback_gives_up_after_three(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     first = trainer(tmp_path / "out", epochs=2, on_nan="rollback")
     break_after(first, 0, times=9)  # before any checkpoint: it begins again
-    with pytest.raises(run.NonFiniteLoss):
+    with pytest.raises(NonFiniteLoss):
         first.fit()
     assert capsys.readouterr().out.count("rollback ") == 3
 
 
-def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
+@pytest.mark.parametrize("bad", [4, 8])
+def test_weights_that_are_not_finite_are_not_kept(tmp_path: Path, bad: int) -> None:
+    """Neither in a checkpoint, nor as the best, nor as a row."""
     first = trainer(tmp_path / "out", epochs=2)
-    first.program.finite = lambda state: int(state.step) < 8  # type: ignore[assignment]
-    with pytest.raises(run.NonFiniteLoss, match="a weight is not finite after a finite loss at step 7"):
+    first.program.finite = lambda state: int(state.step) < bad  # type: ignore[assignment]
+    with pytest.raises(NonFiniteLoss, match=f"a weight is not finite after a finite loss at step {bad - 1}"):
         first.fit()
-    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["4"]
+    good = bad - 4
+    expected = [f"{good}.safetensors"] if good else []
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == expected
+    assert (tmp_path / "out" / "best.safetensors").exists() == bool(good)
+    assert len(read_metrics(tmp_path / "out" / "metrics.jsonl")) == good // 4
+
+
+@pytest.mark.parametrize("good", [0, 1])
+def test_an_epoch_whose_logits_are_not_finite_is_never_the_best(tmp_path: Path, good: int) -> None:
+    first = trainer(tmp_path, epochs=2)
+    evaluate, seen = first.program.evaluate, []
+
+    def flattering(state, name, *more):
+        seen.append(int(state.step))
+        found = evaluate(state, name, *more)
+        return found._replace(loss=float("nan"), accuracy=1.0) if int(state.step) > 4 * good else found
+
+    first.program.evaluate = flattering  # type: ignore[method-assign]
+    summary = first.fit()
+    assert first.done.best_epoch == good
+    assert summary["best"].get("epoch", 0) == good
+    assert (tmp_path / "best.safetensors").exists() == bool(good)
+    assert summary["final"]["test_loss"] is None
+    assert json.loads((tmp_path / "summary.json").read_text()) == json.loads(json.dumps(summary))
+
+
+def test_an_epoch_that_was_interrupted_in_its_evaluation_gets_its_score(tmp_path: Path) -> None:
+    first = trainer(tmp_path, epochs=1)
+
+    def interrupted(*_: object) -> None:
+        first.stop.signal = signal.SIGTERM
+
+    first.program.evaluate = interrupted  # type: ignore[assignment]
+    with pytest.raises(Interrupted):
+        first.fit()
+
+    def score() -> float | None:
+        with safe_open(tmp_path / "checkpoints" / "4.safetensors", "numpy") as file:
+            return json.loads(file.metadata()["about"])["score"]
+
+    assert score() is None
+    summary = trainer(tmp_path, epochs=1).fit(resume=True)
+    assert score() == summary["final"]["test_accuracy"]
+
+
+def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path) -> None:
+    for name in (".best.safetensors.ab12", ".summary.json.x"):
+        (tmp_path / name).write_text("half")
+    (tmp_path / ".mine").write_text("")
+    trainer(tmp_path, epochs=1).fit()
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [".mine"]
 
 
 def test_debug_nans_names_the_layer(tmp_path: Path) -> None:
     chosen = config(epochs=1)
-    first = run.Trainer(chosen, load_data(chosen, None), tmp_path / "out", options=run.Options(debug_nans=True))
+    first = Trainer(chosen, load_data(chosen, None), tmp_path / "out", options=Options(debug_nans=True))
     params = first.state.params
     params["layer2"][1]["bn2"]["scale"][...] = params["layer2"][1]["bn2"]["scale"][...].at[3].set(np.inf)
-    with pytest.raises(run.NonFiniteLoss, match=r"at step 0 \(epoch 1\)\n  .*layer2\.1\.bn2"):
+    with pytest.raises(NonFiniteLoss, match=r"at step 0 \(epoch 1\)\n  .*layer2\.1\.bn2"):
         first.fit()
 
 
@@ -297,23 +356,23 @@ def test_deterministic_is_a_flag_that_xla_knows(tmp_path: Path) -> None:
 
 def test_checkpoints_by_the_minute(tmp_path: Path) -> None:
     chosen = config(epochs=1)
-    options = run.Options(checkpoint_minutes=0)
-    first = run.Trainer(chosen, load_data(chosen, None), tmp_path / "out", options=options)
+    options = Options(checkpoint_minutes=0)
+    first = Trainer(chosen, load_data(chosen, None), tmp_path / "out", options=options)
     saved = []
-    save = run.Checkpoints.save
+    save = Checkpoints.save
 
     def noting(self, state, progress, score=None):
         saved.append((int(state.step), score is not None))
         save(self, state, progress, score)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.Checkpoints, "save", noting)
+        patch.setattr(Checkpoints, "save", noting)
         first.fit()
     assert saved == [(1, False), (2, False), (3, False), (4, True)]
 
 
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
-    with run.Lock(tmp_path), pytest.raises(InputError, match=r"another run is using .* \(process \d+"):
+    with Lock(tmp_path), pytest.raises(InputError, match=r"another run is using .* \(process \d+"):
         trainer(tmp_path).fit()
 
 
@@ -330,8 +389,13 @@ def test_several_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     chosen = config(epochs=1, recipe="fast", lr=0.05, seed=3)
     data = load_data(chosen, None)
     out = tmp_path / "out"
-    summary = run.fit_seeds(chosen, data, out, 2)
-    assert capsys.readouterr().out.count("compiled in") == 1
+    summary = fit_seeds(chosen, data, out, 2)
+    said = capsys.readouterr().out
+    assert said.count("compiled in") == 1
+    assert "seed 3\n" in said
+    assert "seed 4\n" in said
+    for n in (3, 4):
+        assert json.loads((out / f"seed-{n}" / "config.json").read_text())["run"]["seed"] == n
     assert (summary["n"], summary["seeds"]) == (2, [3, 4])
     values = [json.loads((out / f"seed-{n}" / "summary.json").read_text())["final"]["test_accuracy"] for n in (3, 4)]
     assert summary["final"]["test_accuracy"]["values"] == values
@@ -343,11 +407,29 @@ def test_several_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 
     capsys.readouterr()
     (out / "seed-4" / "summary.json").unlink()
-    again = run.fit_seeds(chosen, data, out, 2, resume=True)  # the finished one is left alone
+    again = fit_seeds(chosen, data, out, 2, resume=True)  # the finished one is left alone
     assert again["final"]["test_accuracy"] == summary["final"]["test_accuracy"]
     assert capsys.readouterr().out.count("done  ") == 1
     with pytest.raises(InputError, match="already holds a run"):
-        run.fit_seeds(chosen, data, out, 2)
+        fit_seeds(chosen, data, out, 2)
+    before = (out / "summary.json").read_bytes()
+    for runs in (1, 3):
+        with pytest.raises(InputError, match=f"`runs` was 2, now {runs}"):
+            fit_seeds(chosen, data, out, runs, resume=True)
+    with pytest.raises(InputError, match="`runs` was 2, now not given"):
+        Trainer(chosen, data, out).fit(resume=True)
+    assert (out / "summary.json").read_bytes() == before
+    for damaged in ("{", "[]", "{}", "[" * 10**5):
+        (out / "seed-3" / "summary.json").write_text(damaged)
+        with pytest.raises(InputError, match=r"summary\.json|seeds that differ"):
+            fit_seeds(chosen, data, out, 2, resume=True)
+
+
+def test_seeds_end_where_numpys_do(tmp_path: Path) -> None:
+    chosen = config(seed=2**32 - 1)
+    with pytest.raises(InputError, match="`seed` must be from 0 to 4294967295, got 4294967296"):
+        fit_seeds(chosen, load_data(chosen, None), tmp_path / "out", 2)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -360,16 +442,27 @@ def test_several_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         (
             ["--epochs", "0", "--lr", "-1", "--momentum", "1"],
             1,
-            "epochs must be at least 1, got 0; lr must be at least 0",
+            "--epochs must be from 1 to 1000000, got 0; --lr must be above 0, got -1.0; --momentum must be at least 0",
         ),
-        (["--schedule", "cosine", "--milestones", "5"], 1, "milestones belong to --schedule step, not cosine"),
+        (["--schedule", "cosine", "--milestones", "5"], 1, "--milestones belong to --schedule step, not cosine"),
         (["--warmup-epochs", "120"], 1, "milestone 100 lies in the warm-up"),
         (
             ["--ema", "1", "--label-smoothing", "2"],
             1,
-            "label_smoothing must be from 0 to 1, got 2.0; ema must be below 1",
+            "--label-smoothing must be at least 0 and below 1, got 2.0; --ema must be at least 0 and below 1, got 1.0",
         ),
-        (["--runs", "0", "--checkpoint-minutes", "-1"], 2, "--runs must be at least 1, got 0; --checkpoint-minutes"),
+        (["--runs", "0"], 2, "--runs must be at least 1, got 0"),
+        (["--checkpoint-minutes", "-1"], 1, "--checkpoint-minutes must be at least 0, got -1.0"),
+        (["--checkpoint-minutes", "nan"], 1, "--checkpoint-minutes must be finite, got nan"),
+        (["--milestones", "nan"], 1, "--milestones must be finite, got [nan]"),
+        (["--milestones", "5", "inf"], 1, "--milestones must be finite, got [5.0, inf]"),
+        (["--lr", "inf"], 1, "--lr must be finite, got inf"),
+        (["--gamma", "1e300"], 1, "--gamma must be finite"),
+        (["--epochs", "99999999999999999999"], 1, "--epochs must be from 1 to 1000000"),
+        (["--seed", "4294967295", "--runs", "2", "--dataset", "digits", "--out", "x"], 1, "--seed must be from 0 to"),
+        (["--coordinator", "x", "--num-processes", "2", "--process-id", "0", "--out", "x"], 1,
+         "--coordinator must be HOST:PORT, got 'x'"),
+        (["--dataset", "digits", "--out", ""], 2, "argument --out: expected a folder, got ''"),
         (["--devices", "1000", "--dataset", "digits"], 1, "--devices 1000: this machine has"),
         (["--distributed", "auto", "--process-id", "0"], 2, "finds --coordinator, --num-processes and --process-id by"),
         (["--epochs", "many"], 2, "invalid int value"),
@@ -379,12 +472,16 @@ def test_several_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
         (["--data-dir", "{empty}"], 1, "{empty}"),
         (["--dataset", "digits", "--depth", "20", "--out", "{file}/x"], 1, "cannot use --out"),
         (["--dataset", "digits", "--out", "{run}"], 1, "already holds a run (config.json"),
-        (["--out", "{run}", "--resume", "--depth", "32"], 1, "arch was 'resnet20_cifar', now 'resnet32_cifar'"),
-        (["--out", "{run}", "--resume", "--lr", "0.2", "--seed", "5"], 1, "lr was 0.025, now 0.2; seed was 0, now 5"),
+        (["--out", "{run}", "--resume", "--depth", "32"], 1, "--arch was 'resnet20_cifar', now 'resnet32_cifar'"),
+        (["--out", "{run}", "--resume", "--lr", "0.2", "--seed", "5"], 1, "--lr was 0.025, now 0.2; --seed was 0, now 5"),
+        (["--out", "{run}", "--resume", "--runs", "3"], 1, "--runs was not given, now 3"),
         (["--out", "{broken}", "--resume"], 1, "is no run's configuration"),
     ],
-)
-def test_bad_input(finished: Path, tmp_path: Path, arguments: list[str], code: int, message: str) -> None:
+)  # fmt: skip
+def test_bad_input(
+    finished: Path, tmp_path: Path, arguments: list[str], code: int, message: str,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     places = {name: tmp_path / name for name in ("empty", "file", "broken")}
     places["empty"].mkdir()
     places["broken"].mkdir()
@@ -393,36 +490,16 @@ def test_bad_input(finished: Path, tmp_path: Path, arguments: list[str], code: i
     names = {**places, "run": finished}
     content = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
     before = sorted(tmp_path.rglob("*"))
-    environment = {
-        **os.environ,
-        "HOME": str(tmp_path),
-        "HTTPS_PROXY": "http://127.0.0.1:9",
-        "PYTHONPATH": str(REPOSITORY),
-    }
-    began = time.monotonic()
-    done = command(
-        REPOSITORY / SCRIPT, *[argument.format(**names) for argument in arguments], cwd=tmp_path, env=environment
-    )
-    assert done.returncode == code, done.stderr
-    assert message.format(**names) in done.stderr
-    assert "Traceback" not in done.stderr
+    for name, value in (("HOME", tmp_path), ("HTTPS_PROXY", "http://127.0.0.1:9")):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.chdir(tmp_path)
+    found = commands.run("train", [argument.format(**names) for argument in arguments], "train_cifar10.py")
+    said = capsys.readouterr().err
+    assert found == code, said
+    assert message.format(**names) in said
+    assert "`" not in said
     assert sorted(path for path in tmp_path.rglob("*") if ".cache" not in path.parts) == before
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == content
-    print(f"{time.monotonic() - began:.1f} s")
-
-
-def test_help_names_units_and_defaults() -> None:
-    done = command(SCRIPT, "--help", env={**os.environ, "COLUMNS": "200"})
-    assert done.returncode == 0
-    for option in (
-        "--depth", "--arch", "--recipe", "--epochs", "--batch-size", "--lr", "--momentum", "--weight-decay", "--milestones",
-        "--gamma", "--nesterov", "--no-nesterov", "--precision", "--data-dir", "--dataset", "--limit-train", "--limit-test",
-        "--val-split", "--seed", "--out", "--resume", "--label-smoothing", "--ema", "--mixup", "--cutmix",
-        "--random-erasing", "--clip-norm", "--warmup-epochs", "--schedule", "--optimizer", "--runs", "--on-nan",
-        "--debug-nans", "--deterministic", "--checkpoint-minutes", "--devices", "--bn", "--coordinator", "--distributed",
-    ):  # fmt: skip
-        assert option in done.stdout
-    assert "50, 101 or 152 (Bottleneck blocks)" in done.stdout
 
 
 @pytest.mark.slow
@@ -434,91 +511,14 @@ def test_every_architecture_trains_on_cifar10s_shape(tmp_path: Path) -> None:
     for changes in ({"arch": "resnet18_d2l"}, {"arch": "resnet34_projection", "recipe": "blog", "image_size": 64}):
         chosen = config(limit_train=8, limit_test=4, batch_size=4, epochs=1, **changes)
         out = tmp_path / chosen.arch
-        summary = run.Trainer(chosen, load_data(chosen, None), out).fit()
+        summary = Trainer(chosen, load_data(chosen, None), out).fit()
         assert summary["final"]["test_loss"] < 100, chosen.arch
 
 
-def test_the_blogs_recipe() -> None:
-    blog = default_config(recipe="blog")
-    assert (blog.arch, blog.stem, blog.image_size, blog.batch_size, blog.lr, blog.epochs) == (
-        "resnet34_projection", "imagenet", 224, 64, 1e-3, 100,
-    )  # fmt: skip
-    assert blog.milestones == (10, 20, 30, 40, 50, 60, 70, 80, 90)
-    assert not blog.nesterov
-    assert blog.pipeline().mean == STATISTICS["imagenet"][0]
-
-
-def test_the_step_recipe() -> None:
-    step = default_config()
-    assert (step.arch, step.stem, step.epochs, step.batch_size, step.lr, step.weight_decay, step.gamma) == (
-        "resnet34", "cifar", 200, 128, 0.1, 5e-4, 0.1,
-    )  # fmt: skip
-    assert step.nesterov
-    assert step.milestones == (100, 150)
-    assert default_config(epochs=10).milestones == (5, 7.5)
-    assert default_config(epochs=10, milestones=[3]).milestones == (3,)
-
-
-def test_the_fast_recipe() -> None:
-    fast = default_config(recipe="fast", arch="resnet18")
-    assert (fast.epochs, fast.batch_size, fast.schedule, fast.warmup_epochs, fast.flip) == (
-        20,
-        512,
-        "onecycle",
-        4,
-        "alternate",
-    )
-    assert fast.label_smoothing > 0
-    assert fast.ema > 0
-    assert not fast.zero_init_residual  # few steps do not wake blocks that begin at zero: docs/training.md
-    assert not fast.decay_norms
-    assert fast.milestones == ()
-
-
-def test_a_datasets_smaller_batch_brings_a_smaller_rate() -> None:
-    assert [default_config(dataset="digits", recipe=name).lr for name in ("step", "fast")] == pytest.approx(
-        [0.025, 0.025]
-    )
-    assert default_config(dataset="digits", lr=0.1).lr == 0.1
-    assert default_config(batch_size=32).lr == 0.1  # the user's own batch says nothing of the rate
-
-
-def test_another_optimizer_or_schedule_brings_its_own_values() -> None:
-    adamw = default_config(optimizer="adamw", schedule="onecycle")
-    assert (adamw.lr, adamw.weight_decay, adamw.nesterov, adamw.warmup_epochs, adamw.milestones) == (
-        1e-3,
-        1e-2,
-        False,
-        40,
-        (),
-    )
-    assert default_config(optimizer="adamw", lr=0.01).lr == 0.01
-    assert default_config(recipe="fast", schedule="step").milestones == (10, 15)
-
-
-def test_the_run_says_what_decays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_run_says_what_decays(tmp_path: Path) -> None:
     for recipe, expected in (("step", "on all parameters"), ("fast", "on kernels only, not on BN and biases")):
-        trainer(tmp_path / recipe, recipe=recipe, epochs=1, limit_train=16)._introduce()
-        assert f"weight decay 0.0005 {expected}" in capsys.readouterr().out
-
-
-def test_statistics_are_the_datas() -> None:
-    pixels = load_data(config(), None).train.images / 255
-    mean, std = STATISTICS["digits"]
-    np.testing.assert_allclose(pixels.mean((0, 1, 2)), mean, atol=5e-4)
-    np.testing.assert_allclose(pixels.std((0, 1, 2)), std, atol=5e-4)
-
-
-def test_durations_read_well() -> None:
-    expected = {0.2: "0 s", 59.6: "1 min", 95: "1 min 35 s", 3600: "1 h", 3661: "1 h 1 min", 900_000: "10 d 10 h"}
-    assert {seconds: logs.duration(seconds) for seconds in expected} == expected
-
-
-def test_config_is_checked_from_python_too() -> None:
-    with pytest.raises(InputError, match="unknown dataset 'mnist'"):
-        default_config(dataset="mnist")
-    with pytest.raises(InputError, match="unknown precision 'float16'"):
-        default_config(precision="float16")
+        program = trainer(tmp_path / recipe, recipe=recipe, epochs=1, limit_train=16).program
+        assert f"weight decay 0.0005 {expected}" in "\n".join(introduction(program.config, program, 1))
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -534,6 +534,6 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", filling)
     with pytest.raises(InputError, match=r"cannot write a checkpoint into .*the disk has 0 free"):
         first.fit()
-    assert [path.name for path in (out / "checkpoints").iterdir()] == ["4"]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["4.safetensors"]
     monkeypatch.undo()
     assert trainer(out, epochs=3).fit(resume=True)["final"]["epoch"] == 3

@@ -1,0 +1,121 @@
+"""The command ``jresnet`` and its subcommands, ``jresnet train`` and so on; ``python -m jresnet`` is the same.
+
+Importing this needs no jax, so that ``jresnet --help`` answers at once: a subcommand's module is imported when it is asked
+for. Other packages add subcommands by entry points in the group ``jresnet.commands``, functions of (arguments, ``prog``)
+that return an exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+
+from jresnet.commands import huge_pages
+from jresnet.errors import JresnetError
+
+OWN = {  # modules of this package
+    "train": "train a ResNet on CIFAR-10 or digits",
+    "evaluate": "accuracy and loss of weights on labelled images",
+    "report": "compare training runs in a table and a plot",
+    "info": "versions, devices, compilation cache and compiler options",
+}
+COMPUTING = ("train", "evaluate")  # those that gain from large pages
+OTHERS = {  # of the package convert, which comes with jresnet
+    "convert": "turn PyTorch's weights into a file of jresnet's",
+    "export-torch": "turn a file of jresnet's into PyTorch's weights",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The whole process of the console command; returns its exit code, or ends the process after a signal."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] and arguments[0] in COMPUTING:
+        huge_pages.ask()
+    return ended(dispatch(arguments))
+
+
+def script(name: str, prog: str) -> int:
+    """The whole process of a script that is one of the subcommands; returns as :func:`main`."""
+    huge_pages.ask()
+    return ended(run(name, sys.argv[1:], prog))
+
+
+def ended(code: int) -> int:
+    """The exit code; after a signal the process ends here."""
+    if code > 128:  # a compiler may still be at work in a thread, and Python would wait for it
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        os._exit(code)
+    return code
+
+
+def dispatch(arguments: Sequence[str]) -> int:
+    """Runs the subcommand that the arguments name; returns its exit code."""
+    found = _registered()
+    names = OWN | {name: OTHERS.get(name, entry.value) for name, entry in found.items()}
+    width = max(map(len, names))
+    parser = argparse.ArgumentParser(
+        prog="jresnet",
+        description="ResNets in JAX: training, evaluation, and weights from and for PyTorch.",
+        epilog="commands:\n"
+        + "".join(f"  {name:{width}}  {line}\n" for name, line in names.items())
+        + "\njresnet COMMAND --help shows a command's options. Commands of other packages, convert and export-torch\n"
+        "among them, are known where jresnet is installed (pip install -e . in a checkout).\n"
+        "Exit code: 0; 1 for what cannot be used; 2 for bad options; 128 + the signal's number.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=names, metavar="COMMAND", help="one of the commands below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its own arguments")
+    args = parser.parse_args(arguments)
+    return run(args.command, args.arguments, f"jresnet {args.command}")
+
+
+def run(name: str, arguments: Sequence[str] | None, prog: str) -> int:
+    """Runs a subcommand, and tells what goes wrong in one line on stderr.
+
+    Args:
+        name: of the subcommand.
+        arguments: its own; None for those of the process.
+        prog: what it calls itself in messages.
+
+    Returns:
+        The exit code: 0, 1 for what cannot be used, 2 for bad options, 128 + signal.
+    """
+    if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
+    try:
+        return _command(name)(arguments, prog=prog)
+    except SystemExit as end:  # of argparse
+        return end.code if isinstance(end.code, int) else 1
+    except BrokenPipeError:  # as with "| head"
+        if sys.stdout is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tells of it at its end
+        return 141
+    except (JresnetError, OSError) as error:  # OSError: a disk that fills up, for example
+        return failed(str(error))
+    except ImportError as error:
+        return failed(f"{error}: install what {name} needs with pip install -e '.[train]'")
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def failed(message: str) -> int:
+    """Tells an error; returns the exit code 1."""
+    print(f"error: {message}", file=sys.stderr)
+    return 1
+
+
+def _command(name: str) -> Callable[..., int]:
+    if name in OWN:
+        return import_module(f"jresnet.commands.{name}").main
+    return _registered()[name].load()
+
+
+def _registered() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group="jresnet.commands") if entry.name not in OWN}

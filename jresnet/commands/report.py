@@ -1,4 +1,4 @@
-"""Compare training runs in a table and a plot: ``python -m jresnet.commands.report RUN [RUN ...]``."""
+"""Compare training runs in a table and a plot: ``jresnet report RUN [RUN ...]``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jresnet.reports import plots
 from jresnet.reports.compare import cells, figures, read_entries, text_table
 
 
-def parser(prog: str | None = None) -> argparse.ArgumentParser:
+def parser(prog: str = "jresnet report") -> argparse.ArgumentParser:
     """The command line's options; ``prog`` is what the command calls itself."""
     parser = argparse.ArgumentParser(
         prog=prog,
@@ -33,7 +33,7 @@ def parser(prog: str | None = None) -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "jresnet report") -> int:
     """Runs the command; returns its exit code."""
     options = parser(prog)
     args = options.parse_args(argv)
@@ -60,7 +60,3 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         print(f"error: {error}: install what plots need with pip install 'jresnet[train]'", file=sys.stderr)
         return 1
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

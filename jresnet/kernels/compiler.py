@@ -1,8 +1,8 @@
 """The options with which XLA's CPU compiler makes the fastest programs of these networks, by jax's version.
 
 Each row was faster than XLA's own choice in training and in inference, with AVX2 and with AVX-512 (docs/speed.md). A version
-between two rows gets the older one's options, a version newer than all the newest one's. There a small computation with these
-options is compared with the default compiler's before they are used, once a process. On the measured versions the test suite
+between two rows gets the older one's options, a version newer than all the newest one's. There a small computation is
+compared with the default compiler's before the options are used, once a process. On the measured versions the test suite
 compares whole networks instead; the check would take a twentieth of a network's first step.
 """
 
@@ -86,10 +86,10 @@ def compiler_options(remat: bool = False) -> Options:
 def explain() -> list[str]:
     """The options in force and the reason, in lines for people."""
     if jax.default_backend() != "cpu":
-        return [f"compiler options: none, they are for a CPU, and JAX's default device is a {jax.default_backend()}"]
+        return [f"compiler none: the options are for a CPU, and JAX's default device is a {jax.default_backend()}"]
     choice = _choice()
     return [
-        f"compiler options: {choice.reason}",
+        f"compiler {choice.reason}",
         *(
             f"  {name}={str(value).lower() if isinstance(value, bool) else value}"
             for name, value in choice.options.items()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jresnet.errors import InputError
-from jresnet.training.metrics import LARGEST, duration, finite, read_metrics
+from jresnet.reports.metrics_file import LARGEST, duration, finite, read_metrics
 
 # What a table says of config.json's "run", and its types.
 SETTINGS: dict[str, type | tuple[type, ...]] = {

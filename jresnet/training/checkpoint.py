@@ -1,37 +1,49 @@
-"""Resumable training state: Orbax's asynchronous checkpoints with digests of their own, and the lock on a run's folder.
+"""Resumable training state: one safetensors file a step, written by a thread of its own.
 
-The state's leaves are joined into one array of bytes. Beside it lies a JSON text that names them by their path in
-:class:`jresnet.training.step.TrainState`: so no checkpoint depends on how Flax or optax lay out their containers, and Orbax has one
-write to make, whose failure (a full disk, a damaged file) is one error and not hundreds of its threads' tracebacks. Orbax
-restores flipped bits silently and does not wait for the disk (fsync), so the text holds the SHA-256 of the bytes, and its
-own lies beside it.
+``checkpoints/STEP.safetensors`` holds the leaves of a :class:`jresnet.training.step.TrainState` by name
+(``params.layer1.0.conv1.kernel``, ``opt_state.0.trace.fc.bias``, ...), so ``safetensors.numpy.load_file`` restores them
+without jresnet. Its metadata holds ``about``, a JSON text with the step, the score, the run's progress and the arrays'
+SHA-256, and ``digest``, the SHA-256 of that text.
+
+Why not Orbax, which Flax installs anyway: it restores flipped bits without a word, does not wait for the disk (fsync), and
+prints a traceback for each of its threads when the disk is full. With it, too, digests, the choice of what is kept, the
+search for a whole checkpoint and the handling of failed writes would be code of this module; what it would take over is one
+write in a thread, and :func:`write_atomically` and a ``ThreadPoolExecutor`` are that in two lines. Measured on a ResNet-34's
+state with momentum and average (475 arrays, 256 MB; 2 cores that others used too; medians of six; Orbax 0.12 used plainly,
+named arrays through its asynchronous checkpointer, and a digest beside them):
+
+==========================================  ======  ===========
+seconds                                     Orbax   this module
+==========================================  ======  ===========
+training waits                              0.32    0.22
+until the checkpoint is there               3.2     1.7
+restored and verified                       2.5     0.8
+import, on top of jax, flax and optax       0.4     0.0
+==========================================  ======  ===========
+
+Orbax compresses to 92 % of the size.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
 import json
-import logging
 import math
-import os
+import re
 import shutil
-import socket
-import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import filelock
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
+import safetensors
+import safetensors.numpy
 
 from jresnet.errors import InputError, WeightsError
-from jresnet.files import printable
+from jresnet.files import printable, write_atomically
 from jresnet.training.step import TrainState
 
 KEPT = 3  # the newest ones; the best one beside them
@@ -62,36 +74,21 @@ class Checkpoints:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        # Orbax logs a traceback in each of its threads that a failed write ends, and advice of its own; errors are raised.
-        self._quiet = lambda record: "orbax" not in Path(record.pathname).parts
+        self._scores: dict[int, float] = {}
+        self._written: list[int] = []  # steps, ascending; as last seen
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._open()
+            for path in folder.glob(".*.safetensors.*"):  # of write_atomically
+                path.unlink()
+            self._written = self._steps()
+            for step in self._written:
+                self._note(step, self._score(step))
         except OSError as error:
             raise InputError(
                 f"cannot keep checkpoints in {folder}: {error.strerror or error}; choose another folder"
             ) from error
-        logging.getLogger("absl").addFilter(self._quiet)
-
-    def _open(self) -> None:
-        """(Re)reads what is in the folder."""
-        # Not left to Orbax (cleanup_tmp_directories): its thread may still be at it when the folder is opened once more.
-        for path in self.folder.glob(f"*{ocp.path.atomicity_types.TMP_DIR_SUFFIX}*"):
-            shutil.rmtree(path, ignore_errors=True)
-        policies = ocp.checkpoint_managers
-        self._best = _Best()
-        options = ocp.CheckpointManagerOptions(
-            create=False,  # not to be had together with active_processes
-            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(KEPT), self._best]),
-            lightweight_initialize=True,  # else a damaged file in any checkpoint makes the constructor raise
-            # Else a folder that cannot be made leaves threads behind that wait 300 s for it, and the process with them.
-            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
-            multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}),
-        )
-        self._manager = ocp.CheckpointManager(self.folder.resolve(), options=options)
-        for step in self._manager.all_steps():
-            with contextlib.suppress(Exception):  # what is damaged is never the best; restore() says what is wrong
-                self._best.note(step, self._about(step)["score"])
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoints")
+        self._pending: Future[None] | None = None
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -100,13 +97,12 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._manager.close()
-            logging.getLogger("absl").removeFilter(self._quiet)
+            self._writer.shutdown()
 
     def save(self, state: TrainState, progress: dict[str, Any], score: float | None = None) -> None:
-        """Begins to write ``state`` and ``progress`` under the state's step, all or nothing; a step that exists stays.
+        """Begins to write ``state`` and ``progress`` under the state's step; a checkpoint of that step is replaced.
 
-        Returns once the state is on the host, so that its arrays may be donated. The save before it is waited for.
+        Returns once the state is copied to the host, so that its arrays may be donated. The save before it is waited for.
 
         Args:
             state: on one device, or replicated on several, of which one is read.
@@ -117,31 +113,30 @@ class Checkpoints:
             InputError: where the disk is full or the folder cannot be written, now or in the save before.
         """
         self.wait()
-        step = int(state.step)
-        if step in self._manager.all_steps():
-            return
-        values = jax.device_get(jax.tree.leaves(state))
-        packed = np.concatenate([np.ascontiguousarray(value).reshape(-1).view(np.uint8) for value in values])
         score = None if score is None or math.isnan(score) else float(score)
-        about = {
-            "step": step,
-            "score": score,
-            "layout": _layout(state),
-            "digest": _digest(packed.data),
-            "progress": progress,
-        }
-        text = json.dumps(about)
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave({"bytes": packed}),
-            about=ocp.args.JsonSave({"text": text, "digest": _digest(text.encode())}),
-        )
-        with self._writing():
-            # Orbax would report it too, but after it has filled the disk.
-            needed, free = packed.nbytes + 2**20, shutil.disk_usage(self.folder).free
-            if free < needed:
+        about = {"step": int(state.step), "score": score, "progress": progress}
+        names, leaves = _named(state)
+        arrays = {name: np.array(leaf) for name, leaf in zip(names, jax.device_get(leaves), strict=True)}
+        try:
+            needed, free = sum(array.nbytes for array in arrays.values()) + 2**20, shutil.disk_usage(self.folder).free
+            if free < needed:  # else the disk would first be filled, to the harm of others
                 raise OSError(f"it takes {needed:,} bytes and the disk has {free:,} free")
-            self._best.note(step, score)
-            self._manager.save(step, args=items, force=True)  # whenever asked, not when Orbax's policies find it due
+        except OSError as error:
+            raise self._failure(error) from error
+        self._pending = self._writer.submit(self._write, arrays, about)
+
+    def _write(self, arrays: dict[str, np.ndarray], about: dict[str, Any]) -> None:
+        """Writes a checkpoint, then deletes those that it makes superfluous; in the thread."""
+        text = json.dumps(about | {"arrays": _digest(arrays)})
+        metadata = {"about": text, "digest": hashlib.sha256(text.encode()).hexdigest()}
+        write_atomically(self._path(about["step"]), safetensors.numpy.save(arrays, metadata))
+        self._note(about["step"], about["score"])
+        self._written = steps = self._steps()
+        scored = [step for step in steps if step in self._scores]
+        best = max(scored, key=lambda step: (self._scores[step], -step), default=None)
+        for step in steps[:-KEPT]:
+            if step != best:
+                self._path(step).unlink()
 
     def wait(self) -> None:
         """Returns when everything is on disk.
@@ -149,29 +144,31 @@ class Checkpoints:
         Raises:
             InputError: where the save under way failed; said once.
         """
-        with self._writing():
-            self._manager.wait_until_finished()
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
+        pending, self._pending = self._pending, None
         try:
-            yield
-        except Exception as error:  # OSError, ValueError, RuntimeError: whatever ended one of Orbax's threads
-            with contextlib.suppress(Exception):
-                self._manager.close()
-            _wait_for_writers()
-            with contextlib.suppress(OSError):  # else what was known before the failure has to do
-                self._open()  # removes what is half-written, and knows again of those that were to make room for it
-            steps = self._manager.all_steps()
-            advice = "There is none before it: mend the cause and begin again"
-            if steps:
-                advice = f"The one of step {max(steps)} is whole: mend the cause and go on with --resume"
-            raise InputError(f"cannot write a checkpoint into {self.folder}: {error}. {advice}") from error
+            if pending is not None:
+                pending.result()
+        except (InputError, OSError) as error:
+            reason = error.__cause__ if isinstance(error.__cause__, OSError) else error
+            raise self._failure(reason) from reason
+
+    def _failure(self, reason: BaseException) -> InputError:
+        try:
+            steps = self._steps()
+        except FileNotFoundError:
+            steps = []
+        except OSError:  # they cannot be listed any more
+            steps = self._written
+        advice = "There is none before it: mend the cause and begin again"
+        if steps:
+            advice = f"The one of step {steps[-1]} is whole: mend the cause and resume"
+        why = getattr(reason, "strerror", None) or reason
+        return InputError(f"cannot write a checkpoint into {self.folder}: {why}. {advice}")
 
     def restore(self, like: TrainState) -> Restored | None:
         """The newest checkpoint that is undamaged, or None where there is none at all.
 
-        Damaged ones that are newer are renamed to ``damaged-STEP``, so that their steps can be saved again.
+        Damaged ones that are newer are renamed to ``damaged-STEP.safetensors``.
 
         Args:
             like: a state of the same network and optimizer; each leaf is put where that of ``like`` is.
@@ -181,147 +178,86 @@ class Checkpoints:
             WeightsError: where all are damaged, or the newest undamaged one is of another network or optimizer.
         """
         self.wait()
-        layout = _layout(like)
-        sizes = [np.dtype(dtype).itemsize * math.prod(shape) for _, dtype, shape in layout]
+        names, leaves = _named(like)
         problems: dict[int, str] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in reversed(self._steps()):
             try:
-                about = self._about(step)
-                packed = self._packed(step, sum(sizes), about["digest"]) if about["layout"] == layout else None
-            except MemoryError:
-                raise
-            except Exception as error:  # Orbax, TensorStore and JSON raise all kinds on damaged files
-                kind = "" if isinstance(error, WeightsError) else f"{type(error).__name__}: "
-                problems[step] = printable(" ".join(f"{kind}{error}".split()))
+                about, arrays = self._read(step)
+            except WeightsError as error:
+                problems[step] = printable(" ".join(str(error).split()))
                 continue
-            if packed is None:
-                where = self.folder / str(step)
-                raise WeightsError(f"the checkpoint {where} is of another network or optimizer: choose another folder")
-            parts = np.split(packed, np.cumsum(sizes)[:-1])
-            leaves = [
-                _place(part.view(dtype).reshape(shape), leaf.sharding)
-                for part, (_, dtype, shape), leaf in zip(parts, layout, jax.tree.leaves(like), strict=True)
-            ]
-            state = jax.tree.unflatten(jax.tree.structure(like), leaves)
+            wanted = {name: (leaf.dtype, leaf.shape) for name, leaf in zip(names, leaves, strict=True)}
+            if {name: (array.dtype, array.shape) for name, array in arrays.items()} != wanted:
+                raise WeightsError(
+                    f"the checkpoint {self._path(step)} is of another network or optimizer: choose another folder"
+                )
+            placed = [_place(arrays[name], leaf.sharding) for name, leaf in zip(names, leaves, strict=True)]
+            state = jax.tree.unflatten(jax.tree.structure(like), placed)
             return Restored(state, about["progress"], step, self._put_aside(problems))
         if problems:
             found = "; ".join(f"{step}: {problem}" for step, problem in problems.items())
             raise WeightsError(f"no checkpoint in {self.folder} is whole ({found}): delete that folder to begin anew")
         return None
 
-    def _about(self, step: int) -> dict[str, Any]:
-        """The JSON text of a checkpoint, checked."""
-        item = self._manager.restore(step, args=ocp.args.Composite(about=ocp.args.JsonRestore()))["about"]
-        if _digest(item["text"].encode()) != item["digest"]:
-            raise WeightsError("its description was altered after it was written")
-        about = json.loads(item["text"])
+    def _read(self, step: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """What a checkpoint says about itself, and its arrays, both checked; WeightsError where it is damaged."""
+        try:
+            with safetensors.safe_open(self._path(step), framework="numpy") as file:
+                about = _checked(file.metadata() or {})
+                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (
+            OSError,
+            safetensors.SafetensorError,
+            AttributeError,
+            TypeError,
+        ) as error:  # a flipped dtype: the last two
+            raise WeightsError(f"it cannot be read: {error}") from error
         if about["step"] != step:
             raise WeightsError(f"it holds step {about['step']}")
-        return about
-
-    def _packed(self, step: int, size: int, wanted: str) -> np.ndarray:
-        """The bytes of a checkpoint's state, checked."""
-        like = {"bytes": np.broadcast_to(np.uint8(0), size)}
-        items = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))
-        packed = items["state"]["bytes"]
-        if _digest(packed.data) != wanted:
+        if _digest(arrays) != about["arrays"]:
             raise WeightsError("its arrays were altered after they were written")
-        return packed
+        return about, arrays
+
+    def _score(self, step: int) -> float | None:
+        """A checkpoint's score; None where it has none or is damaged, which restore() looks into."""
+        try:
+            with safetensors.safe_open(self._path(step), framework="numpy") as file:
+                return _checked(file.metadata() or {})["score"]
+        except (OSError, safetensors.SafetensorError, WeightsError):
+            return None
+
+    def _note(self, step: int, score: float | None) -> None:
+        self._scores.pop(step, None)
+        if score is not None:
+            self._scores[step] = score
 
     def _put_aside(self, problems: dict[int, str]) -> list[str]:
         notes = []
         for step, problem in problems.items():
-            where, aside = self.folder / str(step), self.folder / f"damaged-{step}"
+            where, aside = self._path(step), self.folder / f"damaged-{step}.safetensors"
             try:
-                shutil.rmtree(aside, ignore_errors=True)
-                where.rename(aside)
+                where.replace(aside)
             except OSError as error:
                 raise InputError(f"cannot rename the damaged checkpoint {where} ({error}): delete it") from error
+            self._note(step, None)
             notes.append(f"checkpoint {where} is damaged and passed over, now {aside.name}: {problem}")
-        if notes:
-            self._manager.close()
-            self._open()
         return notes
 
+    def _path(self, step: int) -> Path:
+        return self.folder / f"{step}.safetensors"
 
-class _Best:
-    """Orbax's policy that keeps the checkpoint with the highest score, of equal ones the earliest.
-
-    Orbax's own BestN reads the scores from files without a digest, whose damage makes the manager's constructor raise; of
-    equal ones it keeps the latest.
-    """
-
-    def __init__(self) -> None:
-        self._scores: dict[int, float] = {}
-
-    def note(self, step: int, score: float | None) -> None:
-        if score is not None:
-            self._scores[step] = score
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: object) -> list[bool]:
-        """One answer for each of ``checkpoints``, of which each has a ``step``."""
-        scored = [info.step for info in checkpoints if info.step in self._scores]
-        best = max(scored, key=lambda step: (self._scores[step], -step), default=None)
-        return [info.step == best for info in checkpoints]
+    def _steps(self) -> list[int]:
+        """The steps of which there are checkpoints, ascending."""
+        named = [(path, re.fullmatch(r"(0|[1-9]\d*)\.safetensors", path.name)) for path in self.folder.iterdir()]
+        return sorted(int(match[1]) for path, match in named if match and path.is_file())
 
 
-class Lock:
-    """Keeps other processes out of a run's folder; a context manager.
-
-    The kernel releases it however the process ends, by SIGKILL too; child processes do not inherit it.
-
-    Args:
-        folder: of the run; the file ``lock`` is made in it, and stays.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.note: str | None = None  # why nothing is locked: a filesystem without locks
-        self._lock = filelock.FileLock(folder / "lock", timeout=0, thread_local=False, on_acquired=_sign)
-
-    def __enter__(self) -> Lock:
-        """Takes the lock.
-
-        Raises:
-            InputError: where another run holds it, or the folder cannot be written.
-        """
-        try:
-            self._lock.acquire()
-        except filelock.Timeout:
-            try:
-                holder = printable((self.folder / "lock").read_text(errors="replace"))
-            except OSError:  # Windows keeps a locked file from being read
-                holder = ""
-            raise InputError(
-                f"another run is using {self.folder} ({holder or 'of an unknown process'}): wait for it, stop it, or "
-                "choose another --out"
-            ) from None
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-                raise InputError(
-                    f"cannot use --out {self.folder}: {error.strerror or error}; choose another folder"
-                ) from error
-            self.note = f"the filesystem of {self.folder} has no locks, so nothing keeps a second run out of it"
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-
-def _sign(descriptor: int) -> None:
-    """Says in the locked file who holds it."""
-    os.ftruncate(descriptor, 0)
-    now = time.strftime("%Y-%m-%d %H:%M:%S")
-    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {now}".encode())
-
-
-def _layout(state: TrainState) -> list[list[Any]]:
-    """Path, dtype and shape of every leaf, in the form in which JSON gives them back."""
-    paths, _ = jax.tree_util.tree_flatten_with_path(state)
-    return [
-        [jax.tree_util.keystr(path, simple=True, separator="."), leaf.dtype.name, list(leaf.shape)]
-        for path, leaf in paths
-    ]
+def _named(state: TrainState) -> tuple[list[str], list[jax.Array]]:
+    """The leaves of a state and their names."""
+    pairs, _ = jax.tree_util.tree_flatten_with_path(state)
+    names = [jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value") for path, _ in pairs]
+    assert len(set(names)) == len(names)
+    return names, [leaf for _, leaf in pairs]
 
 
 def _place(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
@@ -329,13 +265,18 @@ def _place(value: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
-def _wait_for_writers() -> None:
-    """Orbax reports the first part of a checkpoint that fails while others are still written, to where the next one goes."""
-    for thread in threading.enumerate():
-        if type(thread).__name__ == "_SignalingThread":  # Orbax's own name
-            with contextlib.suppress(Exception):  # what ended that one
-                thread.join()
+def _checked(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The description in a file's metadata; WeightsError where it was altered."""
+    text = metadata.get("about", "")
+    if hashlib.sha256(text.encode()).hexdigest() != metadata.get("digest"):
+        raise WeightsError("its description is missing or was altered after it was written")
+    return json.loads(text)
 
 
-def _digest(content: bytes | memoryview) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+    """SHA-256 over name, dtype, shape and bytes of every array, in the order of the names."""
+    total = hashlib.sha256()
+    for name in sorted(arrays):
+        total.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
+        total.update(arrays[name].reshape(-1).view(np.uint8).data)
+    return total.hexdigest()

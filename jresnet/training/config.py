@@ -1,4 +1,4 @@
-"""A run's configuration: a recipe's row, a dataset's and the flags' changes, checked; ``config.json`` holds the outcome."""
+"""A run's configuration: a recipe's row, a dataset's and the user's changes, checked; ``config.json`` holds the outcome."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 
@@ -15,49 +15,57 @@ from jresnet.models import zoo
 from jresnet.models.resnet import Stem
 from jresnet.training import recipes
 from jresnet.training.augment import Pipeline
+from jresnet.training.fields import option, problems
+from jresnet.training.recipes import Hyperparameters
 from jresnet.weights.preprocessing import STATISTICS
 
+IMAGE = 32  # pixels, height and width of the datasets' images
 
-@dataclass(frozen=True)
-class RunConfig:
-    """All that decides a run's outcome; fields that a recipe has too are explained in :class:`jresnet.training.recipes.Recipe`."""
 
-    arch: str
-    dataset: str  # "cifar10" | "digits"
-    recipe: str  # the name of the row of recipes.RECIPES that the other fields come from, unless overridden
-    epochs: int
-    batch_size: int
-    optimizer: str
-    lr: float
-    momentum: float
-    nesterov: bool
-    weight_decay: float
-    decoupled_decay: bool
-    decay_norms: bool
-    clip_norm: float
-    schedule: str
-    warmup_epochs: float
-    milestones: tuple[float, ...]  # epochs
-    gamma: float
-    label_smoothing: float
-    ema: float
-    zero_init_residual: bool
-    crop: str
-    image_size: int
-    flip: str
-    random_erasing: float
-    mixup: float
-    cutmix: float
-    imagenet_statistics: bool
-    stem: Stem  # of an ImageNet-type architecture
-    precision: str  # "float32" | "bfloat16"
-    remat: bool = False  # keep only the blocks' inputs for the backward pass, and compute the rest again
-    bn: str = "global"  # "global" | "per-device": of train.train_step
-    on_nan: str = "stop"  # "stop" | "rollback"
-    limit_train: int | None = None  # first images only
-    limit_test: int | None = None
-    val_split: int = 0  # last training images held out
-    seed: int = 0
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Hyperparameters):
+    """All that decides a run's outcome."""
+
+    arch: str = option("any architecture of jresnet.list_models()", "", metavar="NAME")
+    dataset: str = option(
+        "digits: 1,797 handwritten digits that come with scikit-learn", "data", choices=tuple(recipes.DATASETS)
+    )
+    recipe: str = option(
+        "where what is not given comes from: "
+        + "; ".join(
+            f"{name}: {row.epochs} epochs, batch {row.batch_size}, lr {row.lr:g}, schedule {row.schedule}"
+            + (f", {row.arch} at {row.image_size} pixels" if row.arch else "")
+            for name, row in recipes.RECIPES.items()
+        ),
+        "", choices=tuple(recipes.RECIPES),
+    )  # fmt: skip
+    warmup_epochs: float = option("epochs in which the rate rises linearly", "recipe", metavar="N", least=0)
+    milestones: tuple[float, ...] = option(
+        "of schedule step: epochs at which the rate falls", "recipe", metavar="EPOCH", above=0, most=recipes.MAX_EPOCHS
+    )
+    stem: str = option("first layers of an ImageNet-type architecture", "", choices=get_args(Stem))
+    precision: str = option(
+        "what convolutions compute in; auto is bfloat16 on GPU and TPU, float32 on the CPU", "network",
+        choices=("float32", "bfloat16"), automatic=True,
+    )  # fmt: skip
+    remat: bool = option(
+        "keep only the blocks' inputs for the backward pass and compute the rest again: less memory, slower", "recipe",
+        False,
+    )  # fmt: skip
+    bn: str = option(
+        "BatchNorm over the whole batch, or over each device's part as PyTorch's DDP", "devices", "global",
+        choices=("global", "per-device"),
+    )  # fmt: skip
+    on_nan: str = option(
+        "where the loss is not finite: stop, or go back to the last checkpoint and on in another order, three times at "
+        "most", "when something is wrong", "stop", choices=("stop", "rollback"),
+    )  # fmt: skip
+    limit_train: int | None = option("only the first N training images", "data", None, metavar="N", none="all", least=1)
+    limit_test: int | None = option("only the first N test images", "data", None, metavar="N", none="all", least=1)
+    val_split: int = option(
+        "hold out the last N training images and choose the best epoch on them", "data", 0, metavar="N", least=0
+    )
+    seed: int = option("seed of parameters, order and augmentation", "recipe", 0, metavar="N", least=0, most=2**32 - 1)
 
     def pipeline(self) -> Pipeline:
         """What happens to the images."""
@@ -67,57 +75,29 @@ class RunConfig:
         )  # fmt: skip
 
     def check(self) -> None:
-        """Raises :class:`InputError` with everything that is out of range."""
+        """Raises :class:`InputError` with everything that is wrong: types, choices, ranges, what does not go together."""
+        found = problems(self)
+        if not found:  # else the comparisons below may not even be possible
+            found = self._contradictions()
+        if found:
+            raise InputError("; ".join(found))
         zoo.find(self.arch)
-        problems = [
-            f"unknown {name.replace('_', ' ')} {getattr(self, name)!r}: there are {', '.join(choices)}"
-            for name, choices in CHOICES.items()
-            if getattr(self, name) not in choices
-        ]
-        for names, low, high in RANGES:
-            for name in names.split():
-                value = getattr(self, name)
-                if value is not None and not low <= value <= high:
-                    problems.append(f"{name} must be {_range(low, high)}, got {value}")
-        problems += [f"{name} must be above 0, got 0" for name in ("lr", "gamma") if getattr(self, name) == 0]
-        problems += [
-            f"{name} must be below 1, got 1"
-            for name in ("momentum", "ema", "label_smoothing")
-            if getattr(self, name) == 1
-        ]
-        problems += ["nesterov needs a momentum above 0"] if self.nesterov and self.momentum == 0 else []
-        if self.schedule == "step":
-            least = self.warmup_epochs
-            problems += [f"milestone {m:g} is not above 0" for m in self.milestones if m <= 0]
-            problems += [f"milestone {m:g} lies in the warm-up" for m in self.milestones if 0 < m < least]
-        elif self.milestones:
-            problems.append(f"milestones belong to --schedule step, not {self.schedule}")
+
+    def _contradictions(self) -> list[str]:
+        found = ["`nesterov` needs a `momentum` above 0"] if self.nesterov and self.momentum == 0 else []
+        if self.schedule != "step" and self.milestones:
+            found.append(f"`milestones` belong to `schedule` step, not {self.schedule}")
+        found += [f"milestone {m:g} lies in the warm-up" for m in self.milestones if m < self.warmup_epochs]
         if self.warmup_epochs > self.epochs:
-            problems.append(f"warmup_epochs {self.warmup_epochs:g} are more than the run's {self.epochs}")
-        if problems:
-            raise InputError("; ".join(problems))
-
-
-CHOICES = {
-    "optimizer": tuple(recipes.OPTIMIZERS),
-    "schedule": tuple(recipes.SCHEDULES),
-    "crop": ("pad", "resized"),
-    "flip": ("none", "random", "alternate"),
-    "precision": ("float32", "bfloat16"),
-    "bn": ("global", "per-device"),
-    "on_nan": ("stop", "rollback"),
-}
-_INFINITY = float("inf")
-RANGES = (  # names of fields, the least and the largest value
-    ("epochs batch_size image_size limit_train limit_test", 1, _INFINITY),
-    ("val_split lr gamma weight_decay clip_norm warmup_epochs mixup cutmix", 0, _INFINITY),
-    ("momentum ema label_smoothing random_erasing", 0, 1),
-    ("seed", 0, 2**32 - 1),
-)
-
-
-def _range(low: float, high: float) -> str:
-    return f"at least {low:g}" if high == _INFINITY else f"from {low:g} to {high:.0f}"
+            found.append(f"`warmup_epochs` {self.warmup_epochs:g} are more than the run's {self.epochs}")
+        if self.crop == "pad" and self.image_size != IMAGE:
+            found.append(
+                f"`image_size` must be {IMAGE} with `crop` pad, which does not scale images, got {self.image_size}"
+            )
+        least = IMAGE * 7 // 8  # whose evaluation view is cut out of an image of IMAGE pixels
+        if self.crop == "resized" and self.image_size < least:
+            found.append(f"`image_size` must be at least {least} with `crop` resized, got {self.image_size}")
+        return found
 
 
 def default_config(
@@ -127,11 +107,12 @@ def default_config(
 
     Raises:
         InputError: for an unknown recipe, dataset or architecture, or values out of range.
+        TypeError: for an override that is no field of :class:`RunConfig`.
     """
     if recipe not in recipes.RECIPES:
-        raise InputError(f"unknown recipe {recipe!r}: there are {', '.join(recipes.RECIPES)}")
+        raise InputError(f"unknown `recipe` {recipe!r}: there are {', '.join(recipes.RECIPES)}")
     if dataset not in recipes.DATASETS:
-        raise InputError(f"unknown dataset {dataset!r}: there are {', '.join(recipes.DATASETS)}")
+        raise InputError(f"unknown `dataset` {dataset!r}: there are {', '.join(recipes.DATASETS)}")
     given = {name: value for name, value in overrides.items() if value is not None}
     row = dataclasses.asdict(recipes.RECIPES[recipe])
     for name, table in (("optimizer", recipes.OPTIMIZERS), ("schedule", recipes.SCHEDULES)):
@@ -140,46 +121,59 @@ def default_config(
     smaller = recipes.DATASETS[dataset]
     row["lr"] *= smaller.get("batch_size", row["batch_size"]) / row["batch_size"]
     values = row | smaller | given
-    values["arch"] = arch = arch or row["arch"] or "resnet34"
-    if zoo.find(arch).config.stem == "cifar":
+    values["arch"] = arch or row["arch"] or recipes.ARCH
+    if zoo.find(values["arch"]).config.stem == "cifar":
         values["stem"] = "cifar"
-    if "milestones" not in given:
+    if "milestones" not in given and type(values["epochs"]) is int:
         values["milestones"] = recipes.milestones_in_epochs(values["milestones"], values["epochs"])
-    values["milestones"] = tuple(float(m) for m in values["milestones"])
+    values["milestones"] = tuple(values["milestones"])
     values.setdefault("warmup_epochs", values["warmup"] * values["epochs"])
     if values.get("precision") in (None, "auto"):
         values["precision"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    fields = {field.name for field in dataclasses.fields(RunConfig)}
-    config = RunConfig(**{k: v for k, v in values.items() if k in fields}, dataset=dataset, recipe=recipe)
+    for name in ("warmup", "source"):
+        del values[name]
+    config = RunConfig(**values, dataset=dataset, recipe=recipe)
     config.check()
     return config
 
 
 def read_config(out: Path) -> RunConfig | None:
-    """The configuration of the run in ``out``; None where there is none.
+    """The configuration of the run in ``out``; None where there is no run.
 
     Raises:
         InputError: where its ``config.json`` is damaged.
     """
+    content = _read(out)
+    return content and content[0]
+
+
+def read_runs(out: Path) -> int | None:
+    """How many seeds the run in ``out`` has; None where it is a single run, or none; raises as :func:`read_config`."""
+    content = _read(out)
+    return content and content[1]
+
+
+def _read(out: Path) -> tuple[RunConfig, int | None] | None:
     path = out / "config.json"
     try:
         if not path.exists():
             return None
-        values = json.loads(path.read_text())["run"]
-        return RunConfig(**{**values, "milestones": tuple(values["milestones"])})
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is no run's configuration ({error}): choose another --out") from error
-
-
-def read_runs(out: Path) -> int | None:
-    """How many seeds the run in ``out`` has, where it has several."""
-    return json.loads((out / "config.json").read_text()).get("runs")
+        content = json.loads(path.read_text())
+        values, runs = content["run"], content.get("runs")
+        config = RunConfig(**{**values, "milestones": tuple(values["milestones"])})
+        config.check()
+        if runs is not None and (type(runs) is not int or runs < 1):
+            raise InputError(f"runs must be a whole number of at least 1, got {str(runs)[:60]}")
+    except (OSError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)[:500]
+        raise InputError(f"{path} is no run's configuration ({reason}): choose another `out`") from error
+    return config, runs
 
 
 def differences(before: RunConfig, now: RunConfig) -> list[str]:
     """``field was X, now Y`` for each field that differs."""
     return [
-        f"{field.name} was {getattr(before, field.name)!r}, now {getattr(now, field.name)!r}"
+        f"`{field.name}` was {getattr(before, field.name)!r}, now {getattr(now, field.name)!r}"
         for field in dataclasses.fields(RunConfig)
         if getattr(before, field.name) != getattr(now, field.name)
     ]

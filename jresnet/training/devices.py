@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +77,7 @@ def find(count: int | None = None) -> Devices:
     local = jax.local_device_count()
     if count is not None and not 1 <= count <= local:
         raise InputError(
-            f"--devices {count}: this machine has {local} ({jax.local_devices()[0].platform}). On a CPU, "
+            f"`devices` {count}: this machine has {local} ({jax.local_devices()[0].platform}). On a CPU, "
             "JAX_NUM_CPU_DEVICES=N simulates N"
         )
     chosen = [
@@ -99,6 +100,8 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
     Raises:
         InputError: where they do not come together.
     """
+    if coordinator is not None and not re.fullmatch(r".+:\d{1,5}", coordinator):
+        raise InputError(f"`coordinator` must be HOST:PORT, got {coordinator!r}")
     try:
         jax.distributed.initialize(
             coordinator,

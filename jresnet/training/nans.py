@@ -1,4 +1,4 @@
-"""Where NaN or infinity enters a training step: ``scripts/train_cifar10.py --debug-nans``."""
+"""Where NaN or infinity enters a training step: the search behind a run's option ``debug_nans``."""
 
 from __future__ import annotations
 

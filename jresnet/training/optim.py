@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import optax
 
+LAST_STEP = 2**31 - 1  # steps are counted in int32
+
 
 def step_decay(lr: float, milestones: Sequence[float], gamma: float, steps_per_epoch: int) -> optax.Schedule:
     """``lr`` times ``gamma`` for each milestone that has passed.
@@ -23,7 +25,7 @@ def step_decay(lr: float, milestones: Sequence[float], gamma: float, steps_per_e
     """
     scales: dict[int, float] = {}
     for milestone in milestones:  # two milestones may fall on one step
-        step = round(milestone * steps_per_epoch)
+        step = min(round(milestone * steps_per_epoch), LAST_STEP)
         scales[step] = scales.get(step, 1.0) * gamma
     return optax.piecewise_constant_schedule(lr, scales)
 

@@ -1,47 +1,251 @@
-"""A run's folder: what may be begun in it, and what a run leaves there."""
+"""A run's folder: what may be begun in it, the lock that keeps others out, and what a run leaves there."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
 import json
+import os
 import platform
 import shlex
+import socket
 import sys
+import time
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
+import numpy as np
 
-import jresnet
-from jresnet import files
 from jresnet.errors import InputError
+from jresnet.files import printable, write_atomically
 from jresnet.reports import plots
+from jresnet.reports.metrics_file import finite
+from jresnet.training import devices
 from jresnet.training import step as train
-from jresnet.training.config import RunConfig, differences, read_config
+from jresnet.training.checkpoint import Checkpoints
+from jresnet.training.config import RunConfig, differences, read_config, read_runs
+from jresnet.training.loop import Evaluation
+from jresnet.training.metrics import Metrics, WandB
 from jresnet.training.program import Program
-from jresnet.weights import native
+from jresnet.version import __version__
+from jresnet.weights import native as weights
 from jresnet.weights.preprocessing import Preprocessing
 
 FILES = ("config.json", "metrics.jsonl", "summary.json", "last.safetensors", "best.safetensors", "checkpoints")
+PROGRESS = 4096  # bytes for a checkpoint's progress on its way to the other processes
 
 
-def make(out: Path) -> None:
-    """Makes the folder for results; InputError where that cannot be."""
+class Outputs:
+    """What a run writes, and reads again; in all processes but the first every method does nothing.
+
+    Args:
+        out: the run's folder.
+        config: of the run; that of the program may have another seed.
+        program: what is trained.
+        say: prints a line.
+    """
+
+    def __init__(self, out: Path, config: RunConfig, program: Program, say: Callable[[str], None]):
+        self.out, self.config, self.program, self.say = out, config, program, say
+        self._checkpoints: Checkpoints | None = None
+        self._metrics: Metrics | None = None
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """The epochs so far, as in ``metrics.jsonl``."""
+        return self._metrics.rows if self._metrics else []
+
+    @contextlib.contextmanager
+    def opened(self, resume: bool, **more: Any) -> Iterator[None]:
+        """Makes the folder or checks that it holds this very run, keeps others out, and writes ``config.json``.
+
+        Args:
+            resume: go on with the run that is there, if any.
+            more: further entries of ``config.json``.
+
+        Raises:
+            InputError: where the folder cannot be used, is in use, or holds another run.
+        """
+        if not devices.is_first():
+            yield
+            return
+        with (
+            claimed(self.config, self.out, resume, self.say),
+            Checkpoints(self.out / "checkpoints") as self._checkpoints,
+        ):
+            write_config(self.out, self.config, **more)
+            try:
+                yield
+            finally:
+                if self._metrics:
+                    self._metrics.close()
+
+    def restore(self, like: train.TrainState) -> tuple[train.TrainState, dict[str, Any]] | None:
+        """The state of the newest whole checkpoint, in every process, and the progress beside it; None without any.
+
+        Raises:
+            WeightsError: where no checkpoint is whole, or it is of another network.
+        """
+        found = self._checkpoints.restore(like) if self._checkpoints else None
+        for note in found.notes if found else ():
+            self.say(f"note     {note}")
+        if not devices.together(np.array([found is not None]))[0][0]:
+            return None
+        if jax.process_count() == 1:
+            assert found is not None
+            return found.state, found.progress
+        text = json.dumps(found.progress).encode() if found else b""
+        values = (found.state if found else like), np.frombuffer(text.ljust(PROGRESS), np.uint8)
+        state, text = devices.from_first(values)
+        return self.program.devices.replicate(state), json.loads(bytes(text))
+
+    def checkpoint(self, state: train.TrainState, progress: dict[str, Any], score: float | None = None) -> None:
+        """Begins a checkpoint, as :meth:`Checkpoints.save`."""
+        if self._checkpoints:
+            self._checkpoints.save(state, progress, score)
+
+    def wait(self) -> None:
+        """Waits for the checkpoint under way."""
+        if self._checkpoints:
+            self._checkpoints.wait()
+
+    def begin_rows(self, epochs: int, project: str | None) -> None:
+        """Opens ``metrics.jsonl``, of which the first ``epochs`` rows stay, TensorBoard, and a project of W&B."""
+        if devices.is_first():
+            name = f"{self.out.parent.name}/{self.out.name}"  # a seed's folder alone is seed-0 in every run
+            wandb = WandB(project, name, dataclasses.asdict(self.config), self.out) if project else None
+            self._metrics = Metrics(self.out, epochs, wandb)
+
+    def rewind_rows(self, epochs: int) -> None:
+        """Drops the rows after the first ``epochs``."""
+        if self._metrics:
+            self._metrics.rewind(epochs)
+
+    def row(self, row: dict[str, Any]) -> None:
+        """Appends an epoch's row."""
+        if self._metrics:
+            self._metrics.add(row)
+
+    def weights(self, name: str, state: train.TrainState, row: dict[str, Any]) -> None:
+        """Writes the model of a state, with how to prepare images for it and the figures of ``row``."""
+        if not devices.is_first():
+            return
+        config, pipeline = self.config, self.program.pipeline
+        resize = round(config.image_size * 8 / 7) if config.crop == "resized" else None
+        weights.save(
+            self.out / name,
+            train.model_of(self.program.graph, state),
+            config.arch,
+            source=f"trained by jresnet on {self.program.data.name}",
+            step=str(int(state.step)),
+            preprocessing=Preprocessing(resize, config.image_size, pipeline.mean, pipeline.std).to_json(),
+            categories=json.dumps(self.program.data.classes),
+            metrics=json.dumps(finite(row)),
+        )
+
+    def finish(self, test: Evaluation, judge: str, best_epoch: int, **more: Any) -> dict[str, Any]:
+        """Writes the plots and ``summary.json``, and returns its contents; in other processes than the first nothing.
+
+        Args:
+            test: the figures of the test images after the last epoch.
+            judge: the split on which the best epoch was chosen, ``"val"`` or ``"test"``.
+            best_epoch: from 1; 0 where no epoch's logits were all finite.
+            more: fields of the summary that only the run itself knows.
+        """
+        if not devices.is_first():
+            return {}
+        program, config, data, rows = self.program, self.config, self.program.data, self.rows
+        self._plot(test)
+        last, best = rows[-1], rows[best_epoch - 1] if best_epoch else {}
+        labels = program.splits["test"].labels
+        # What has no prediction counts as wrong: as any class but its own.
+        predictions = np.where(test.predictions < 0, (labels + 1) % len(data.classes), test.predictions)
+        chosen_on = {
+            "val": f"the {config.val_split} training images held out for validation",
+            "test": "the test images themselves, which flatters it: quote the final accuracy",
+        }[judge]
+        measured = ("train_", "val_", "test_")
+        summary = {
+            "arch": config.arch,
+            "recipe": config.recipe,
+            "parameters": program.parameters,
+            "dataset": {
+                "name": data.name,
+                "source": data.source,
+                "notes": data.notes,
+                "verified": data.verified,
+                "digest": data.digest,
+                **{f"{name}_images": count for name, count in program.images.items()},
+            },
+            "final": {key: last[key] for key in last if key == "epoch" or key.startswith(measured)}
+            | {"test_loss": test.loss, "test_accuracy": test.accuracy},
+            "best": {key: best[key] for key in best if key == "epoch" or key.startswith(measured[1:])},
+            "best_chosen_on": chosen_on,
+            "test_accuracy_by_class": plots.per_class_accuracy(labels, predictions, data.classes),
+            "compile_seconds": program.compile_seconds,
+            "images_per_second": last["images_per_second"],
+            "device": f"{program.devices.first.device_kind} ({program.devices.platform})",
+            "devices": program.devices.count,
+            "processes": jax.process_count(),
+            "precision": config.precision,
+            "seed": config.seed,
+            "versions": versions(),
+            "command": shlex.join(sys.argv),
+            **more,
+        }
+        return write_json(self.out / "summary.json", summary)
+
+    def _plot(self, test: Evaluation) -> None:
+        """The curves, and of the images that got a prediction the confusion matrix and the worst mistakes."""
+        config, data, held = self.config, self.program.data, self.program.splits["test"]
+        title = f"{config.arch} on {data.name}, recipe {config.recipe}"
+        scored = f"{title}: {100 * test.accuracy:.2f} % of {len(held.labels):,} test images, last epoch"
+        known = test.predictions >= 0
+        labels, predictions, classes = held.labels[known], test.predictions[known], data.classes
+        plots.plot_curves(self.rows, self.out / "curves.png", title)
+        plots.plot_confusion(labels, predictions, classes, self.out / "confusion.png", scored)
+        plots.plot_worst(
+            held.images[known], labels, predictions, test.losses[known], classes, self.out / "worst.png", scored
+        )
+
+
+@contextlib.contextmanager
+def claimed(
+    config: RunConfig, out: Path, resume: bool, say: Callable[[str], None], runs: int | None = None
+) -> Iterator[None]:
+    """Makes a run's folder, or checks that it holds this very run, and keeps others out of it.
+
+    Raises:
+        InputError: where the folder cannot be used, is in use, or holds another run.
+    """
+    check(config, out, resume, runs)  # before anything is written
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot use --out {out}: {error.strerror or error}; choose another folder") from error
+        raise InputError(f"cannot use `out` {out}: {error.strerror or error}; choose another folder") from error
+    with Lock(out) as lock:
+        if lock.note:
+            say(f"note     {lock.note}")
+        check(config, out, resume, runs)  # another run may just have ended
+        for name in FILES:  # of a run that was killed while it wrote
+            for path in out.glob(f".{name}.*"):
+                path.unlink(missing_ok=True)
+        yield
 
 
-def write_config(out: Path, config: RunConfig, **more: Any) -> None:
-    """Writes ``config.json``."""
-    values = {"run": dataclasses.asdict(config), **more, "command": shlex.join(sys.argv)}
-    files.write_atomically(out / "config.json", json.dumps(values, indent=1).encode())
-
-
-def check(config: RunConfig, out: Path, resume: bool) -> None:
+def check(config: RunConfig, out: Path, resume: bool, runs: int | None = None) -> None:
     """Checks that the folder is free or, where it is to be resumed, holds this very run.
+
+    Args:
+        config: of the run.
+        out: the folder.
+        resume: whether to go on with what is there.
+        runs: how many seeds; None for a single run.
 
     Raises:
         InputError: otherwise; a difference in the configuration is listed field by field.
@@ -49,94 +253,93 @@ def check(config: RunConfig, out: Path, resume: bool) -> None:
     before = read_config(out)
     taken = [name for name in FILES if (out / name).exists()]
     if taken and not resume:
-        raise InputError(
-            f"--out {out} already holds a run ({', '.join(taken)}): add --resume, or choose another folder"
-        )
+        raise InputError(f"`out` {out} already holds a run ({', '.join(taken)}): `resume` it, or choose another folder")
     changed = differences(before, config) if before else []
+    if before and runs != read_runs(out):
+        changed.append(f"`runs` was {read_runs(out) or 'not given'}, now {runs or 'not given'}")
     if changed:
-        raise InputError(f"--resume goes on with the run in {out} as it was begun, but {'; '.join(changed)}")
+        raise InputError(f"`resume` goes on with the run in {out} as it was begun, but {'; '.join(changed)}")
 
 
-def save_weights(path: Path, program: Program, state: train.TrainState, row: dict[str, Any]) -> None:
-    """Writes the model of a state, with how to prepare images for it and the figures of ``row``."""
-    config, pipeline = program.config, program.pipeline
-    resize = round(config.image_size * 8 / 7) if config.crop == "resized" else None
-    native.save(
-        path,
-        train.model_of(program.graph, state),
-        config.arch,
-        source=f"trained by jresnet on {program.data.name}",
-        step=str(int(state.step)),
-        preprocessing=Preprocessing(resize, config.image_size, pipeline.mean, pipeline.std).to_json(),
-        categories=json.dumps(program.data.classes),
-        metrics=json.dumps(row),
-    )
+def write_config(out: Path, config: RunConfig, **more: Any) -> None:
+    """Writes ``config.json``."""
+    write_json(out / "config.json", {"run": dataclasses.asdict(config), **more, "command": shlex.join(sys.argv)})
 
 
-def finish(
-    out: Path,
-    program: Program,
-    rows: list[dict[str, Any]],
-    test: train.Evaluation,
-    judge: str,
-    best: dict[str, Any],
-    more: dict[str, Any],
-) -> dict[str, Any]:
-    """Writes the plots and ``summary.json``, and returns its contents.
+def write_json(path: Path, values: dict[str, Any]) -> dict[str, Any]:
+    """Writes a JSON file, and returns its contents; NaN and infinities become null."""
+    contents = finite(values)
+    write_atomically(path, json.dumps(contents, indent=1).encode())
+    return contents
 
-    Args:
-        out: the run's folder.
-        program: what was run.
-        rows: of metrics.jsonl.
-        test: the figures of the test images after the last epoch.
-        judge: the split on which the best epoch was chosen, ``"val"`` or ``"test"``.
-        best: the row of the best epoch.
-        more: fields of the summary that only the run itself knows.
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """A run's ``summary.json``.
+
+    Raises:
+        InputError: where it cannot be read or is damaged.
     """
-    config, data, held = program.config, program.data, program.splits["test"]
-    title = f"{config.arch} on {data.name}, recipe {config.recipe}"
-    scored = f"{title}: {100 * test.accuracy:.2f} % of {len(held.labels):,} test images, last epoch"
-    plots.plot_curves(rows, out / "curves.png", title)
-    plots.plot_confusion(held.labels, test.predictions, data.classes, out / "confusion.png", scored)
-    plots.plot_worst(held.images, held.labels, test.predictions, test.losses, data.classes, out / "worst.png", scored)
-    chosen_on = {
-        "val": f"the {config.val_split} training images held out for validation",
-        "test": "the test images themselves, which flatters it: quote the final accuracy",
-    }[judge]
-    measured = ("train_", "val_", "test_")
-    summary = {
-        "arch": config.arch,
-        "recipe": config.recipe,
-        "parameters": program.parameters,
-        "dataset": {
-            "name": data.name,
-            "source": data.source,
-            "notes": data.notes,
-            "verified": data.verified,
-            "digest": data.digest,
-            **{f"{name}_images": count for name, count in program.images.items()},
-        },
-        "final": {key: rows[-1][key] for key in rows[-1] if key == "epoch" or key.startswith(measured)}
-        | {"test_loss": test.loss, "test_accuracy": test.accuracy},
-        "best": {key: best[key] for key in best if key == "epoch" or key.startswith(measured[1:])},
-        "best_chosen_on": chosen_on,
-        "test_accuracy_by_class": plots.per_class_accuracy(held.labels, test.predictions, data.classes),
-        "compile_seconds": program.compile_seconds,
-        "images_per_second": rows[-1]["images_per_second"],
-        "device": f"{program.devices.first.device_kind} ({program.devices.platform})",
-        "devices": program.devices.count,
-        "processes": jax.process_count(),
-        "precision": config.precision,
-        "versions": versions(),
-        "command": shlex.join(sys.argv),
-        **more,
-    }
-    files.write_atomically(out / "summary.json", json.dumps(summary, indent=1).encode())
+    try:
+        summary = json.loads(path.read_text())
+        if not isinstance(summary, dict):
+            raise TypeError("it is no JSON object")
+    except (OSError, RecursionError, TypeError, ValueError) as error:
+        raise InputError(f"{path} cannot be used ({error}): delete it, and the run's end writes it anew") from error
     return summary
 
 
 def versions() -> dict[str, str]:
     """What a run was made with."""
     names = ("jax", "jaxlib", "flax", "optax", "numpy")
-    ours = {"python": platform.python_version(), "jresnet": jresnet.__version__}  # a checkout need not be installed
+    ours = {"python": platform.python_version(), "jresnet": __version__}  # a checkout need not be installed
     return ours | {name: version(name) for name in names}
+
+
+class Lock:
+    """Keeps other processes out of a run's folder; a context manager.
+
+    The kernel releases it however the process ends, by SIGKILL too; child processes do not inherit it.
+
+    Args:
+        folder: of the run; the file ``lock`` is made in it, and stays.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.note: str | None = None  # why nothing is locked: a filesystem without locks
+        self._lock = filelock.FileLock(folder / "lock", timeout=0, thread_local=False, on_acquired=_sign)
+
+    def __enter__(self) -> Lock:
+        """Takes the lock.
+
+        Raises:
+            InputError: where another run holds it, or the folder cannot be written.
+        """
+        try:
+            self._lock.acquire()
+        except filelock.Timeout:
+            try:
+                holder = printable((self.folder / "lock").read_text(errors="replace"))
+            except OSError:  # Windows keeps a locked file from being read
+                holder = ""
+            raise InputError(
+                f"another run is using {self.folder} ({holder or 'of an unknown process'}): wait for it, stop it, or "
+                "choose another `out`"
+            ) from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+                raise InputError(
+                    f"cannot use `out` {self.folder}: {error.strerror or error}; choose another folder"
+                ) from error
+            self.note = f"the filesystem of {self.folder} has no locks, so nothing keeps a second run out of it"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+def _sign(descriptor: int) -> None:
+    """Says in the locked file who holds it."""
+    os.ftruncate(descriptor, 0)
+    now = time.strftime("%Y-%m-%d %H:%M:%S")
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {now}".encode())

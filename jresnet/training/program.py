@@ -1,4 +1,4 @@
-"""What a configuration comes to, whatever the seed: images on the devices, compiled functions, lines for people."""
+"""What a configuration comes to, whatever the seed: images on the devices and compiled functions."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from jresnet.errors import InputError
 from jresnet.kernels.compiler import compiler_options
 from jresnet.models import zoo
 from jresnet.models.resnet import ResNet
-from jresnet.training import devices, optim
+from jresnet.training import devices, loop, optim
 from jresnet.training import step as train
 from jresnet.training.config import RunConfig
 from jresnet.training.devices import Devices
+from jresnet.training.loop import Evaluation, StepsLoop
 from jresnet.training.stop import Interrupted, StopRequest
 
 
@@ -50,14 +51,18 @@ class Program:
         if config.batch_size % self.devices.count:
             problems.append(f"a batch of {config.batch_size} cannot be cut into {self.devices.count} equal parts")
         if problems:
-            raise InputError("; ".join(problems) + ": change --batch-size" + (" or --devices" if problems[1:] else ""))
+            raise InputError("; ".join(problems) + ": change `batch_size`" + (" or `devices`" if problems[1:] else ""))
         devices.meet("data")
         digests = devices.together(np.frombuffer(bytes.fromhex(data.digest)[:8], np.uint8))
         if any((digest != digests[0]).any() for digest in digests):
-            raise InputError("the processes have read different images: give each the same, with --data-dir")
+            raise InputError("the processes have read different images: give each the same `data_dir`")
         self.images = {name: len(split.labels) for name, split in self.splits.items()}
         self.steps_per_epoch = images // config.batch_size
         self.total_steps = self.steps_per_epoch * config.epochs
+        if self.total_steps > optim.LAST_STEP:
+            raise InputError(
+                f"`epochs` {config.epochs:,} are {self.total_steps:,} steps; at most {optim.LAST_STEP:,} can be"
+            )
         self.schedule = optim.schedule(
             config.schedule, config.lr, config.epochs, self.steps_per_epoch, warmup_epochs=config.warmup_epochs,
             milestones=config.milestones, gamma=config.gamma,
@@ -73,7 +78,7 @@ class Program:
         self.graph, params, *_ = nnx.split(self.model(None), nnx.Param, nnx.BatchStat)
         self.parameters = sum(value.size for value in jax.tree.leaves(params))
         self.compile_seconds = 0.0
-        self.loop = train.StepsLoop(
+        self.loop = StepsLoop(
             train.train_step(
                 self.graph, self.optimizer, self.pipeline, steps_per_epoch=self.steps_per_epoch,
                 label_smoothing=config.label_smoothing, ema=config.ema, devices=self.devices, bn=config.bn,
@@ -86,7 +91,7 @@ class Program:
             out_shardings=self.devices.whole,
             compiler_options=compiler_options(),
         )
-        self.finite = jax.jit(_finite, out_shardings=self.devices.whole)
+        self.finite = jax.jit(train.all_finite, out_shardings=self.devices.whole)
 
     def model(self, seed: int | None) -> ResNet:
         """The network with a seed's initial parameters; with None their shapes alone."""
@@ -119,7 +124,7 @@ class Program:
         def work() -> None:
             try:
                 self.loop.compile(state, self.train_images, order, key)
-                batch, _ = next(train.batches(self.splits["test"], self.config.batch_size, self.devices))
+                batch, _ = next(loop.batches(self.splits["test"], self.config.batch_size, self.devices))
                 self.eval_step = cache.compiled(self.eval_step, train.evaluated(state), batch)
             except BaseException as error:
                 failures.append(error)
@@ -137,51 +142,10 @@ class Program:
 
     def evaluate(
         self, state: train.TrainState, name: str, stop: Callable[[], bool] = lambda: False
-    ) -> train.Evaluation | None:
+    ) -> Evaluation | None:
         """The figures of a split; None where ``stop`` said so."""
         weights = train.evaluated(state)
-        return train.evaluate(self.eval_step, weights, self.splits[name], self.config.batch_size, self.devices, stop)
-
-
-def _finite(state: train.TrainState) -> jax.Array:
-    """Whether all floating-point values are finite."""
-    floats = [value for value in jax.tree.leaves(state) if jnp.issubdtype(value.dtype, jnp.floating)]
-    return jnp.stack([jnp.isfinite(value).all() for value in floats]).all()
-
-
-def describe(config: RunConfig, program: Program) -> list[str]:
-    """What a recipe comes to, in lines for people."""
-    milestones = ", ".join(f"{milestone:g}" for milestone in config.milestones) or "no epoch"
-    schedules = {
-        "step": f"lr {config.lr:g} x{config.gamma:g} at {milestones}",
-        "cosine": f"lr {config.lr:g} falling to 0 as a cosine",
-        "onecycle": f"lr {config.lr:g} falling to 0 linearly",
-    }
-    warmup = f" after {config.warmup_epochs:g} epochs of warm-up" if config.warmup_epochs else ""
-    decay = "none" if config.weight_decay == 0 else (
-        f"{config.weight_decay:g}{' decoupled' if config.decoupled_decay or config.optimizer == 'adamw' else ''} on "
-        f"{'all parameters' if config.decay_norms else 'kernels only, not on BN and biases'}"
-    )  # fmt: skip
-    extras = [
-        f"label smoothing {config.label_smoothing:g}" if config.label_smoothing else "",
-        f"average of weights with decay {config.ema:g}" if config.ema else "",
-        f"gradients clipped at norm {config.clip_norm:g}" if config.clip_norm else "",
-        "last BN scale of each block from 0" if config.zero_init_residual else "",
-        {"none": "no flip", "random": "", "alternate": "alternating flip"}[config.flip],
-        f"random erasing {config.random_erasing:g}" if config.random_erasing else "",
-        f"mixup {config.mixup:g}" if config.mixup else "",
-        f"cutmix {config.cutmix:g}" if config.cutmix else "",
-        "rematerialized" if config.remat else "",
-        "BatchNorm on each device's part of the batch" if config.bn == "per-device" else "",
-    ]
-    more = ", ".join(extra for extra in extras if extra)
-    return [
-        f"recipe   {config.recipe}: {config.epochs} epochs of {program.steps_per_epoch} steps, batch {config.batch_size}, "
-        f"seed {config.seed}",
-        f"         {config.optimizer}, {schedules[config.schedule]}{warmup}, momentum {config.momentum:g}"
-        f"{' (Nesterov)' if config.nesterov else ''}, weight decay {decay}",
-        *([f"         {more}"] if more else []),
-    ]
+        return loop.evaluate(self.eval_step, weights, self.splits[name], self.config.batch_size, self.devices, stop)
 
 
 def load_data(config: RunConfig, data_dir: Path | None) -> Dataset:
@@ -197,7 +161,7 @@ def split_dataset(config: RunConfig, data: Dataset) -> dict[str, Split]:
     """
     kept = len(data.train.labels) - config.val_split
     if kept < 1:
-        raise InputError(f"--val-split {config.val_split} leaves none of the {len(data.train.labels)} training images")
+        raise InputError(f"`val_split` {config.val_split} leaves none of the {len(data.train.labels)} training images")
 
     def part(split: Split, which: slice) -> Split:
         return Split(split.images[which], split.labels[which])

@@ -1,25 +1,22 @@
 """Training as pure functions: a state and a batch in, a state and metrics out.
 
-The uint8 images live on the device; a step gathers its batch from them, augments it, and takes one step of the optimizer,
-all in one jitted function whose state is donated. :class:`StepsLoop` runs many of them.
+The uint8 images live on the device; a step gathers its batch from them, augments it, and takes one step of the optimizer.
+:class:`jresnet.training.loop.StepsLoop` compiles it, with the state donated, and runs many of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from jresnet import cache
-from jresnet.data.dataset import Split
 from jresnet.models.resnet import ResNet
 from jresnet.training.augment import Pipeline, alternate
 from jresnet.training.devices import Devices
@@ -56,16 +53,7 @@ class Metrics(NamedTuple):
     """What one training step reports, on the device until it is fetched."""
 
     loss: Float[Array, ""]  # mean cross-entropy with the batch's targets, smoothed and mixed as they are, in nats
-    correct: Int[Array, ""]  # images whose largest logit is the label's, of a mixed image the first one's
-
-
-class Evaluation(NamedTuple):
-    """What evaluation found, each image counted once."""
-
-    loss: float  # mean cross-entropy with the labels, in nats
-    accuracy: float  # share of the images, 0 to 1
-    predictions: np.ndarray  # int32 [N]
-    losses: np.ndarray  # float32 [N]
+    correct: Int[Array, ""]  # images whose prediction is the label, of a mixed image the first one's
 
 
 TrainStep = Callable[[TrainState, Images, "Int[Array, ' b']", jax.Array], tuple[TrainState, Metrics]]
@@ -132,7 +120,7 @@ def train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         averaged = _average(state.averaged, Averaged(params, batch_stats), state.step, ema) if state.averaged else None
-        metrics = Metrics(loss, (logits.argmax(-1) == split.labels[indices]).sum())
+        metrics = Metrics(loss, (predict(logits) == split.labels[indices]).sum())
         return TrainState(state.step + 1, params, batch_stats, opt_state, averaged), metrics
 
     return step
@@ -195,143 +183,20 @@ def eval_step(graph: nnx.GraphDef, pipeline: Pipeline) -> Callable[..., tuple[ja
     def step(weights: Averaged, batch: Images) -> tuple[jax.Array, jax.Array]:
         logits = nnx.merge(graph, *weights)(pipeline.evaluate(batch.images))
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
-        return losses, logits.argmax(-1).astype(jnp.int32)
+        return losses, predict(logits)
 
     return step
 
 
-def epoch_order(key: jax.Array, epoch: int, images: int, batch_size: int) -> Int[Array, "steps b"]:
-    """Which images each step of an epoch takes; the remainder of less than a batch sits this epoch out."""
-    steps = images // batch_size
-    order = jax.random.permutation(jax.random.fold_in(key, epoch), images)
-    return order[: steps * batch_size].reshape(steps, batch_size)
+def predict(logits: Float[Array, "n k"]) -> Int32[Array, " n"]:
+    """The class with the largest logit; -1, which is no class, where a logit is NaN or infinite.
 
-
-class StepsLoop:
-    """Runs steps of an epoch: ``loop(state, split, order [steps, B], start, end, key) -> (state, metrics)``.
-
-    The metrics are numpy arrays, one row for each step that was taken. The state that is given is gone afterwards: its
-    memory is used again.
-
-    Args:
-        step: of :func:`train_step`.
-        devices: where it runs.
-        on_device: loop inside one compiled function, for accelerators: the host then waits once for all the steps. Not
-            on the CPU, where XLA leaves the backward convolutions of a loop body as naive loops, ten times slower
-            (jax#12868): there Python calls the compiled step.
-        compiler_options: of ``jax.jit``; :func:`jresnet.compiler_options` has the CPU's.
+    ``argmax`` alone takes NaN for the largest: a broken network would score as many images as class 0 has.
     """
-
-    def __init__(
-        self,
-        step: TrainStep,
-        devices: Devices,
-        on_device: bool | None = None,
-        compiler_options: dict[str, str | bool] | None = None,
-    ):
-        self.devices = devices
-        self.on_device = devices.platform != "cpu" if on_device is None else on_device
-        # Every device holds the results whole: XLA would be free to cut them.
-        function = jax.jit(
-            partial(_many_steps, step) if self.on_device else step,
-            donate_argnums=0,
-            out_shardings=devices.whole,
-            compiler_options=compiler_options,
-        )
-        self._jitted, self._compiled = function, cast(Callable, function)
-
-    def compile(self, state: TrainState, split: Images, order: np.ndarray, key: jax.Array) -> None:
-        """Compiles for arguments like these, all at once: the first call is then as quick as any."""
-        if self._compiled is self._jitted:
-            self._compiled = cache.compiled(self._jitted, state, split, *self._bounds(order, 0, 1), key)
-
-    def __call__(
-        self,
-        state: TrainState,
-        split: Images,
-        order: np.ndarray,
-        start: int,
-        end: int,
-        key: jax.Array,
-        stop: Callable[[], bool] = lambda: False,
-        after_step: Callable[[], None] = lambda: None,
-    ) -> tuple[TrainState, Metrics]:
-        """Takes steps ``start`` to ``end``; on the host it asks ``stop`` before and calls ``after_step`` after each."""
-        taken: list[Metrics] = []
-        if self.on_device:
-            state, rows = self._compiled(state, split, *self._bounds(order, start, end), key)
-            loss, correct = (np.asarray(row)[start:end] for row in rows)
-            return state, Metrics(loss, correct)  # type: ignore[arg-type]  # numpy now, fetched
-        for i in range(start, end):
-            if stop():
-                break
-            state, metrics = self._compiled(state, split, *self._bounds(order, i, i + 1), key)
-            if taken:
-                taken[-1].loss.block_until_ready()  # one step ahead of the device: no gap, and a signal is soon seen
-            taken.append(metrics)
-            after_step()
-        rows = [np.array(row) for row in zip(*jax.device_get(taken), strict=True)] or [np.zeros(0), np.zeros(0, int)]
-        return state, Metrics(*rows)  # type: ignore[arg-type]  # numpy now, fetched
-
-    def _bounds(self, order: np.ndarray, start: int, end: int) -> tuple[Any, ...]:
-        """What tells the compiled function its batches."""
-        order = np.asarray(order, np.int32)
-        if self.on_device:
-            # Bounds that are values, not constants: one compilation serves every stretch of an epoch.
-            return self.devices.put(order, self.devices.cut(1)), np.int32(start), np.int32(end)
-        return (self.devices.put(order[start], self.devices.cut()),)
+    return jnp.where(jnp.isfinite(logits).all(-1), logits.argmax(-1), -1).astype(jnp.int32)
 
 
-def _many_steps(
-    step: TrainStep,
-    state: TrainState,
-    split: Images,
-    order: jax.Array,
-    start: jax.Array,
-    end: jax.Array,
-    key: jax.Array,
-) -> tuple[TrainState, Metrics]:
-    """Steps ``start`` to ``end`` of ``order [steps, B]``, and metrics of which rows ``[start:end]`` are filled."""
-
-    def body(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
-        state, all_metrics = carry
-        state, metrics = step(state, split, order[i], key)
-        return state, jax.tree.map(lambda rows, row: rows.at[i].set(row), all_metrics, metrics)
-
-    rows = jax.eval_shape(step, state, split, order[0], key)[1]
-    empty = jax.tree.map(lambda row: jnp.zeros((len(order),), row.dtype), rows)
-    return lax.fori_loop(start, end, body, (state, empty))
-
-
-def batches(split: Split, batch_size: int, devices: Devices) -> Iterator[tuple[Images, int]]:
-    """(a batch, how many of its images count): every image once, the last batch filled with the last image."""
-    for start in range(0, len(split.labels), batch_size):
-        indices = np.arange(start, start + batch_size)
-        parts = (part.take(indices, axis=0, mode="clip") for part in (split.images, split.labels))
-        yield Images(*(devices.put(part, devices.cut()) for part in parts)), min(batch_size, len(split.labels) - start)
-
-
-def evaluate(
-    step: Callable[..., tuple[jax.Array, jax.Array]],
-    weights: Averaged,
-    split: Split,
-    batch_size: int,
-    devices: Devices,
-    stop: Callable[[], bool] = lambda: False,
-) -> Evaluation | None:
-    """Loss and accuracy over every image of ``split`` exactly once; None where ``stop`` said so.
-
-    ``step`` is a jitted :func:`eval_step`.
-    """
-    found = []
-    for batch, count in batches(split, batch_size, devices):
-        if stop():
-            return None
-        losses, predictions = step(weights, batch)
-        found.append((losses, predictions, count))
-        if len(found) > 1:
-            found[-2][0].block_until_ready()
-    all_losses = np.concatenate([np.asarray(losses)[:count] for losses, _, count in found])
-    predicted = np.concatenate([np.asarray(predictions)[:count] for _, predictions, count in found])
-    accuracy = float((predicted == split.labels).mean())
-    return Evaluation(float(all_losses.astype(np.float64).mean()), accuracy, predicted, all_losses)
+def all_finite(state: TrainState) -> jax.Array:
+    """Whether all floating-point values of the state are finite; a bool of shape ``[]``."""
+    floats = [value for value in jax.tree.leaves(state) if jnp.issubdtype(value.dtype, jnp.floating)]
+    return jnp.stack([jnp.isfinite(value).all() for value in floats]).all()

@@ -29,6 +29,7 @@ from jresnet.models import params, zoo
 from jresnet.pytorch import keymap, statedict
 from jresnet.training import augment, devices, optim
 from jresnet.training import step as train
+from jresnet.training.loop import StepsLoop, epoch_order
 from jresnet.weights.preprocessing import STATISTICS
 
 Job = Mapping[str, Any]
@@ -206,9 +207,9 @@ def epoch(job: Job) -> dict[str, Any]:
     labels = draw.integers(0, model.config.num_classes, len(images)).astype(np.int32)
     split = train.Images(*where.replicate((images, labels)))
     step = train.train_step(nnx.graphdef(model), optimizer, pipeline(job["size"]))
-    loop = train.StepsLoop(step, where, compiler_options=jresnet.compiler_options())
+    loop = StepsLoop(step, where, compiler_options=jresnet.compiler_options())
     state, key, number = where.replicate(train.init(model, optimizer)), jax.random.key(0), 0
-    order = np.asarray(train.epoch_order(key, 0, len(images), job["batch"]))
+    order = np.asarray(epoch_order(key, 0, len(images), job["batch"]))
     began = time.perf_counter()
     loop.compile(state, split, order, key)
     seconds = time.perf_counter() - began
@@ -216,7 +217,7 @@ def epoch(job: Job) -> dict[str, Any]:
     def run(epochs: int) -> None:
         nonlocal state, number
         for _ in range(epochs):
-            order, number = np.asarray(train.epoch_order(key, number, len(images), job["batch"])), number + 1
+            order, number = np.asarray(epoch_order(key, number, len(images), job["batch"])), number + 1
             state, _ = loop(state, split, order, 0, len(order), key)
 
     return common.pace(job, run, order.size) | {"compile_seconds": seconds}

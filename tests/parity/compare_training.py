@@ -37,6 +37,7 @@ from jresnet.pytorch import keymap, statedict
 from jresnet.training import optim, recipes
 from jresnet.training import step as train
 from jresnet.training.augment import Pipeline
+from jresnet.training.loop import epoch_order
 from jresnet.weights.preprocessing import STATISTICS
 
 ARCH = "resnet20_cifar"
@@ -81,7 +82,7 @@ def draw_batches(split: data.Split, steps: int, batch_size: int, seed: int) -> l
 
     def indices() -> Iterator[np.ndarray]:
         for epoch in range(steps):
-            yield from np.asarray(train.epoch_order(order_key, epoch, len(split.labels), batch_size))
+            yield from np.asarray(epoch_order(order_key, epoch, len(split.labels), batch_size))
 
     batches = []
     for step, chosen in zip(range(steps), indices(), strict=False):

@@ -38,6 +38,7 @@ def in_jax(folder: Path) -> None:
     from jresnet.pytorch import keymap
     from jresnet.training import devices, optim
     from jresnet.training import step as train
+    from jresnet.training.loop import StepsLoop
 
     tensors = np.load(folder / "start.npz")
     batches = np.load(folder / "batches.npz")
@@ -54,7 +55,7 @@ def in_jax(folder: Path) -> None:
         model = params.fill(TINY, values)  # its arrays are overwritten in training
         step = train.train_step(nnx.graphdef(model), optimizer, unchanged, devices=where, bn=bn)
         state = where.replicate(train.init(model, optimizer))
-        state, metrics = train.StepsLoop(step, where)(state, split, order, 0, STEPS, where.replicate(jax.random.key(0)))
+        state, metrics = StepsLoop(step, where)(state, split, order, 0, STEPS, where.replicate(jax.random.key(0)))
         leaves = nnx.to_flat_state(nnx.merge_state(state.params, state.batch_stats))
         found = {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in leaves}
         np.savez(folder / f"{bn}.npz", losses=metrics.loss, correct=metrics.correct, **found)

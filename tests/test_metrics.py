@@ -1,29 +1,23 @@
-"""What a run says while it goes: metrics.jsonl, TensorBoard, Weights & Biases, the bar and the lines."""
+"""The numbers of a run as it goes: metrics.jsonl, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import io
 import json
-import os
-import pty
-import re
 import struct
 import sys
-import termios
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from jresnet.errors import InputError
-from jresnet.training import metrics as logs
-from jresnet.training.metrics import Metrics, Progress, WandB
+from jresnet.reports import metrics_file
+from jresnet.reports.metrics_file import read_metrics
+from jresnet.training.metrics import Metrics, WandB
 
 
 def row(epoch: int, **more: Any) -> dict[str, Any]:
@@ -63,13 +57,6 @@ def run(folder: Path, epochs: int, last: int, wandb: WandB | None = None) -> Non
     for epoch in range(epochs + 1, last + 1):
         metrics.add(row(epoch))
     metrics.close()
-
-
-def test_durations_and_sizes_read_well() -> None:
-    durations = {0.2: "0 s", 59.6: "1 min", 95: "1 min 35 s", 3600: "1 h", 3661: "1 h 1 min", 900_000: "10 d 10 h"}
-    assert {seconds: logs.duration(seconds) for seconds in durations} == durations
-    sizes = {0: "0 MiB", 5 * 2**20: "5 MiB", 2**30 - 1: "1.0 GiB", 1023 * 2**20: "1023 MiB", 80 * 2**30: "80.0 GiB"}
-    assert {count: logs.size(count) for count in sizes} == sizes
 
 
 def test_the_same_numbers_in_the_file_and_in_tensorboard(tmp_path: Path) -> None:
@@ -125,7 +112,7 @@ def test_killed_in_mid_line(tmp_path: Path) -> None:
     second = len(b"".join(content.splitlines(keepends=True)[:2]))
     for end in range(second, len(content) - 1):
         path.write_bytes(content[:end])
-        assert logs.read_metrics(path) == [row(1), row(2)]
+        assert read_metrics(path) == [row(1), row(2)]
         with pytest.raises(
             InputError, match=r"metrics\.jsonl has 2 whole lines, but 3 epochs are behind the checkpoint"
         ):
@@ -134,7 +121,7 @@ def test_killed_in_mid_line(tmp_path: Path) -> None:
     run(tmp_path, 2, 3)
     assert path.read_bytes() == content
     path.write_bytes(content[:-1])  # all of the last line but its end
-    assert logs.read_metrics(path) == [row(1), row(2), row(3)]
+    assert read_metrics(path) == [row(1), row(2), row(3)]
 
 
 @pytest.mark.parametrize(
@@ -151,7 +138,7 @@ def test_missing_and_too_large_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(InputError, match="has 0 whole lines, but 1 epochs"):
         Metrics(tmp_path, 1)
     run(tmp_path, 0, 1)
-    monkeypatch.setattr(logs, "LARGEST", 10)
+    monkeypatch.setattr(metrics_file, "LARGEST", 10)
     with pytest.raises(InputError, match="more than 10 bytes"):
         Metrics(tmp_path, 1)
 
@@ -249,132 +236,3 @@ def test_wandb_refuses(server: dict[str, list], tmp_path: Path) -> None:
         (tmp_path / "wandb-id").write_bytes(damaged)
         with pytest.raises(InputError, match="wandb-id is not the id of a run"):
             WandB("project", "name", {}, tmp_path)
-
-
-FIGURES = (0.25, 0.456, 21345.6, 86000, 0.02134, 3 * 2**30)
-
-
-def test_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(logs.time, "monotonic", lambda: clock.now)
-    stream = io.StringIO()
-    progress = Progress(stream, memory="host memory")
-    progress.begin(2, 9, 100, 0)
-    printed = []
-    for now in (59, 61, 120, 122):
-        clock.now = now
-        progress.step()
-        progress.show(*FIGURES)
-        printed.append(len(stream.getvalue().splitlines()))
-    assert printed == [0, 1, 1, 2]
-    progress.show(*FIGURES[:4])
-    progress.end()
-    progress.say("the end")
-    line = (
-        "epoch 2/9: loss 0.2500, accuracy 45.6 %, 21346 images/s, 0.021 epochs/s, 23 h 53 min left, host memory 3.0 GiB"
-    )
-    assert stream.getvalue().splitlines() == [line, line, "the end"]
-    clock.now = 300
-    progress.show(*FIGURES[:4])
-    assert stream.getvalue().splitlines()[3] == line.split(", 0.021")[0] + ", 23 h 53 min left"
-
-
-class Terminal(io.TextIOWrapper):
-    """A terminal of ``columns``; what is written to it comes out of :meth:`drawn`."""
-
-    def __init__(self, columns: int):
-        self.master, slave = pty.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-        os.set_blocking(self.master, False)
-        super().__init__(io.FileIO(slave, "w"), encoding="utf-8", write_through=True)
-
-    def drawn(self) -> str:
-        self.flush()
-        content = b""
-        with contextlib.suppress(BlockingIOError):
-            while part := os.read(self.master, 65536):
-                content += part
-        return content.decode()
-
-    def close(self) -> None:
-        super().close()
-        with contextlib.suppress(OSError):
-            os.close(self.master)
-
-
-def screen(content: str) -> list[str]:
-    """The lines that stand on a terminal in the end."""
-    lines, at, column = [""], 0, 0
-    for part in re.split(r"(\r|\n|\x1b\[A)", content):
-        if part == "\r":
-            column = 0
-        elif part == "\n":
-            at += 1
-            lines += [""] * (at == len(lines))
-        elif part == "\x1b[A":
-            at -= 1
-        else:
-            assert "\x1b" not in part
-            before = lines[at].ljust(column)
-            lines[at] = before[:column] + part + before[column + len(part) :]
-            column += len(part)
-    return [line.rstrip() for line in lines if line.strip()]
-
-
-@pytest.mark.parametrize("columns", [60, 80, 120])
-def test_the_bar_fits_the_terminal(columns: int) -> None:
-    with Terminal(columns) as terminal:
-        progress = Progress(terminal)
-        progress.begin(100, 200, 50_000, 0)
-        content = ""
-        for _ in range(5):
-            progress.step(10_000)
-            progress.show(*FIGURES)
-            content += terminal.drawn()
-        progress.say("a line above")
-        content += terminal.drawn()
-        assert max(map(len, re.split(r"[\r\n]+|\x1b\[A", content))) <= columns
-        above, bar, figures = screen(content)
-        assert above == "a line above"
-        assert bar.startswith("epoch 100/200: 100%|")
-        assert figures == "loss 0.2500, accuracy 45.6 %, 21346 images/s, 0.021 epochs/s"[: columns - 1]
-        if columns >= 80:
-            assert bar.endswith("| 50000/50000, 23 h 53 min left, device memory 3.0 GiB")
-        progress.end()
-        content += terminal.drawn()
-        assert screen(content) == ["a line above"]
-        progress.say("and one below")
-        assert screen(content + terminal.drawn()) == ["a line above", "and one below"]
-
-
-def test_quiet_prints_nothing() -> None:
-    with Terminal(80) as terminal:
-        for stream in (terminal, io.StringIO()):
-            progress = Progress(stream, quiet=True)
-            progress.say("x")
-            progress.begin(1, 2, 3, 0)
-            progress.last -= 100
-            progress.step()
-            progress.show(*FIGURES)
-            progress.end()
-        assert terminal.drawn() == stream.getvalue() == ""
-
-
-def test_the_devices_memory() -> None:
-    def device(platform: str, stats: dict | None) -> SimpleNamespace:
-        return SimpleNamespace(platform=platform, memory_stats=lambda: stats)
-
-    assert logs.device_memory(device("gpu", {"bytes_in_use": 5, "bytes_limit": 9})) == 5
-    assert logs.device_memory(device("tpu", None)) is None
-    held = np.ones(2**24)  # 128 MiB that are touched
-    with_it = logs.device_memory(jax.devices("cpu")[0])
-    assert with_it is not None
-    assert with_it > held.nbytes
-
-
-def test_host_memory_is_unknown_without_proc(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(self: Path) -> str:
-        raise FileNotFoundError
-
-    monkeypatch.setattr(Path, "read_text", missing)
-    assert logs.device_memory(SimpleNamespace(platform="cpu", memory_stats=lambda: None)) is None

@@ -1,4 +1,4 @@
-"""Memory in large pages for a script and what it starts.
+"""Huge pages for the memory of a command and what it starts.
 
 XLA asks for a step's temporary memory anew at every step, and the kernel hands it over page by page. Where Linux gives
 pages of 2 MiB only to those who ask ("madvise", Debian's and Ubuntu's setting), glibc's malloc asks from 2.35 on if its
@@ -18,9 +18,9 @@ SETTING = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
 def environment() -> dict[str, str]:
-    """What a process must find in its environment to ask; nothing where it does already, need not, cannot or shall not.
+    """Environment variables that turn on huge pages; empty if they are already set, not needed or not possible.
 
-    ``GLIBC_TUNABLES=glibc.malloc.hugetlb=0`` is how to say that it shall not.
+    ``GLIBC_TUNABLES=glibc.malloc.hugetlb=0`` switches this off.
     """
     given = os.environ.get(TUNABLES, "")
     if HUGE in given or _setting() != "madvise":
@@ -29,13 +29,13 @@ def environment() -> dict[str, str]:
 
 
 def there() -> bool:
-    """Whether a process with that environment gets them, as far as glibc is new enough."""
+    """Whether a process with these variables gets huge pages, if its glibc is 2.35 or newer."""
     asked = f"{HUGE}=1" in {**os.environ, **environment()}.get(TUNABLES, "")
     return _setting() == "always" or (_setting() == "madvise" and asked)
 
 
 def ask() -> None:
-    """Starts the running script anew with that environment, as the same process; before it has loaded or done anything."""
+    """Restarts the running command with these variables, as the same process; call it before anything else."""
     added = environment()
     if added and sys.executable:
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **added})

@@ -1,0 +1,7 @@
+"""``python -m jresnet``: the command ``jresnet``."""
+
+import sys
+
+from jresnet.commands import main
+
+sys.exit(main())

@@ -1,0 +1,154 @@
+"""``jresnet evaluate --weights resnet50 --data imagenet/val``: accuracy and loss of weights on labelled images."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import jresnet
+from jresnet import cache, evaluation
+from jresnet.commands.flags import naming_flags
+from jresnet.data import images
+from jresnet.files import printable
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Evaluate weights: top-1, top-5, loss and images per second, every image once.",
+        epilog="Exit code: 0; 1 for what cannot be used, also for a single bad image unless --skip-bad; 2 for bad options.",
+    )
+    parser.add_argument(
+        "--weights", required=True, metavar="FILE_OR_NAME",
+        help="native weights file (*.safetensors), or published weights: resnet50 (torchvision's default), "
+        "resnet50:IMAGENET1K_V1",
+    )  # fmt: skip
+    parser.add_argument(
+        "--data", required=True, metavar="cifar10|FOLDER",
+        help="CIFAR-10's test images, or a folder of images, FOLDER/CLASS/*.JPEG (ImageNet's val; ./cifar10 for one of "
+        "that name); class names sorted are the logits in order, unless all are categories that the weights name",
+    )  # fmt: skip
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="DIR",
+        help="where CIFAR-10 lies, as for training (default: TFDS_DATA_DIR, else ~/tensorflow_datasets, else ./data)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--limit", type=positive, metavar="N",
+        help="only N images: the first N of CIFAR-10; of a folder the first of every class, then the second of every "
+        "class, and so on (default: all)",
+    )  # fmt: skip
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="images (default: 32; 256 for cifar10)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="what convolutions compute in (float32)"
+    )
+    parser.add_argument(
+        "--mean", type=numbers, metavar="R,G,B", help="of pixels in 0 to 1, or one number for grey (the weights' own)"
+    )
+    parser.add_argument("--std", type=numbers, metavar="R,G,B", help="likewise (the weights' own)")
+    parser.add_argument("--skip-bad", action="store_true", help="exit with 0 although bad images were skipped")
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
+    return parser
+
+
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """``0.5,0.5,0.5``."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected R,G,B, got {text!r}") from error
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "jresnet evaluate") -> int:
+    """Runs the command; returns its exit code."""
+    options = parser(prog)
+    args = options.parse_args(argv)
+    if args.data_dir and args.data != "cifar10":
+        options.error("--data-dir says where CIFAR-10 lies, but --data names a folder")
+    with naming_flags(options):
+        report = evaluate(args)
+    if args.json:
+        print(json.dumps(report))
+    for bad in report["bad"]:
+        print(f"bad image {printable(bad['file'])}: {printable(bad['reason'])}", file=sys.stderr)
+    if report["bad"]:
+        count = f"{len(report['bad']):,} of {len(report['bad']) + report['images']:,} images are bad and were skipped"
+        print(count if args.skip_bad else f"error: {count}; --skip-bad accepts that", file=sys.stderr)
+    return 1 if report["bad"] and not args.skip_bad else 0
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """Evaluates, prints unless ``--json``, and returns what ``--json`` prints."""
+
+    def say(title: str, text: str) -> None:
+        if not args.json:
+            print(f"{title:<8} {text}", flush=True)
+
+    cache.keep_compiled()
+    cifar10 = args.data == "cifar10"
+    found = None if cifar10 else images.list_folder(args.data)  # before weights are downloaded
+    resolved = evaluation.resolve(args.weights, jnp.bfloat16 if args.dtype == "bfloat16" else None)
+    preprocessing, origin = evaluation.choose_preprocessing(resolved, cifar10=cifar10, mean=args.mean, std=args.std)
+    config = resolved.model.config
+    say("weights", f"{args.weights}: {resolved.arch}, {config.stem} stem, {config.num_classes:,} classes")
+    if found is None:
+        data = evaluation.cifar10(resolved, args.data_dir, args.limit)
+    else:
+        data = evaluation.folder(resolved, found, args.limit)
+    say("data", data.description)
+    for note in data.notes:
+        say("note", note)
+    say("images", f"{preprocessing}; {origin}")
+    batch_size = min(args.batch_size or (256 if cifar10 else 32), len(data.labels))
+    device = jax.devices()[0]
+    device_name = f"{device.device_kind} ({device.platform})"
+    say("device", f"{device_name}, {args.dtype}, batch {batch_size}")
+
+    scores = evaluation.score(resolved.model, preprocessing, data, batch_size)
+    n, pace = scores.images, scores.images / scores.seconds
+    say("top-1", f"{100 * scores.top1 / n:.2f} % ({scores.top1:,} of {n:,})")
+    say(f"top-{scores.k}", f"{100 * scores.topk / n:.2f} % ({scores.topk:,} of {n:,})")
+    say("loss", f"{scores.loss:.4f} (mean cross-entropy, nats)")
+    say("speed", f"{pace:.1f} images/s, decoding included; {scores.compile_seconds:.1f} s of compilation are not")
+    return {
+        "weights": args.weights,
+        "arch": resolved.arch,
+        "data": data.description,
+        "notes": data.notes,
+        "preprocessing": dataclasses.asdict(preprocessing),
+        "preprocessing_origin": origin,
+        "images": n,
+        "top1": scores.top1 / n,
+        "top1_correct": scores.top1,
+        "top5": scores.topk / n,  # of all where there are fewer classes
+        "top5_correct": scores.topk,
+        "loss": scores.loss,
+        "images_per_second": pace,
+        "seconds": scores.seconds,
+        "compile_seconds": scores.compile_seconds,
+        "bad": [{"file": file, "reason": reason} for file, reason in scores.bad],
+        "device": device_name,
+        "dtype": args.dtype,
+        "batch_size": batch_size,
+        "versions": {"python": platform.python_version(), "jresnet": jresnet.__version__}
+        | {name: version(name) for name in ("jax", "jaxlib", "flax", "numpy", "pillow")},
+        "command": shlex.join(sys.argv),
+    }

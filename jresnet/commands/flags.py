@@ -1,0 +1,68 @@
+"""Command-line flags made from the fields of a dataclass, and errors that name them."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import re
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jresnet.training.recipes import DATASETS, RECIPES, in_words, value_in_words
+
+
+def add_flags(groups: Mapping[str, Any], record: type) -> None:
+    """Adds a flag for each field of ``record`` whose option names one of the ``groups``; what is not given is None."""
+    for field in dataclasses.fields(record):
+        if field.metadata["option"].group in groups:
+            add_flag(groups[field.metadata["option"].group], record, field.name)
+
+
+def add_flag(group: Any, record: type, name: str) -> None:
+    """Adds the flag of one field: --batch-size for ``batch_size``."""
+    (field,) = (field for field in dataclasses.fields(record) if field.name == name)
+    option, hint = field.metadata["option"], typing.get_type_hints(record)[name]
+    text = f"{option.help} ({_default(field, hint)})".replace("%", "%%")
+    given: dict[str, Any] = {"help": text, "default": None}
+    if hint is bool:
+        given["action"] = "store_true" if option.switch else argparse.BooleanOptionalAction
+    elif option.choices:
+        given["choices"] = (("auto",) if option.automatic else ()) + option.choices
+    else:
+        (kind, *_) = [part for part in (hint, *typing.get_args(hint)) if part in (int, float, str)]
+        given |= {"type": kind, "metavar": option.metavar}
+        if typing.get_origin(hint) is tuple:
+            given["nargs"] = "*"
+    group.add_argument(f"--{name.replace('_', '-')}", **given)
+
+
+def _default(field: dataclasses.Field[Any], hint: Any) -> str:
+    """What holds where the flag is not given, from the rows of the recipes and data sets."""
+    if field.default is not dataclasses.MISSING:
+        return f"default: {field.metadata['option'].none if field.default is None else in_words(field.default)}"
+    if field.metadata["option"].automatic:
+        return "default: auto"
+    if field.name in ("recipe", "dataset"):  # the first row
+        return f"default: {field.metadata['option'].choices[0]}"
+    words = {name: value_in_words(row, field.name) for name, row in RECIPES.items()}
+    same = len(set(words.values())) == 1
+    parts = [f"default: {next(iter(words.values()))}" if same else ", ".join(map(": ".join, words.items()))]
+    parts += [f"{name}: {in_words(row[field.name])}" for name, row in DATASETS.items() if field.name in row]
+    return "; ".join(parts)
+
+
+@contextlib.contextmanager
+def naming_flags(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Lets errors that name a value, `batch_size` in backticks, name its flag where the parser has one."""
+
+    def flag(match: re.Match[str]) -> str:
+        name = f"--{match[1].replace('_', '-')}"
+        return name if name in parser._option_string_actions else match[0]
+
+    try:
+        yield
+    except Exception as error:
+        error.args = tuple(re.sub(r"`(\w+)`", flag, part) if isinstance(part, str) else part for part in error.args)
+        raise

@@ -1,0 +1,29 @@
+"""``jresnet info``: what a report of a problem or a measurement should state."""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+
+import jax
+
+import jresnet
+from jresnet import cache
+from jresnet.kernels import compiler
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "jresnet info") -> int:
+    """Prints versions, devices, the compilation cache and the compiler options in force; returns the exit code."""
+    argparse.ArgumentParser(
+        prog=prog, description="Versions, devices, compilation cache, and the compiler options in force."
+    ).parse_args(argv)
+    print(f"versions python {platform.python_version()}, jresnet {jresnet.__version__}", end="")
+    print("".join(f", {name} {version(name)}" for name in ("jax", "jaxlib", "flax", "numpy")))
+    for device in jax.devices():
+        print(f"device   {device.device_kind} ({device.platform})")
+    print(f"cache    {cache.keep_compiled() or 'none: compiled programs are not kept'}")
+    for line in compiler.explain():
+        print(line)
+    return 0

@@ -1,0 +1,177 @@
+"""``jresnet train --depth 34``: train a ResNet on CIFAR-10, or on digits."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shlex
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jresnet import cache
+from jresnet.commands import failed
+from jresnet.commands.flags import add_flag, add_flags, naming_flags
+from jresnet.training import devices, outputs, program, recipes
+from jresnet.training.config import RunConfig, default_config, read_config, read_runs
+from jresnet.training.guard import NonFiniteLoss
+from jresnet.training.seeds import fit_seeds
+from jresnet.training.stop import Interrupted, StopRequest
+from jresnet.training.trainer import Options, Trainer
+
+# --depth to architecture: torchvision's family with the CIFAR stem, and the paper's own for CIFAR.
+DEPTHS = {depth: f"resnet{depth}" for depth in (18, 34, 50, 101, 152)} | {
+    depth: f"resnet{depth}_cifar" for depth in (20, 32, 44, 56, 110, 1202)
+}
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    """The command line's options. What is not given is None: the recipe's value, or the resumed run's."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Train a ResNet on CIFAR-10.",
+        epilog="With neither --data-dir nor a prepared dataset, CIFAR-10 (163 MiB) is downloaded.",
+    )
+    groups = {
+        name: parser.add_argument_group(name, description)
+        for name, description in {
+            "network": None,
+            "recipe": "what is not given is the recipe's own",
+            "data": None,
+            "results": None,
+            "when something is wrong": None,
+            "devices": None,
+        }.items()
+    }
+    depth = groups["network"].add_mutually_exclusive_group()
+    (standard,) = (depth for depth, arch in DEPTHS.items() if arch == recipes.ARCH)
+    depth.add_argument(
+        "--depth", type=int, metavar="N",
+        help="layers: 18 or 34 (basic blocks), 50, 101 or 152 (Bottleneck blocks), all with 64 to 512 channels and a 3x3 "
+        "stem; or the paper's CIFAR family with 16 to 64 channels: 20, 32, 44, 56, 110, 1202 (basic blocks) "
+        f"(default: {standard})",
+    )  # fmt: skip
+    add_flag(depth, RunConfig, "arch")
+    add_flag(groups["recipe"], RunConfig, "recipe")
+    add_flags(groups, RunConfig)
+    groups["recipe"].add_argument(
+        "--runs",
+        type=int,
+        metavar="N",
+        help="runs of N seeds, from --seed on, into OUT/seed-*, with mean and deviation",
+    )
+    groups["data"].add_argument(
+        "--data-dir", type=Path, metavar="DIR",
+        help="folder with a TFDS store, or CIFAR-10's archive or extracted folder, python or binary; the download goes "
+        "there (default: TFDS_DATA_DIR, else ~/tensorflow_datasets, else ./data)",
+    )  # fmt: skip
+    groups["results"].add_argument(
+        "--out", type=folder, metavar="DIR", help="folder for the results (default: runs/ARCH-DATASET-DATE-TIME)"
+    )
+    groups["results"].add_argument(
+        "--resume", action="store_true",
+        help="go on with the run in --out from its last whole checkpoint, or begin it; options not given are the run's",
+    )  # fmt: skip
+    add_flags(groups, Options)
+    many = groups["devices"]
+    many.add_argument(
+        "--devices", type=int, metavar="N", help="how many of this machine's (each process's) (default: all)"
+    )
+    many.add_argument(
+        "--coordinator", metavar="HOST:PORT",
+        help="several processes: where process 0 listens; trusted networks only",
+    )  # fmt: skip
+    many.add_argument("--num-processes", type=int, metavar="N", help="several processes: how many")
+    many.add_argument("--process-id", type=int, metavar="N", help="several processes: which this one is, from 0")
+    many.add_argument(
+        "--distributed", choices=("auto",),
+        help="several processes, found by JAX: SLURM, Open MPI, Kubernetes, Cloud TPU",
+    )  # fmt: skip
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "jresnet train") -> int:
+    """Runs the command; returns its exit code: 0, 1 for what cannot be used or NaN, 2 for bad options, 128 + signal."""
+    options = parser(prog)
+    args = options.parse_args(argv)
+    if found := mistakes(args):
+        options.error("; ".join(found))
+    try:
+        with naming_flags(options):
+            return _train(args)
+    except NonFiniteLoss as error:
+        return failed(str(error))
+    except RuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        return failed(f"the processes lost each other: start all again with --resume\n{error}")
+
+
+def _train(args: argparse.Namespace) -> int:
+    session = Options(**_given(args, Options))
+    session.check()
+    if session.deterministic:  # XLA reads it once, when its first device is asked for
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
+    cache.keep_compiled()
+    if args.coordinator or args.distributed:
+        devices.connect(args.coordinator, args.num_processes, args.process_id)
+    given = _given(args, RunConfig)
+    if args.depth is not None:
+        given["arch"] = DEPTHS[args.depth]
+    before = read_config(args.out) if args.resume else None
+    config = dataclasses.replace(before, **given) if before else default_config(**given)
+    config.check()
+    runs = args.runs or (read_runs(args.out) if before else None)
+    out = args.out or Path("runs") / f"{config.arch}-{config.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if devices.is_first():
+        outputs.check(config, out, args.resume, runs)
+    where = devices.find(args.devices)
+    data = program.load_data(config, args.data_dir)  # before signals are only noted: it may take an hour
+    try:
+        with StopRequest() as stop:
+            if runs:
+                fit_seeds(config, data, out, runs, args.resume, stop, where, session)
+            else:
+                Trainer(config, data, out, stop, program.Program(config, data, where), session).fit(args.resume)
+    except Interrupted as stopped:
+        if devices.is_first():
+            print(f"         the same command with --out {shlex.quote(str(out))} --resume goes on", flush=True)
+        return 128 + stopped.args[0]
+    return 0
+
+
+def folder(text: str) -> Path:
+    """An argument that names a folder; an empty one, as of an unset variable, is not the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a folder, got ''")
+    return Path(text)
+
+
+def mistakes(args: argparse.Namespace) -> list[str]:
+    """What does not go together in the options."""
+    by_hand = (args.coordinator, args.num_processes, args.process_id)
+    found = []
+    if args.resume and args.out is None:
+        found.append("--resume needs --out, the folder of the run to go on with")
+    if args.depth is not None and args.depth not in DEPTHS:
+        found.append(f"unknown --depth {args.depth}: there are {', '.join(map(str, sorted(DEPTHS)))}")
+    if args.runs is not None and args.runs < 1:
+        found.append(f"--runs must be at least 1, got {args.runs}")
+    if args.distributed and any(value is not None for value in by_hand):
+        found.append("--distributed auto finds --coordinator, --num-processes and --process-id by itself")
+    elif any(value is not None for value in by_hand) and any(value is None for value in by_hand):
+        found.append("--coordinator, --num-processes and --process-id belong together")
+    if (args.distributed or args.coordinator) and args.out is None:
+        found.append("several processes need --out: each would name a folder of its own")
+    return found
+
+
+def _given(args: argparse.Namespace, record: type) -> dict[str, Any]:
+    """The values that the user gave for the fields of a dataclass."""
+    values = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(record)}
+    given = {name: value for name, value in values.items() if value is not None and value != "auto"}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}

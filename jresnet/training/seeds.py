@@ -1,0 +1,87 @@
+"""Several runs that differ in their seed alone, compiled once."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jresnet.data.dataset import Dataset
+from jresnet.errors import InputError
+from jresnet.reports import compare
+from jresnet.training import devices
+from jresnet.training.config import RunConfig
+from jresnet.training.console import Console
+from jresnet.training.devices import Devices
+from jresnet.training.outputs import claimed, read_summary, write_config, write_json
+from jresnet.training.program import Program
+from jresnet.training.stop import StopRequest
+from jresnet.training.trainer import Options, Trainer
+
+
+def fit_seeds(
+    config: RunConfig,
+    data: Dataset,
+    out: Path,
+    runs: int,
+    resume: bool = False,
+    stop: StopRequest | None = None,
+    where: Devices | None = None,
+    options: Options | None = None,
+) -> dict[str, Any]:
+    """Runs of the seeds ``config.seed``, ``config.seed + 1``, ..., one after the other, compiled once.
+
+    Each is a run of its own in ``out/seed-N``; ``out/summary.json`` holds mean and standard deviation. One after the other
+    since at once, under ``jax.vmap``, kernels that differ by seed become grouped convolutions, which are slower on a CPU
+    (docs/training.md).
+
+    Args:
+        config: of the first.
+        data: the dataset, of :func:`jresnet.training.program.load_data`.
+        out: the folder for the folders.
+        runs: how many.
+        resume: go on with those that are not finished.
+        stop: as for :class:`Trainer`.
+        where: as for :class:`Program`.
+        options: as for :class:`Trainer`.
+
+    Returns:
+        The contents of ``summary.json``; nothing in all processes but the first.
+
+    Raises:
+        InputError: where a seed would be too large, and as :meth:`Trainer.fit`, as for the other exceptions.
+    """
+    dataclasses.replace(config, seed=config.seed + runs - 1).check()
+    console, first = Console(quiet=not devices.is_first()), devices.is_first()
+    with contextlib.ExitStack() as stack:
+        if first:
+            stack.enter_context(claimed(config, out, resume, console.say, runs))
+            write_config(out, config, runs=runs)
+        program = Program(config, data, where)
+        summaries = []
+        for seed in range(config.seed, config.seed + runs):
+            summary = out / f"seed-{seed}" / "summary.json"
+            finished = first and summary.exists()
+            if resume and devices.together(np.array([finished]))[0][0]:
+                summaries.append(read_summary(summary) if first else {})
+                continue
+            console.say(f"run      seed {seed}, {len(summaries) + 1} of {runs}")
+            again = dataclasses.replace(config, seed=seed)
+            summaries.append(Trainer(again, data, summary.parent, stop, program, options).fit(resume=resume))
+        if not first:
+            return {}
+        try:
+            result = compare.summarise(summaries)
+            accuracy = result["final"]["test_accuracy"]
+        except (AttributeError, KeyError, TypeError) as error:
+            raise InputError(f"a summary.json in {out} is damaged ({error!r}): delete it and resume") from error
+        write_json(out / "summary.json", result)
+    spread = f" ± {100 * accuracy['std']:.2f}" if runs > 1 else ""
+    console.say(
+        f"all      {100 * accuracy['mean']:.2f}{spread} % of the test images, mean"
+        f"{' ± standard deviation' * (runs > 1)} of {runs} seeds; {out}"
+    )
+    return result
