@@ -197,8 +197,8 @@ def read(
     arch = arch or source.arch
     if arch is None:
         raise WeightsError(
-            f"{source.spec} does not say its architecture: name it, as in jresnet.create(ARCH, weights=...), or convert it "
-            f"first, with python -m convert.torch2flax ARCH --weights {source.spec}"
+            f"{source.spec} does not say its architecture: name it, as in jresnet.create(ARCH, weights=...), or make a "
+            "native file of it first, with python -m convert.torch2flax"
         )
     if source.repository and chosen.get("num_classes") is None:
         chosen["num_classes"] = source.repository.num_classes

@@ -31,7 +31,6 @@ def test_help_lists_the_commands() -> None:
     assert "where jresnet is installed" in done.stdout
 
 
-@pytest.mark.xfail(reason="jresnet/__init__.py imports everything", strict=False)
 def test_help_needs_no_jax() -> None:
     done = command("-X", "importtime", "-m", "jresnet", "--help")
     assert done.returncode == 0

@@ -35,26 +35,6 @@ ARCHS = [
     "wide_resnet101_2",
 ]
 ROWS = [pretrained.find(arch, name) for arch in ARCHS for name in pretrained.names(arch)]
-_LIBRARIES = []  # torch forgets an operator when its Library goes
-
-
-@pytest.fixture(scope="module")
-def models():
-    """torchvision.models; its wheel is built against CUDA torch and lacks two operators under the CPU's."""
-    torch = pytest.importorskip("torch")
-    try:
-        import torchvision
-    except (ImportError, RuntimeError) as first:
-        for module in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[module]  # what the broken import left behind
-        try:
-            _LIBRARIES.append(torch.library.Library("torchvision", "DEF"))
-            for name in ("nms", "qnms"):
-                _LIBRARIES[-1].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            import torchvision
-        except (ImportError, RuntimeError) as error:
-            pytest.skip(f"torchvision cannot be imported: {first}; with its operators declared: {error}")
-    return torchvision.models
 
 
 @pytest.fixture
@@ -77,25 +57,6 @@ def put(row: pretrained.Row, content: bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content)
     return path
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_table_is_torchvisions(models, arch):
-    theirs = models.get_model_weights(arch)
-    assert list(pretrained.names(arch)) == [weights.name for weights in theirs]
-    for weights in theirs:
-        row, transform = pretrained.find(arch, weights.name), weights.transforms()
-        scores = weights.meta["_metrics"]["ImageNet-1K"]
-        assert (row.arch, row.name, row.url) == (arch, weights.name, weights.url)
-        assert (row.top1, row.top5) == (scores["acc@1"], scores["acc@5"])
-        assert row.default == (weights is theirs.DEFAULT)
-        assert [row.preprocessing.resize] == transform.resize_size
-        assert [row.preprocessing.crop] == transform.crop_size
-        assert list(row.preprocessing.mean) == transform.mean
-        assert list(row.preprocessing.std) == transform.std
-        assert row.preprocessing.interpolation == transform.interpolation.value
-        assert transform.antialias is True
-        assert pretrained.categories() == tuple(weights.meta["categories"])
 
 
 def test_digests_begin_with_the_digits_in_the_file_name():

@@ -102,8 +102,8 @@ def read(path: str | Path) -> tuple[str, ResNetConfig, dict[str, np.ndarray], di
     """
     if Path(path).suffix in (".pth", ".pt", ".th"):
         raise WeightsError(
-            f"{path} is a PyTorch file: jresnet.create(ARCH, weights=...) reads it, or convert it first, with "
-            f"python -m convert.torch2flax ARCH --weights {path}"
+            f"{path} is a PyTorch file: jresnet.create(ARCH, weights=...) reads it, and "
+            "python -m convert.torch2flax makes a native file of it"
         )
     return parse(path, *read_safetensors(path))
 
@@ -115,7 +115,7 @@ def parse(
     if metadata.get("format") != FORMAT:
         raise WeightsError(
             f"{path} is not a {FORMAT} file (its metadata says {metadata.get('format')!r}): a PyTorch or timm file "
-            f"is converted with python -m convert.torch2flax ARCH --weights {path}"
+            "is read by jresnet.create(ARCH, weights=...), and python -m convert.torch2flax makes a native file of it"
         )
     if digest(values) != metadata.get("digest"):
         raise WeightsError(f"{path} was altered after it was written, its digest differs: fetch or convert it again")
