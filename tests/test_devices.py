@@ -61,6 +61,16 @@ def simulated() -> dict[str, dict[str, Any]]:
     return dict(zip(settings, results(done.stdout), strict=True))
 
 
+def test_a_step_is_the_same_however_it_is_shared_out() -> None:
+    """Over automatic and explicit axes, by shard_map and by pmap."""
+    done = command("tests/meshes_check.py", env=environment(2))
+    assert done.returncode == 0, done.stderr
+    distances = json.loads(done.stdout)
+    assert len(distances) == 5
+    for name, distance in distances.items():
+        assert distance < 2e-6, name
+
+
 def test_the_batch_is_cut_over_the_devices(simulated: dict[str, dict[str, Any]]) -> None:
     for name, expected in (("one", 1), ("eight", 8), ("loop", 8), ("per-device", 8)):
         assert simulated[name]["devices"] == expected

@@ -172,3 +172,32 @@ def test_both_of_nnxs_modes(model: jresnet.ResNet, graph_mode: bool) -> None:
     with nnx.set_graph_mode(graph_mode):
         logits = nnx.jit(lambda model, x: model(x))(model, images(2, 32, 32, 3))
     np.testing.assert_allclose(logits, model(images(2, 32, 32, 3)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"block": "bottlneck"}, "block must be 'basic' or 'bottleneck', got 'bottlneck'"),
+        ({"stem": "imagnet"}, "stem must be 'imagenet' or 'cifar', got 'imagnet'"),
+        ({"shortcut": "B"}, "shortcut must be 'pad' or 'projection' or 'projection_first' or 'conv', got 'B'"),
+        ({"depths": (2, 2, 2)}, "there are 3 depths and 4 widths"),
+        ({"depths": [2, 2, 2, 2]}, r"depths must be a tuple of whole numbers of at least 1, got \[2, 2, 2, 2\]"),
+        ({"widths": (64, 0, 256, 512)}, "widths must be a tuple of whole numbers of at least 1"),
+        ({"num_classes": 0}, "num_classes must be a whole number of at least 1, got 0"),
+        ({"in_channels": True}, "in_channels must be a whole number of at least 1, got True"),
+        ({"groups": 32}, "groups 32 and width_per_group 64 are for bottlenecks"),
+        ({"width_per_group": 128}, "groups 1 and width_per_group 128 are for bottlenecks"),
+        ({"block": "bottleneck", "shortcut": "pad"}, "shortcut 'pad' is defined for basic blocks"),
+        ({"block": "bottleneck", "widths": (8, 8, 8, 8), "width_per_group": 4}, "leaves a stage of 8 without channels"),
+    ],
+)
+def test_a_configuration_checks_itself(changes: dict, words: str) -> None:
+    values = {"block": "basic", "depths": (2, 2, 2, 2)} | changes
+    with pytest.raises(jresnet.InputError, match=words):
+        jresnet.ResNetConfig(**values)
+
+
+def test_a_configuration_says_all_that_is_wrong_at_once() -> None:
+    with pytest.raises(jresnet.InputError) as caught:
+        jresnet.ResNetConfig("bottlneck", (2,), stem="x", num_classes=-1)  # type: ignore[arg-type]
+    assert [part.split()[0] for part in str(caught.value).split("; ")] == ["block", "stem", "num_classes"]

@@ -24,7 +24,7 @@ def test_a_file_of_torch_save(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     report = json.loads(capsys.readouterr().out)
     assert (report["tensors"], report["dropped"], report["dialect"]) == (102, 20, "torchvision")
     assert report["verify"]["done"]
-    assert report["verify"]["jresnet"] <= verify.ALLOWED * report["verify"]["torch"]
+    assert report["verify"]["jresnet"] <= verify.ALLOWED * max(report["verify"]["torch"], verify.USUAL)
     assert output.exists()
 
 
@@ -56,7 +56,7 @@ def test_a_published_file_through_the_cache(
     assert "relative distance of the logits to PyTorch's in float64" in printed
     model = jresnet.create("resnet18", weights="IMAGENET1K_V1")
     found = verify.compare(model, reference, 64)
-    assert found.jresnet <= verify.ALLOWED * found.torch
+    assert found.is_rounding, found
     fresh = jresnet.create("resnet18", weights="IMAGENET1K_V1", num_classes=10)
     assert fresh.fc.bias[...].shape == (10,)
 

@@ -113,4 +113,4 @@ def test_logits_are_timms(arch: str) -> None:
     networks.randomise(reference)
     model = torch2flax.convert(reference.state_dict(), arch, num_classes=10)
     found = verify.compare(model, reference, 64)
-    assert found.jresnet <= verify.ALLOWED * found.torch
+    assert found.is_rounding, found

@@ -37,7 +37,7 @@ def test_logits_are_pytorchs(arch: str) -> None:
     size = 32 if model.config.stem == "cifar" else 64
     found = verify.compare(model, reference, size)
     print(f"{arch}: {found}")
-    assert found.jresnet <= verify.ALLOWED * found.torch
+    assert found.is_rounding, found
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnext50_32x4d", "resnet20_cifar", "resnet18_d2l"])
@@ -46,7 +46,7 @@ def test_fused_logits_are_pytorchs(arch: str) -> None:
     model = jresnet.fuse(converted(arch, reference))
     found = verify.compare(model, reference, 32 if model.config.stem == "cifar" else 64)
     print(f"{arch}: {found}")
-    assert found.jresnet <= verify.ALLOWED * found.torch
+    assert found.is_rounding, found
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
@@ -60,7 +60,7 @@ def test_logits_of_the_fastest_program_are_pytorchs(arch: str) -> None:
     assert program.as_text().count("stablehlo.convolution") < convolutions
     exact, theirs = verify.torch_logits(reference, images)
     found = verify.relative(np.asarray(program.compile()(images)), exact)
-    assert found <= verify.ALLOWED * verify.relative(theirs, exact)
+    assert found <= verify.ALLOWED * max(verify.relative(theirs, exact), verify.USUAL)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_logits_with_the_cifar_stem(arch: str) -> None:
     reference.maxpool = torch.nn.Identity()
     model = torch2flax.convert(reference.state_dict(), arch, stem="cifar")
     found = verify.compare(model, reference.eval())
-    assert found.jresnet <= verify.ALLOWED * found.torch
+    assert found.is_rounding, found
 
 
 def test_a_swapped_leaf_is_seen() -> None:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from conftest import randomise
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import jresnet
 from jresnet.errors import InputError
@@ -78,3 +80,57 @@ def test_what_a_fused_network_cannot_do(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
     with pytest.raises(InputError, match="fused already"):
         jresnet.fuse(fused)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> jresnet.ResNetConfig:
+    """Any network of few channels."""
+    block, stages = draw(st.sampled_from(["basic", "bottleneck"])), draw(st.integers(1, 3))
+    several = st.tuples(*[st.integers(1, 2)] * stages)
+    bottleneck = block == "bottleneck"
+    return jresnet.ResNetConfig(
+        block,
+        draw(several),
+        tuple(16 * width for width in draw(several)),
+        draw(st.integers(1, 5)),
+        draw(st.integers(1, 4)),
+        draw(st.sampled_from(["imagenet", "cifar"])),
+        draw(st.sampled_from(["projection", "projection_first", "conv", *([] if bottleneck else ["pad"])])),
+        draw(st.sampled_from([1, 2, 4])) if bottleneck else 1,
+        draw(st.sampled_from([8, 64])) if bottleneck else 64,
+        draw(st.booleans()),
+    )
+
+
+def rising(config: jresnet.ResNetConfig) -> bool:
+    """Whether option A can pad: channels never fall."""
+    return config.shortcut != "pad" or list(config.widths) == sorted(config.widths)
+
+
+@settings(max_examples=20, deadline=None)
+@given(configs().filter(rising))
+def test_no_batchnorm_of_any_network_is_left_out(config: jresnet.ResNetConfig) -> None:
+    with jax.enable_x64(True):
+        model = jresnet.ResNet(config, rngs=nnx.Rngs(0))
+        randomise(model)
+        graph, state = nnx.split(model)
+        model = nnx.merge(graph, jax.tree.map(lambda value: jnp.asarray(value, jnp.float64), state))
+        fused = jresnet.fuse(model)
+        x = np.random.default_rng(1).standard_normal((2, 16, 16, config.in_channels))
+        expected, found = np.asarray(model(x)), np.asarray(fused(x))
+    assert not [module for _, module in nnx.iter_modules(fused) if type(module).__name__ == "BatchNorm"]
+    assert np.linalg.norm(found - expected) <= 1e-12 * np.linalg.norm(expected)
+
+
+def test_a_batchnorm_without_a_convolution_before_it_is_an_error() -> None:
+    model = jresnet.create("resnet20_cifar")
+    model.bn9 = nnx.clone(model.bn1)
+    with pytest.raises(InputError, match="bn9 follows no convolution"):
+        jresnet.fuse(model)
+
+
+def test_a_head_of_ones_own_stays() -> None:
+    model = randomised("resnet20_cifar")
+    model.fc = nnx.Linear(64, 7, rngs=nnx.Rngs(0))
+    x = np.random.default_rng(1).standard_normal((2, 32, 32, 3)).astype(np.float32)
+    np.testing.assert_allclose(jax.jit(jresnet.fuse(model))(x), model(x), rtol=1e-4, atol=1e-5)
