@@ -73,7 +73,7 @@ class Kernel:
             return _jitted(self.primitive, tuple(sorted(static.items())))(*arrays)
 
     def _batch(self, arrays: Sequence[Any], axes: Sequence[Any], **static: Any) -> tuple[jax.Array, int]:
-        mapped = [i for i, axis in enumerate(axes) if axis is not batching.not_mapped]
+        mapped = [i for i, axis in enumerate(axes) if axis is not None]
         if not self.images or mapped != list(self.images):
             return jax.vmap(partial(self.plain, **static), axes)(*arrays), 0
         moved = [
