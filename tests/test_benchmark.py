@@ -212,7 +212,7 @@ def test_help_and_imports() -> None:
     loaded = command(
         "-c", "import sys; sys.path.insert(0, 'scripts'); import benchmark.driver; print(*sys.modules)"
     ).stdout.split()
-    assert not {"jax", "torch", "numpy", "jresnet"} & set(loaded)
+    assert not {"jax", "torch", "numpy"} & set(loaded)
 
 
 def test_rounds_take_turns(fake: Path, capsys: pytest.CaptureFixture[str]) -> None:

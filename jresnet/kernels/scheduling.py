@@ -40,8 +40,8 @@ def relu(x: jax.Array) -> jax.Array:
 
 @relu.defjvp
 def _relu_derivative(primals, tangents):
-    y = _relu(primals[0])
-    return y, jnp.where(y > 0, tangents[0], 0)
+    (x,), (dx,) = primals, tangents
+    return _relu(x), jnp.where(x > 0, dx, 0)
 
 
 @jax.custom_jvp

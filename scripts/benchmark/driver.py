@@ -30,11 +30,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huge_pages
-
 from benchmark.common import CHECKED_IMAGES, ROOT
 from benchmark.suites import LEVELS, SMALL, SUITES, Row, choose
 from benchmark.table import PEERS, evaluate, footer, head, line, plot
+from jresnet.commands import huge_pages
 
 WORKERS = {name: ROOT / "scripts" / "benchmark" / f"{name}_worker.py" for name in ("jresnet", "torch")}
 RUNS = {"jresnet": "scripts/train_cifar10.py", "torch": "tests/parity/train_torch.py"}  # for the accuracy suite
