@@ -312,7 +312,7 @@ def test_bfloat16_and_limit(file: Path, folder: Path, capsys: pytest.CaptureFixt
     [
         ({"--weights": "nowhere.safetensors"}, 1, "error: cannot read nowhere.safetensors"),
         ({"--weights": "resnet51"}, 1, "error: no weights are published for 'resnet51' (did you mean resnet50"),
-        ({"--weights": "net.pth"}, 1, "error: net.pth is a PyTorch file: convert it first"),
+        ({"--weights": "net.pth"}, 1, "error: net.pth cannot be read (No such file"),
         ({"--data": "nowhere"}, 1, "error: there is no folder nowhere: expected FOLDER/CLASS/*.JPEG"),
         ({"--data": "cifar10"}, 1, "error: CIFAR-10 has 10 classes, but the network 7\n"),
         ({"--mean": "1,2,3"}, 1, "error: mean must be one or three numbers from 0 to 1, got (1.0, 2.0, 3.0)"),
