@@ -236,7 +236,7 @@ def test_reports_need_no_jax(module: str) -> None:
 
 def test_the_command_line(tmp_path: Path) -> None:
     make_run(tmp_path / "a", [0.3, 0.5, 0.7])
-    done = command("-m", "jresnet.commands.report", tmp_path / "a", "--plot", tmp_path / "x.png")
+    done = command("-m", "jresnet", "report", tmp_path / "a", "--plot", tmp_path / "x.png")
     assert done.returncode == 0, done.stderr
     assert "70.00 %" in done.stdout
     with pytest.raises(SystemExit) as refused:
