@@ -64,6 +64,8 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     if args.output and args.output.suffix not in SUFFIXES:
         raise InputError(f"--output {args.output} should end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     arch, config, values, metadata = native.read(path)
+    if arch is None:
+        raise InputError(f"{path} holds a network that has no name and no counterpart in PyTorch: {config}")
     output = args.output or path.with_suffix(".pth")
     check_output(output, path, args.force)
     say("source", f"{path}, a {arch}, digest {metadata['digest']}")

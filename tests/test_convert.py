@@ -301,7 +301,8 @@ def test_the_command_says_what_it_adapts(tensors: dict[str, np.ndarray], tmp_pat
     _, config, values, metadata = native.read(output)
     assert (config.num_classes, config.in_channels, values["fc.bias"].shape) == (7, 1, (7,))
     assert metadata["num_batches_tracked"] == "7"
-    again = jresnet.create("resnet20_cifar", weights=output, num_classes=5, in_channels=1)
+    with pytest.warns(UserWarning, match="fresh head|stem for 1"):
+        again = jresnet.create("resnet20_cifar", weights=output, num_classes=5, in_channels=1)
     assert again.config.num_classes == 5
     with pytest.raises(WeightsError, match="only a stem for 3 can be adapted"):
         jresnet.create("resnet20_cifar", weights=output, in_channels=3)
