@@ -201,6 +201,8 @@ def read(
             f"{source.spec} does not say its architecture: name it, as in jresnet.create(ARCH, weights=...), or make a "
             "native file of it first, with python -m convert.torch2flax"
         )
+    if chosen.get("num_classes") == 0:  # a network without a head is made of one with: the file's own
+        chosen["num_classes"] = None
     if source.repository and chosen.get("num_classes") is None:
         chosen["num_classes"] = source.repository.num_classes
     conversion = statedict.match(tensors, arch, dialect=dialect, source=str(path), own_sizes=own_sizes, **chosen)

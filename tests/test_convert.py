@@ -245,7 +245,7 @@ def test_json(tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
         (["resnet20_cifar", "--weights", "none.pth"], 1, "none.pth"),
         (["resnet20_cifar", "--weights", "{cut}"], 1, "is no whole safetensors file"),
         (["resnet32_cifar", "--weights", "{good}"], 1, "holds a resnet20_cifar, not a resnet32_cifar"),
-        (["resnet20_cifar", "--weights", "{good}", "--num-classes", "0"], 1, "num_classes must be"),
+        (["resnet20_cifar", "--weights", "{good}", "--num-classes", "-1"], 1, "num_classes must be"),
         (["resnet20_cifar", "--weights", "{good}", "--output", "{good}"], 1, "is the file to convert"),
         (["resnet20_cifar", "--weights", "{good}", "--output", "none/out.safetensors"], 1, "cannot write none/out"),
         (["resnet20_cifar", "--weights", "{good}", "--dialect", "keras"], 2, "invalid choice: 'keras'"),
