@@ -64,9 +64,17 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     if args.output and args.output.suffix not in SUFFIXES:
         raise InputError(f"--output {args.output} should end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     arch, config, values, metadata = native.read(path)
+    if arch is None:
+        raise InputError(f"{path} holds a network that has no name and no counterpart in PyTorch: {config}")
     output = args.output or path.with_suffix(".pth")
     check_output(output, path, args.force)
     say("source", f"{path}, a {arch}, digest {metadata['digest']}")
+    if other := {value.dtype.name for value in values.values()} - {"float32"}:
+        say(
+            "note",
+            f"parameters in {' and '.join(sorted(other))} are written as float32, as PyTorch's networks have them",
+        )
+        values = {name: value.astype(np.float32) for name, value in values.items()}
     # A row of the zoo that no torchvision network is like has a dialect of its own name.
     dialect = args.dialect or metadata.get("dialect") or (arch if arch in keymap.DIALECTS else "torchvision")
     model = params.fill(config, values)
@@ -83,7 +91,7 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         torchsave.write(output, tensors)
         tensors_of = f"torch.load({str(output)!r}, weights_only=True)"
     try:
-        _check_written(output, arch, config, dialect, tensors, metadata["digest"])
+        _check_written(output, arch, config, dialect, tensors, native.digest(values))
     except WeightsError:
         output.unlink(missing_ok=True)
         raise

@@ -15,12 +15,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from flax import nnx
+
 from convert import verify
 from jresnet import sources
 from jresnet.errors import InputError, JresnetError, WeightsError
 from jresnet.files import sha256_of
 from jresnet.models import params, zoo
-from jresnet.models.resnet import ResNet, Shortcut, Stem
+from jresnet.models.config import Shortcut, Stem
+from jresnet.models.resnet import ResNet
 from jresnet.pytorch import statedict
 from jresnet.pytorch.keymap import DIALECTS
 from jresnet.weights import native, published
@@ -64,7 +67,7 @@ def convert(
     }  # fmt: skip
     found = statedict.match(state_dict, arch, dialect=dialect, **chosen)
     config = zoo.replaced(found.config, **chosen)
-    values, _ = params.adapt(found.values, found.config, config, seed)
+    values, _ = params.adapt(found.values, found.config, config, nnx.Rngs(seed))
     return params.fill(config, values, dtype)
 
 
@@ -200,7 +203,7 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     values, adapted = params.adapt(found.values, found.config, config)
     for note in adapted:
         say("adapted", note)
-    if adapted:
+    if config != found.config:
         model = params.fill(config, values)
     provenance = dict(found.metadata)
     if config.num_classes != found.config.num_classes:  # these are the old head's

@@ -33,10 +33,13 @@ if TYPE_CHECKING:  # the same for type checkers and editors
         wide_resnet101_2,
     )
     from jresnet.kernels.compiler import compiler_options
+    from jresnet.models.config import ResNetConfig
     from jresnet.models.fuse import fuse
-    from jresnet.models.resnet import BasicBlock, Bottleneck, ResNet, ResNetConfig
+    from jresnet.models.resnet import BasicBlock, Bottleneck, ResNet
+    from jresnet.pretrained import PretrainedWeights, get_weights, list_weights
     from jresnet.training import optim
     from jresnet.weights.native import load, save
+    from jresnet.weights.preprocessing import Preprocessing
 
 
 __all__ = [
@@ -46,6 +49,8 @@ __all__ = [
     "DownloadError",
     "InputError",
     "JresnetError",
+    "Preprocessing",
+    "PretrainedWeights",
     "ResNet",
     "ResNetConfig",
     "WeightsError",
@@ -53,7 +58,9 @@ __all__ = [
     "compiler_options",
     "create",
     "fuse",
+    "get_weights",
     "list_models",
+    "list_weights",
     "load",
     "optim",
     "resnet18",
@@ -80,10 +87,14 @@ __all__ = [
 _MODULES = {  # where a public name comes from; the others from jresnet.factory
     "BasicBlock": "jresnet.models.resnet",
     "Bottleneck": "jresnet.models.resnet",
+    "Preprocessing": "jresnet.weights.preprocessing",
+    "PretrainedWeights": "jresnet.pretrained",
     "ResNet": "jresnet.models.resnet",
-    "ResNetConfig": "jresnet.models.resnet",
+    "ResNetConfig": "jresnet.models.config",
     "compiler_options": "jresnet.kernels.compiler",
     "fuse": "jresnet.models.fuse",
+    "get_weights": "jresnet.pretrained",
+    "list_weights": "jresnet.pretrained",
     "load": "jresnet.weights.native",
     "save": "jresnet.weights.native",
 }

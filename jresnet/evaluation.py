@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, UInt8
 from tqdm import tqdm
 
 from jresnet import cache, sources
@@ -29,15 +30,12 @@ from jresnet.models import params
 from jresnet.models.resnet import ResNet
 from jresnet.weights.preprocessing import STATISTICS, Preprocessing, normalise
 
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int, UInt8
-
 
 @dataclass(frozen=True, eq=False)
 class Resolved:
     """Weights as a model, with what they say about themselves."""
 
-    arch: str
+    arch: str | None  # None: no row of the zoo
     model: ResNet
     preprocessing: Preprocessing | None  # None: they do not say
     categories: tuple[str, ...] | None  # names of the logits; None: they do not say
@@ -200,7 +198,7 @@ def score(model: ResNet, preprocessing: Preprocessing, data: Labelled, batch_siz
     mean, std = preprocessing.mean, preprocessing.std
 
     def forward(state: nnx.State, pixels: UInt8[Array, "b s s c"], labels: Int[Array, " b"]):
-        logits = nnx.merge(graph, state)(normalise(pixels.astype(jnp.float32), mean, std))
+        logits = nnx.merge(graph, state)(normalise(pixels.astype(jnp.float32), mean, std), train=False)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels), rank(logits, labels)
 
     shape = (batch_size, preprocessing.crop, preprocessing.crop, len(mean))

@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-import logging
+import fnmatch
 import os
+import warnings
 from typing import Any, TypedDict, Unpack
 
-import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
 from jresnet import sources
-from jresnet.errors import InputError
+from jresnet.errors import InputError, WeightsError
 from jresnet.models import params, zoo
-from jresnet.models.resnet import ResNet, Shortcut, Stem
+from jresnet.models.config import Shortcut, Stem
+from jresnet.models.layers import as_dtype
+from jresnet.models.resnet import ResNet
 
-_log = logging.getLogger(__name__)
 
-
-def list_models() -> list[str]:
-    """The names that :func:`create` takes."""
-    return list(zoo.ZOO)
+def list_models(pattern: str = "*") -> list[str]:
+    """The names that :func:`create` takes, of those that fit a pattern of the shell's: ``list_models("*_cifar")``."""
+    return fnmatch.filter(zoo.ZOO, pattern)
 
 
 def create(
-    arch: str,
+    arch: str | None = None,
     *,
-    weights: str | os.PathLike[str] | None = None,
+    weights: str | os.PathLike[str] | sources.Weights | None = None,
     num_classes: int | None = None,
     in_channels: int | None = None,
     stem: Stem | None = None,
@@ -34,7 +34,8 @@ def create(
     zero_init_residual: bool = False,
     dtype: DTypeLike | None = None,
     remat: bool = False,
-    seed: int = 0,
+    seed: int | None = None,
+    rngs: nnx.Rngs | None = None,
 ) -> ResNet:
     """Builds a ResNet.
 
@@ -44,13 +45,15 @@ def create(
     (2, 10)
 
     Args:
-        arch: a name of :func:`list_models`.
-        weights: the path of a native file or of one from PyTorch (``.pth``, ``.pt``, ``.th``, ``.safetensors``); or the
-            name of published weights such as ``"IMAGENET1K_V2"`` or ``"DEFAULT"``, or ``"hf:ORG/REPO[@REVISION]"`` on
-            the Hugging Face Hub (with the extra ``hub``), which are downloaded (:func:`jresnet.sources.load`). What comes
-            from PyTorch is converted, without torch. ``None``: random parameters, initialised as PyTorch's.
+        arch: a name of :func:`list_models`; ``None``: the weights' own, where they say it.
+        weights: those of :func:`jresnet.get_weights`; the path of a native file or of one from PyTorch (``.pth``,
+            ``.pt``, ``.th``, ``.safetensors``); or the name of published weights such as ``"IMAGENET1K_V2"`` or
+            ``"DEFAULT"``, or ``"hf:ORG/REPO[@REVISION]"`` on the Hugging Face Hub (with the extra ``hub``), which are
+            downloaded (:func:`jresnet.sources.load`). What comes from PyTorch is converted, without torch. ``None``:
+            random parameters, initialised as PyTorch's.
         num_classes: logits. ``None``: those of the weights, else the architecture's own (1,000, or 10 for the CIFAR
-            family). Another number than the weights' asks for a fresh head, as in timm.
+            family). Another number than the weights' asks for a fresh head, as in timm; 0 for none: the model then gives
+            the pooled features of :meth:`ResNet.embed`.
         in_channels: channels of the images. ``None``: those of the weights, else the architecture's own (3; 1 for
             resnet18_d2l). A stem for 3 is adapted to another number, as in timm (:func:`jresnet.models.params.adapt`).
         stem: ``"imagenet"`` (7x7 at stride 2, max-pool) or ``"cifar"`` (3x3 at stride 1, no max-pool).
@@ -58,10 +61,15 @@ def create(
         shortcut: ``"pad"``, ``"projection"``, ``"projection_first"`` or ``"conv"`` (what they mean:
             :mod:`jresnet.models.resnet`). ``None``: that of the weights, else the architecture's own.
         zero_init_residual: start each block's last BN scale at 0; without effect where ``weights`` are given.
-        dtype: a floating-point dtype to compute in; parameters, statistics and logits stay float32.
+        dtype: a floating-point dtype to compute in, or its name (``"bfloat16"``, ``"bf16"``); parameters, statistics and
+            logits stay float32.
         remat: in training, keep only each block's input for the backward pass and compute the rest again: less memory for
             a third more arithmetic. On the CPU it needs ``jresnet.compiler_options(remat=True)``.
-        seed: of the random parameters, or of a fresh head.
+        seed: of the random parameters, or of a fresh head; ``None``: 0.
+        rngs: their source instead of a seed, such as ``nnx.Rngs(0)``.
+
+    Warns:
+        UserWarning: a head is fresh and to be trained, or a stem was adapted.
 
     Raises:
         InputError: for an unknown architecture or weights' name, or a value out of range.
@@ -71,30 +79,54 @@ def create(
     chosen: dict[str, Any] = {
         "num_classes": num_classes, "in_channels": in_channels, "stem": stem, "shortcut": shortcut,
     }  # fmt: skip
-    config = zoo.configure(arch, **chosen)
-    if dtype is not None and not _is_floating(dtype):
-        raise InputError(f"dtype must be a floating-point dtype such as bfloat16, got {dtype!r}")
+    rngs = _rngs(seed, rngs)
+    dtype = as_dtype(dtype)  # what is wrong is told before anything is fetched
     if weights is None:
-        return ResNet(config, zero_init_residual=zero_init_residual, dtype=dtype, remat=remat, rngs=nnx.Rngs(seed))
-    found = sources.load(weights, arch, **chosen)
+        if arch is None:
+            raise InputError(
+                "neither an architecture nor weights are given: name one, as in jresnet.create('resnet50')"
+            )
+        config = zoo.configure(arch, **chosen)
+        return ResNet(config, zero_init_residual=zero_init_residual, dtype=dtype, remat=remat, rngs=rngs)
+    if arch is not None:
+        zoo.configure(arch, **chosen)
+    found = _found(weights, arch, chosen)
     config = zoo.replaced(found.config, **chosen)
-    values, adapted = params.adapt(found.values, found.config, config, seed)
-    for note in (*found.notes, *adapted):
-        _log.info("%s: %s", weights, note)
+    values, adapted = params.adapt(found.values, found.config, config, rngs)
+    for note in adapted:
+        warnings.warn(f"{found.spec}: {note}", stacklevel=2)
     return params.fill(config, values, dtype, remat)
 
 
-def _is_floating(dtype: DTypeLike) -> bool:
-    try:
-        return jnp.issubdtype(dtype, jnp.floating)
-    except TypeError:  # no dtype at all
-        return False
+def _found(weights: Any, arch: str | None, chosen: dict[str, Any]) -> sources.Weights:
+    if isinstance(weights, sources.Weights):
+        if arch not in (None, weights.arch):
+            raise WeightsError(f"the weights {weights.spec} are those of {weights.arch}, not of {arch}")
+        return weights
+    if not isinstance(weights, str | os.PathLike):
+        raise InputError(
+            "weights must be a path, a name such as 'IMAGENET1K_V2', 'hf:ORG/REPO', or what jresnet.get_weights returns, "
+            f"got {weights!r}"
+        )
+    return sources.load(weights, arch, **chosen)
+
+
+def _rngs(seed: Any, rngs: Any) -> nnx.Rngs:
+    if rngs is None:
+        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+            raise InputError(f"seed must be a whole number, got {seed!r}: a key goes into rngs=nnx.Rngs(key)")
+        return nnx.Rngs(seed or 0)
+    if seed is not None:
+        raise InputError(f"seed and rngs are both given: leave out seed={seed!r}, or rngs")
+    if not isinstance(rngs, nnx.Rngs):
+        raise InputError(f"rngs must be flax.nnx.Rngs, such as nnx.Rngs(0), got {rngs!r}")
+    return rngs
 
 
 class Options(TypedDict, total=False):
     """The arguments of :func:`create` but for the architecture's name."""
 
-    weights: str | os.PathLike[str] | None
+    weights: str | os.PathLike[str] | sources.Weights | None
     num_classes: int | None
     in_channels: int | None
     stem: Stem | None
@@ -102,7 +134,8 @@ class Options(TypedDict, total=False):
     zero_init_residual: bool
     dtype: DTypeLike | None
     remat: bool
-    seed: int
+    seed: int | None
+    rngs: nnx.Rngs | None
 
 
 # One function an architecture, written out so that editors and type checkers see it; arguments and errors as `create`.

@@ -47,9 +47,9 @@ class Weights:
     """The arrays of a network, with what is known of them."""
 
     spec: str  # as :class:`Source`, a revision on the Hub as its commit in full
-    arch: str
+    arch: str | None  # None: no row of the zoo
     config: ResNetConfig  # of the network that the file holds
-    values: Mapping[str, np.ndarray]  # every parameter and running statistic by its dotted path, float32
+    values: Mapping[str, np.ndarray]  # parameters and statistics by dotted path, float32 or as a native file has them
     metadata: Mapping[
         str, str
     ]  # as a native file has it: source, source_sha256, dialect, num_batches_tracked, scores, ...
@@ -192,7 +192,8 @@ def read(
     if metadata.get("format", "").startswith("jresnet"):
         found, config, values, metadata = native.parse(path, tensors, metadata)
         if arch not in (None, found):
-            raise WeightsError(f"the weights {path} are of another network: its architecture is {found}, not {arch}")
+            own = found or f"none of the zoo but {config}"
+            raise WeightsError(f"the weights {path} are of another network: its architecture is {own}, not {arch}")
         return Weights(source.spec, found, config, values, metadata)
     arch = arch or source.arch
     if arch is None:
@@ -200,6 +201,8 @@ def read(
             f"{source.spec} does not say its architecture: name it, as in jresnet.create(ARCH, weights=...), or make a "
             "native file of it first, with python -m convert.torch2flax"
         )
+    if chosen.get("num_classes") == 0:  # a network without a head is made of one with: the file's own
+        chosen["num_classes"] = None
     if source.repository and chosen.get("num_classes") is None:
         chosen["num_classes"] = source.repository.num_classes
     conversion = statedict.match(tensors, arch, dialect=dialect, source=str(path), own_sizes=own_sizes, **chosen)

@@ -245,7 +245,7 @@ def test_json(tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
         (["resnet20_cifar", "--weights", "none.pth"], 1, "none.pth"),
         (["resnet20_cifar", "--weights", "{cut}"], 1, "is no whole safetensors file"),
         (["resnet32_cifar", "--weights", "{good}"], 1, "holds a resnet20_cifar, not a resnet32_cifar"),
-        (["resnet20_cifar", "--weights", "{good}", "--num-classes", "0"], 1, "num_classes must be"),
+        (["resnet20_cifar", "--weights", "{good}", "--num-classes", "-1"], 1, "num_classes must be"),
         (["resnet20_cifar", "--weights", "{good}", "--output", "{good}"], 1, "is the file to convert"),
         (["resnet20_cifar", "--weights", "{good}", "--output", "none/out.safetensors"], 1, "cannot write none/out"),
         (["resnet20_cifar", "--weights", "{good}", "--dialect", "keras"], 2, "invalid choice: 'keras'"),
@@ -301,7 +301,8 @@ def test_the_command_says_what_it_adapts(tensors: dict[str, np.ndarray], tmp_pat
     _, config, values, metadata = native.read(output)
     assert (config.num_classes, config.in_channels, values["fc.bias"].shape) == (7, 1, (7,))
     assert metadata["num_batches_tracked"] == "7"
-    again = jresnet.create("resnet20_cifar", weights=output, num_classes=5, in_channels=1)
+    with pytest.warns(UserWarning, match="fresh head|stem for 1"):
+        again = jresnet.create("resnet20_cifar", weights=output, num_classes=5, in_channels=1)
     assert again.config.num_classes == 5
     with pytest.raises(WeightsError, match="only a stem for 3 can be adapted"):
         jresnet.create("resnet20_cifar", weights=output, in_channels=3)

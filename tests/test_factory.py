@@ -8,6 +8,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jresnet
 from jresnet import factory
@@ -45,10 +46,16 @@ def test_create(arch: str, options: dict, shape: tuple[int, ...], logits: tuple[
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_classes": 0, "in_channels": -1}, "num_classes must be .* got 0; in_channels must be .* got -1"),
+        ({"num_classes": -2, "in_channels": -1}, "num_classes must be .* got -2; in_channels must be .* got -1"),
         ({"num_classes": 2.5}, "whole number"),
         ({"stem": "vgg"}, "'imagenet' or 'cifar', got 'vgg'"),
         ({"dtype": "int8"}, "floating-point dtype"),
+        ({"dtype": "bfloat17"}, "such as 'bfloat16' or 'float32', got 'bfloat17'"),
+        ({"weights": ""}, "weights are an empty text"),
+        ({"weights": True}, "weights must be a path, a name .* got True"),
+        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
+        ({"seed": 1, "rngs": nnx.Rngs(1)}, "seed and rngs are both given"),
+        ({"rngs": 1}, r"rngs must be flax.nnx.Rngs, such as nnx.Rngs\(0\), got 1"),
         ({"weights": "IMAGENET1K_V1"}, "no weights are published for 'resnet20_cifar'"),
     ],
 )
@@ -57,9 +64,33 @@ def test_arguments_out_of_range(options: dict, message: str) -> None:
         jresnet.create("resnet20_cifar", **options)
 
 
-def test_unknown_architecture() -> None:
-    with pytest.raises(InputError, match="did you mean resnet50"):
-        jresnet.create("resnet5O")
+@pytest.mark.parametrize(
+    ("arch", "words"),
+    [
+        ("resnet5O", "did you mean resnet50"),
+        (50, "an architecture is named by a text such as 'resnet50', got 50"),
+        (None, "neither an architecture nor weights are given"),
+    ],
+)
+def test_unknown_architecture(arch: object, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        jresnet.create(arch)
+
+
+def test_list_models() -> None:
+    assert jresnet.list_models("resnet20*") == ["resnet20_cifar"]
+    assert jresnet.list_models("vgg*") == []
+    assert len(jresnet.list_models()) == 18
+
+
+def test_rngs_in_place_of_a_seed() -> None:
+    one, same = jresnet.create("resnet20_cifar", rngs=nnx.Rngs(5)), jresnet.resnet20_cifar(seed=5)
+    np.testing.assert_array_equal(one.fc.kernel[...], same.fc.kernel[...])
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "bfloat16", jnp.bfloat16, jnp.dtype("bfloat16")])
+def test_names_of_dtypes(dtype: object) -> None:
+    assert jresnet.create("resnet20_cifar", dtype=dtype).conv1(jnp.ones((1, 8, 8, 3))).dtype == jnp.bfloat16
 
 
 def test_weights_from_a_file(native_file: Path) -> None:
@@ -77,17 +108,36 @@ def test_weights_of_another_network(native_file: Path) -> None:
         jresnet.create("resnet20_cifar", weights=native_file, stem="imagenet", shortcut="conv")
 
 
-def test_a_fresh_head_and_another_stem(native_file: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_fresh_head_and_another_stem(native_file: Path) -> None:
     own = jresnet.create("resnet20_cifar", weights=native_file)
-    with caplog.at_level("INFO", "jresnet"):
+    with pytest.warns(UserWarning, match="to be trained|scaled by 3/6") as caught:
         model = jresnet.create("resnet20_cifar", weights=native_file, num_classes=7, in_channels=6, seed=3)
-    assert "stem for 6 input channels" in caplog.text
-    assert "fresh head for 7 classes" in caplog.text
+    stem, head = (str(warning.message) for warning in caught)
+    assert "stem for 6 input channels" in stem
+    assert "fresh head for 7 classes" in head
+    assert {warning.filename for warning in caught} == {__file__}  # the line that asked for it
     assert model(jnp.zeros((1, 32, 32, 6))).shape == (1, 7)
     np.testing.assert_array_equal(model.layer3[2].bn2.var[...], own.layer3[2].bn2.var[...])
     # An image whose channels are alike gives what it gave.
     x = np.random.default_rng(0).standard_normal((2, 8, 8, 1), np.float32)
     np.testing.assert_allclose(model.conv1(x.repeat(6, 3)), own.conv1(x.repeat(3, 3)), atol=1e-5)
+
+
+def test_without_a_head(native_file: Path, tmp_path: Path) -> None:
+    own = jresnet.create(weights=native_file)
+    model = jresnet.create(weights=native_file, num_classes=0)
+    x = np.random.default_rng(0).standard_normal((2, 32, 32, 3), np.float32)
+    assert model.fc is None
+    assert model(x).shape == (2, model.num_features) == (2, 64)
+    np.testing.assert_array_equal(model(x), own.embed(x))
+    np.testing.assert_array_equal(own.fc(own.embed(x)), own(x))
+    # And back: a head of the wanted size, drawn anew.
+    jresnet.save(tmp_path / "headless.safetensors", model)
+    assert jresnet.load(tmp_path / "headless.safetensors").fc is None
+    with pytest.warns(UserWarning, match="fresh head for 5 classes, to be trained: the weights have none"):
+        again = jresnet.create(weights=tmp_path / "headless.safetensors", num_classes=5)
+    assert again(x).shape == (2, 5)
+    assert jresnet.create("resnet50", num_classes=0).num_features == 2048
 
 
 def test_other_shortcuts() -> None:

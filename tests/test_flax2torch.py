@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from conftest import REPOSITORY, command
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -54,7 +55,9 @@ def counters_of(model: ResNet) -> dict[str, int]:
 
 def save(folder: Path, arch: str, chosen: dict, **metadata: str) -> Path:
     path = folder / "native.safetensors"
-    native.save(path, network(arch, **chosen), arch, **metadata)
+    model = network(arch, **chosen)
+    finite = {name: np.nan_to_num(value, nan=1) for name, value in params.arrays(model).items()}  # no file holds NaN
+    native.save(path, params.fill(model.config, finite), arch, **metadata)
     return path
 
 
@@ -217,6 +220,24 @@ def test_safetensors(tmp_path: Path) -> None:
     assert metadata == {"format": "pt"}
     assert native.digest(tensors) == native.digest(expected)
     assert tensors["layer1.0.left.0.weight"].tobytes() == tensors["Conv.0.0.left.0.weight"].tobytes()
+
+
+def test_a_file_in_bfloat16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "native.safetensors"
+    model = jresnet.create("resnet20_cifar")
+    values = {name: np.asarray(value, ml_dtypes.bfloat16) for name, value in params.arrays(model).items()}
+    native.save(path, params.fill(model.config, values))
+    assert flax2torch.main([str(path), "--verify", "never"]) == 0
+    assert "parameters in bfloat16 are written as float32" in capsys.readouterr().out
+    found = statedict.match(sources.open_file(path.with_suffix(".pth"))[0], "resnet20_cifar")
+    assert all(np.array_equal(found.values[name], value.astype(np.float32)) for name, value in values.items())
+
+
+def test_a_network_of_no_name_has_no_counterpart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "native.safetensors"
+    native.save(path, jresnet.ResNet(jresnet.ResNetConfig("basic", (1,), (8,), 3), rngs=nnx.Rngs(0)))
+    assert flax2torch.main([str(path), "--verify", "never"]) == 1
+    assert "has no name and no counterpart in PyTorch" in capsys.readouterr().err
 
 
 def test_the_command_needs_no_torch(tmp_path: Path) -> None:

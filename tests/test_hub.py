@@ -626,7 +626,8 @@ def test_models_commands_and_evaluation_take_them(
 
     model = jresnet.create("resnet20_cifar", weights=spec)
     np.testing.assert_array_equal(model.fc.bias[...], tensors["fc.bias"])
-    assert jresnet.create("resnet20_cifar", weights=spec, num_classes=5).fc.bias[...].shape == (5,)
+    with pytest.warns(UserWarning, match="fresh head for 5 classes"):
+        assert jresnet.create("resnet20_cifar", weights=spec, num_classes=5).fc.bias[...].shape == (5,)
     with pytest.raises(WeightsError, match="describes a resnet20_cifar, not a resnet32_cifar"):
         jresnet.create("resnet32_cifar", weights=spec)
     resolved = evaluation.resolve(spec)

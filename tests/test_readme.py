@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from PIL import Image
 
 import jresnet
 from jresnet.models import params
@@ -64,3 +65,22 @@ def test_the_readmes_way_back_to_pytorch(tmp_path: Path, monkeypatch: pytest.Mon
     loaded = jresnet.create("resnet20_cifar", weights="model.pth")
     for model in (names["model"], loaded):
         assert native.digest(params.arrays(model)) == native.digest(params.arrays(small))
+
+
+def test_the_readmes_five_names_of_a_photo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (example,) = (block for block in PYTHON if "photo.jpg" in block)
+    assert len(example.splitlines()) <= 12
+    monkeypatch.chdir(tmp_path)
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
+    Image.fromarray(pixels).save("photo.jpg")
+    names, preprocessing = tuple("abcdefghij"), jresnet.Preprocessing(36, 32)
+    jresnet.save("mine.safetensors", jresnet.create("resnet20_cifar"), categories=names, preprocessing=preprocessing)
+    assert example.count('"resnet50", "IMAGENET1K_V2"') == 1
+    exec(example.replace('"resnet50", "IMAGENET1K_V2"', '"mine.safetensors"'), {})
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 5
+    chances = [float(line.split("%")[0]) for line in lines]
+    assert chances == sorted(chances, reverse=True)
+    assert {line.split()[1] for line in lines} < set(names)

@@ -64,9 +64,13 @@ def test_native_files_say_their_architecture(native_file: Path, tmp_path: Path, 
 def test_a_model_from_a_file_of_pytorch(model: jresnet.ResNet, pth: Path) -> None:
     again = jresnet.create("resnet20_cifar", weights=pth)
     assert native.digest(params.arrays(again)) == native.digest(params.arrays(model))
-    other = jresnet.create("resnet20_cifar", weights=pth, num_classes=6, in_channels=1)
+    with pytest.warns(UserWarning, match="fresh head for 6 classes|stem for 1 input channel"):
+        other = jresnet.create("resnet20_cifar", weights=pth, num_classes=6, in_channels=1)
     assert (other.config.num_classes, other.config.in_channels) == (6, 1)
     np.testing.assert_array_equal(other.bn1.var[...], model.bn1.var[...])
+    headless = jresnet.create("resnet20_cifar", weights=pth, num_classes=0)
+    x = np.ones((1, 32, 32, 3), np.float32)
+    np.testing.assert_array_equal(headless(x), again.embed(x))
     with pytest.raises(WeightsError, match=r"holds a resnet20_cifar, not a resnet32_cifar"):
         jresnet.create("resnet32_cifar", weights=pth)
 

@@ -108,7 +108,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     resolved = evaluation.resolve(args.weights, jnp.bfloat16 if args.dtype == "bfloat16" else None)
     preprocessing, origin = evaluation.choose_preprocessing(resolved, cifar10=cifar10, mean=args.mean, std=args.std)
     config = resolved.model.config
-    say("weights", f"{args.weights}: {resolved.arch}, {config.stem} stem, {config.num_classes:,} classes")
+    say(
+        "weights",
+        f"{args.weights}: {resolved.arch or 'a network of no name'}, {config.stem} stem, {config.num_classes:,} classes",
+    )
     if found is None:
         data = evaluation.cifar10(resolved, args.data_dir, args.limit)
     else:

@@ -9,14 +9,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Int32, UInt8
 
 from jresnet.errors import DataError
-
-if TYPE_CHECKING:
-    from jaxtyping import Int32, UInt8
 
 RECORD = 1 + 3 * 32 * 32  # bytes: a label and three planes
 

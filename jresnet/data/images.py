@@ -17,16 +17,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
 from jresnet.errors import DataError
 from jresnet.weights.preprocessing import Preprocessing
-
-if TYPE_CHECKING:
-    from jaxtyping import UInt8
 
 # torchvision/datasets/folder.py's IMG_EXTENSIONS, in any case.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")

@@ -4,51 +4,53 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float
 
 from jresnet.errors import InputError
 from jresnet.kernels import in_pieces
-from jresnet.models.layers import BatchNorm, Conv
-from jresnet.models.resnet import Bottleneck, ResNet, checked
+from jresnet.models.config import EXPANSION
+from jresnet.models.layers import BatchNorm, Conv, Images
+from jresnet.models.resnet import ResNet, checked
 
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+_UNTRAINABLE = "a fused model has no BatchNorm left to train: train the model that was given to jresnet.fuse"
 
 
 class Fused(nnx.Module):
     """Where a BatchNorm was before :func:`fuse` moved it into the convolution before it: x -> x."""
 
-    def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n h w c"]:
+    def __call__(self, x: Float[Array, "n h w c"], train: bool | None = None) -> Float[Array, "n h w c"]:
         if train:
-            raise ValueError(
-                "a fused model has no BatchNorm left to train: train the model that was given to jresnet.fuse"
-            )
+            raise InputError(_UNTRAINABLE)
         return x
 
 
 class FusedResNet(ResNet):
     """What :func:`fuse` returns: a ResNet without BatchNorm, for inference alone."""
 
-    def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n classes"]:
+    def train(self, **attributes: Any) -> None:
+        """Raises :class:`InputError`."""
+        raise InputError(_UNTRAINABLE)
+
+    def __call__(self, x: Images, train: bool | None = None) -> Float[Array, "n classes"]:
         """As :class:`ResNet` in evaluation; inside ``jax.jit`` on a CPU a batch goes in pieces that fit the cache."""
         if train or not isinstance(x, jax.core.Tracer):
             return super().__call__(x, train)
         config, kernel, x = self.config, self.conv1.kernel[...], checked(x, self.config.in_channels)
         dtype = jnp.dtype(self.conv1.dtype or jnp.promote_types(x.dtype, kernel.dtype))
-        expansion = Bottleneck.expansion if config.block == "bottleneck" else 1
-        pooled = (x.shape[0], config.widths[-1] * expansion), jnp.promote_types(dtype, jnp.float32)
-        logits = jax.eval_shape(lambda pooled: self.fc(pooled), jax.ShapeDtypeStruct(*pooled))
+        pooled = (x.shape[0], config.num_features), jnp.promote_types(dtype, jnp.float32)
+        logits = jax.eval_shape(lambda pooled: self._head(pooled, train), jax.ShapeDtypeStruct(*pooled))
         # The largest output is the first stage's.
         pixels = math.prod(x.shape[1:3]) // (1 if config.stem == "cifar" else 16)
         return in_pieces(
             *_as_a_function(self, x),
             outputs=(logits.shape[-1], logits.dtype),
-            bytes_an_image=pixels * config.widths[0] * expansion * dtype.itemsize,
+            bytes_an_image=pixels * config.widths[0] * EXPANSION[config.block] * dtype.itemsize,
         )
 
 
@@ -82,7 +84,8 @@ def fuse(model: ResNet) -> FusedResNet:
         model: stays as it is.
 
     Returns:
-        A model with the same submodules whose convolutions have biases. It cannot be trained, saved or fused again.
+        A model in evaluation mode with the same submodules, whose convolutions have biases. It cannot be trained, saved
+        or fused again.
 
     Raises:
         InputError: for a model that is fused already, or has a BatchNorm that follows no convolution.
@@ -90,6 +93,7 @@ def fuse(model: ResNet) -> FusedResNet:
     if isinstance(model, FusedResNet):
         raise InputError("this model is fused already: its convolutions hold what was its BatchNorm")
     fused = nnx.clone(model)
+    fused.eval()
     for path, owner, name, conv in list(_norms(fused)):
         if conv is None:
             raise InputError(f"{'.'.join(map(str, path))} follows no convolution that it could be folded into")

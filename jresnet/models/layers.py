@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,33 @@ import numpy as np
 from flax import nnx
 from jax import lax
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from jresnet import kernels
+from jresnet.errors import InputError
 
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float
-
+Images = Float[Array | np.ndarray, "n h w c"]  # what a model takes: JAX's or numpy's
 Init = Callable[[jax.Array, tuple[int, ...]], jax.Array]
+
+
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"}
+
+
+def as_dtype(dtype: Any) -> np.dtype | None:
+    """A floating-point dtype to compute in, from a dtype of JAX's or numpy's or its name, ``bf16`` and ``fp32`` included.
+
+    Raises:
+        InputError: for anything else; None stays None.
+    """
+    if dtype is None:
+        return None
+    try:
+        found = jnp.dtype(_SHORT.get(dtype, dtype) if isinstance(dtype, str) else dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise InputError(f"dtype must be a floating-point dtype such as 'bfloat16' or 'float32', got {dtype!r}")
+    return found
 
 
 @jax.jit
@@ -99,7 +119,8 @@ class BatchNorm(nnx.Module):
     ``momentum`` has PyTorch's meaning, the weight of the newest batch; Flax's means the opposite. Training normalises
     with the batch's biased variance and puts the unbiased one, times n / (n - 1), into the running average.
     Statistics are taken, kept and applied in float32 (float64 for float64 input), whatever the input's dtype, and the
-    output has the input's dtype.
+    output has the input's dtype. ``use_running_average`` is the mode, set by ``model.train()`` and ``model.eval()`` as that
+    of ``nnx.BatchNorm``; a call's own ``train`` wins over it.
 
     Raises:
         ValueError: in training, for a batch with one value per channel, whose unbiased variance does not exist.
@@ -112,10 +133,16 @@ class BatchNorm(nnx.Module):
         self.mean = nnx.BatchStat(jnp.array(zeros))
         self.var = nnx.BatchStat(jnp.array(ones))
         self.momentum, self.eps = momentum, eps
+        self.use_running_average = True
 
-    def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n h w c"]:
+    def set_view(self, use_running_average: bool | None = None) -> None:
+        """What ``nnx.view`` calls to set a copy's mode."""
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
+
+    def __call__(self, x: Float[Array, "n h w c"], train: bool | None = None) -> Float[Array, "n h w c"]:
         scale, bias = self.scale[...], self.bias[...]
-        if not train:
+        if self.use_running_average if train is None else not train:
             wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
             factor = kernels.inverse_sqrt(self.var[...] + self.eps) * scale
             mean, factor, bias = (jnp.expand_dims(value, (0, 1, 2)) for value in (self.mean[...], factor, bias))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -15,8 +16,9 @@ from jax.typing import DTypeLike
 
 from jresnet.errors import WeightsError
 from jresnet.files import printable
+from jresnet.models.config import ResNetConfig
 from jresnet.models.layers import Linear
-from jresnet.models.resnet import ResNet, ResNetConfig
+from jresnet.models.resnet import ResNet
 
 _STATE = (nnx.Param, nnx.BatchStat)
 
@@ -36,7 +38,14 @@ def shapes(config: ResNetConfig) -> Mapping[str, tuple[int, ...]]:
 def fill(
     config: ResNetConfig, values: Mapping[str, np.ndarray], dtype: DTypeLike | None = None, remat: bool = False
 ) -> ResNet:
-    """A model whose leaves are exactly ``values``, by their dotted paths; ``dtype``, ``remat`` as in :class:`ResNet`."""
+    """A model whose leaves are exactly ``values``, by their dotted paths; ``dtype``, ``remat`` as in :class:`ResNet`.
+
+    Warns:
+        UserWarning: there is float64 among them, and JAX narrows it to float32 as long as its x64 mode is off.
+    """
+    narrow = jax.dtypes.canonicalize_dtype(np.float64) != np.float64
+    if narrow and any(value.dtype == np.float64 for value in values.values()):
+        warnings.warn("these weights are float64 and become float32: jax.enable_x64(True) keeps them", stacklevel=3)
     graph, state = nnx.split(ResNet(config, dtype=dtype, remat=remat, rngs=None), _STATE)
     flat = {
         path: variable.replace(jax.numpy.asarray(values[".".join(map(str, path))]))
@@ -46,16 +55,19 @@ def fill(
 
 
 def adapt(
-    values: Mapping[str, np.ndarray], found: ResNetConfig, wanted: ResNetConfig, seed: int = 0
+    values: Mapping[str, np.ndarray], found: ResNetConfig, wanted: ResNetConfig, rngs: nnx.Rngs | None = None
 ) -> tuple[dict[str, np.ndarray], list[str]]:
     """Weights of ``found`` for a network that has another number of classes or of input channels, as timm adapts them.
 
     A head for other classes is drawn anew, as PyTorch's ``nn.Linear``. A stem kernel for three channels is summed over
     them for one; for any other number C its channels are repeated in turn and scaled by 3 / C, so that the activations
-    keep their size.
+    keep their size. Of a network without a head there is nothing to draw: the weights' own is left out.
+
+    Args:
+        rngs: of a fresh head; ``None``: ``nnx.Rngs(0)``.
 
     Returns:
-        The values by dotted path, and a sentence on each thing that was adapted.
+        The values by dotted path, and a sentence on each thing that is no longer what was trained.
 
     Raises:
         WeightsError: where the networks differ in anything else, or a stem for other than three channels would have to
@@ -75,7 +87,7 @@ def adapt(
                 values["conv1.kernel"], how = kernel.sum(2, keepdims=True), "summed over the channels"
             else:
                 repeated = np.take(kernel, np.arange(channels) % 3, axis=2)
-                values["conv1.kernel"] = repeated * np.float32(3 / channels)
+                values["conv1.kernel"] = repeated * np.asarray(3 / channels, kernel.dtype)
                 how = f"its channels repeated in turn and scaled by 3/{channels}"
             notes.append(f"stem for {channels} input channel{'s' * (channels > 1)}: the kernel for 3, {how}")
         else:
@@ -84,12 +96,14 @@ def adapt(
             )
     if problems:
         raise WeightsError(f"the weights are of another network: {'; '.join(problems)}")
-    if found.num_classes != wanted.num_classes:
-        head = Linear(values["fc.kernel"].shape[0], wanted.num_classes, rngs=nnx.Rngs(seed))
-        values |= {"fc.kernel": np.asarray(head.kernel[...]), "fc.bias": np.asarray(head.bias[...])}
-        notes.append(
-            f"fresh head for {wanted.num_classes} classes, to be trained: the weights' own has {found.num_classes}"
-        )
+    if found.num_classes != wanted.num_classes and wanted.num_classes == 0:
+        values = {path: value for path, value in values.items() if not path.startswith("fc.")}
+    elif found.num_classes != wanted.num_classes:
+        dtype = values["conv1.kernel"].dtype
+        head = Linear(wanted.num_features, wanted.num_classes, rngs=rngs or nnx.Rngs(0))
+        values |= {f"fc.{name}": np.asarray(getattr(head, name)[...], dtype) for name in ("kernel", "bias")}
+        own = f"the weights' own has {found.num_classes}" if found.num_classes else "the weights have none"
+        notes.append(f"fresh head for {wanted.num_classes} classes, to be trained: {own}")
     return values, notes
 
 

@@ -8,95 +8,23 @@ Submodules carry torchvision's names, so that a weight's path differs from PyTor
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal, get_args
 
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
-from jresnet.errors import InputError
 from jresnet.kernels import add_relu, every_second, global_average_pool, max_pool, relu
-from jresnet.models.layers import BatchNorm, Conv, Linear
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float
-
-Block = Literal["basic", "bottleneck"]
-Stem = Literal["imagenet", "cifar"]
-# What a block adds its output to. The letters are the paper's (section 3.3):
-#   "pad"              A: every second pixel, zero-padded channels; no parameters
-#   "projection"       B: 1x1 convolution and BN where the shape changes, else the input itself
-#   "projection_first" B, and also at the first block of a stage that keeps the shape
-#   "conv"             B without the BN
-Shortcut = Literal["pad", "projection", "projection_first", "conv"]
-
-
-@dataclass(frozen=True)
-class ResNetConfig:
-    """Everything that tells one ResNet from another."""
-
-    block: Block
-    depths: tuple[int, ...]  # blocks in each stage
-    widths: tuple[int, ...] = (64, 128, 256, 512)  # channels of each stage, before a Bottleneck's expansion
-    num_classes: int = 1000  # logits
-    in_channels: int = 3  # channels of the images
-    stem: Stem = "imagenet"  # 7x7 at stride 2 and max-pool, or "cifar": 3x3 at stride 1 and no pool
-    shortcut: Shortcut = "projection"
-    groups: int = 1  # groups of a Bottleneck's 3x3 (ResNeXt, arXiv:1611.05431: cardinality)
-    width_per_group: int = 64  # channels per group in the first stage (Wide ResNet, arXiv:1605.07146: 128)
-    conv_bias: bool = False  # biased convolutions: BN makes them redundant, but resnet18_d2l's weights hold them
-
-    def __post_init__(self) -> None:
-        """Raises :class:`jresnet.InputError` with everything that is wrong."""
-        if problems := _problems(self):
-            raise InputError("; ".join(problems))
-
-
-KINDS: dict[str, tuple[str, ...]] = {"block": get_args(Block), "stem": get_args(Stem), "shortcut": get_args(Shortcut)}
-
-
-def _problems(config: ResNetConfig) -> list[str]:
-    def counts(value: object) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-    problems = [
-        f"{name} must be {' or '.join(map(repr, kinds))}, got {getattr(config, name)!r}"
-        for name, kinds in KINDS.items()
-        if getattr(config, name) not in kinds
-    ]
-    for name in ("num_classes", "in_channels", "groups", "width_per_group"):
-        if not counts(value := getattr(config, name)):
-            problems.append(f"{name} must be a whole number of at least 1, got {value!r}")
-    for name in ("depths", "widths"):
-        value = getattr(config, name)
-        if not isinstance(value, tuple) or not value or not all(map(counts, value)):
-            problems.append(f"{name} must be a tuple of whole numbers of at least 1, got {value!r}")
-    if problems:
-        return problems
-    if len(config.depths) != len(config.widths):
-        problems.append(
-            f"there are {len(config.depths)} depths and {len(config.widths)} widths: give both for each stage"
-        )
-    if config.block == "basic" and (config.groups, config.width_per_group) != (1, 64):
-        problems.append(
-            f"groups {config.groups} and width_per_group {config.width_per_group} are for bottlenecks: "
-            "basic blocks have 1 and 64"
-        )
-    if config.block == "bottleneck" and min(config.widths) * config.width_per_group < 64:
-        problems.append(
-            f"width_per_group {config.width_per_group} leaves a stage of {min(config.widths)} without channels"
-        )
-    if config.shortcut == "pad" and config.block != "basic":
-        problems.append("shortcut 'pad' is defined for basic blocks (He et al. 2016, section 4.2), not for bottlenecks")
-    return problems
+from jresnet.models import zoo
+from jresnet.models.config import EXPANSION, ResNetConfig
+from jresnet.models.layers import BatchNorm, Conv, Images, Linear, as_dtype
 
 
 class BasicBlock(nnx.Module):
     """Two 3x3 convolutions; the stride is on the first. Paper: figure 5, left."""
 
-    expansion = 1
+    expansion = EXPANSION["basic"]
 
     def __init__(self, inplanes: int, planes: int, stride: int, config: ResNetConfig, downsample: list, conv: Callable):
         self.conv1 = conv(inplanes, planes, 3, stride, 1)
@@ -105,16 +33,16 @@ class BasicBlock(nnx.Module):
         self.bn2 = BatchNorm(planes)
         self.downsample = nnx.List(downsample)
 
-    def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n h2 w2 c2"]:
+    def __call__(self, x: Float[Array, "n h w c"], train: bool | None = None) -> Float[Array, "n h2 w2 c2"]:
         y = relu(self.bn1(self.conv1(x), train))
         y = self.bn2(self.conv2(y), train)
-        return add_relu(y, shortcut(self.downsample, x, y.shape[-1], train))
+        return add_relu(y, shortcut(self.downsample, x, y.shape, train))
 
 
 class Bottleneck(nnx.Module):
     """1x1, 3x3, 1x1 convolutions; the stride is on the 3x3 ("v1.5", as torchvision), not on the first 1x1 (paper)."""
 
-    expansion = 4
+    expansion = EXPANSION["bottleneck"]
 
     def __init__(self, inplanes: int, planes: int, stride: int, config: ResNetConfig, downsample: list, conv: Callable):
         width = planes * config.width_per_group // 64 * config.groups
@@ -126,23 +54,23 @@ class Bottleneck(nnx.Module):
         self.bn3 = BatchNorm(planes * self.expansion)
         self.downsample = nnx.List(downsample)
 
-    def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n h2 w2 c2"]:
+    def __call__(self, x: Float[Array, "n h w c"], train: bool | None = None) -> Float[Array, "n h2 w2 c2"]:
         y = relu(self.bn1(self.conv1(x), train))
         y = relu(self.bn2(self.conv2(y), train))
         y = self.bn3(self.conv3(y), train)
-        return add_relu(y, shortcut(self.downsample, x, y.shape[-1], train))
+        return add_relu(y, shortcut(self.downsample, x, y.shape, train))
 
 
 def shortcut(
-    downsample: nnx.List, x: Float[Array, "n h w c"], channels: int, train: bool
+    downsample: nnx.List, x: Float[Array, "n h w c"], shape: tuple[int, ...], train: bool | None
 ) -> Float[Array, "n h2 w2 c2"]:
     """The input as the block's output can take it: projected by ``downsample``, padded (option A), or unchanged."""
     if downsample:
         conv, *norm = downsample  # a 1x1 convolution, then its BN unless the kind is "conv"
         return norm[0](conv(x), train) if norm else conv(x)
-    if x.shape[-1] == channels:
+    if x.shape == shape:
         return x
-    new = channels - x.shape[-1]
+    new = shape[-1] - x.shape[-1]
     return jnp.pad(every_second(x), ((0, 0), (0, 0), (0, 0), (new // 2, new - new // 2)))
 
 
@@ -153,8 +81,10 @@ _rematerialized: Callable = nnx.remat(lambda block, x, train: block(x, train), s
 class ResNet(nnx.Module):
     """A ResNet; :func:`jresnet.create` builds one by name.
 
-    Evaluation is the default. ``model(x, train=True)`` normalises with the batch's statistics and updates the running
-    ones in place.
+    Training normalises with the batch's statistics and updates the running ones in place. A model begins in evaluation
+    mode; ``model.train()`` and ``model.eval()`` set the mode that ``model(x)`` uses, and ``model(x, train=True)`` or
+    ``train=False`` is that mode for one call. A head of one's own, such as
+    ``model.fc = nnx.Sequential(nnx.Dropout(0.5, rngs=rngs), nnx.Linear(512, 7, rngs=rngs))``, follows it.
 
     Args:
         config: what to build.
@@ -176,9 +106,10 @@ class ResNet(nnx.Module):
         remat: bool = False,
         rngs: nnx.Rngs | None,
     ):
-        conv = partial(Conv, bias=config.conv_bias, dtype=dtype, rngs=rngs)
+        conv = partial(Conv, bias=config.conv_bias, dtype=as_dtype(dtype), rngs=rngs)
         block: type[BasicBlock | Bottleneck] = Bottleneck if config.block == "bottleneck" else BasicBlock
         self.config, self.remat = config, remat
+        self.deterministic = True  # Flax's name for evaluation, set by train() and eval(); use_running_average in a BN
         inplanes = config.widths[0]
         self.conv1 = conv(config.in_channels, inplanes, *((3, 1, 1) if config.stem == "cifar" else (7, 2, 3)))
         self.bn1 = BatchNorm(inplanes)
@@ -199,50 +130,82 @@ class ResNet(nnx.Module):
                     last.scale[...] = jnp.zeros_like(last.scale[...])
                 inplanes = outplanes
             setattr(self, f"layer{i + 1}", nnx.List(blocks))
-        self.fc = Linear(inplanes, config.num_classes, rngs=rngs)
+        self.fc = nnx.data(Linear(inplanes, config.num_classes, rngs=rngs) if config.num_classes else None)
 
-    def features(self, x: Float[Array, "n h w c"], train: bool = False) -> dict[str, Float[Array, "n h2 w2 c2"]]:
+    @property
+    def arch(self) -> str | None:
+        """The model's name in :func:`jresnet.list_models`, whatever its classes and channels; None if it has none."""
+        return zoo.name_of(self.config)
+
+    @property
+    def num_features(self) -> int:
+        """Channels of :meth:`embed`'s output, which the head takes."""
+        return self.config.num_features
+
+    def set_view(self, deterministic: bool | None = None) -> None:
+        """What ``nnx.view`` calls to set a copy's mode."""
+        if deterministic is not None:
+            self.deterministic = deterministic
+
+    def features(self, x: Images, train: bool | None = None) -> dict[str, Float[Array, "n _ _ _"]]:
         """Every stage's output by its name: ``stem``, ``layer1``, ``layer2``, ...; arguments and errors as the call."""
-        x = checked(x, self.config.in_channels)
-        x = relu(self.bn1(self.conv1(x), train))
+        remat = self.remat and self._trains(train)
+        y = relu(self.bn1(self.conv1(checked(x, self.config.in_channels)), train))
         if self.config.stem == "imagenet":
-            x = max_pool(x)
-        outputs = {"stem": x}
+            y = max_pool(y)
+        outputs = {"stem": y}
         for i in range(len(self.config.depths)):
             for block in getattr(self, f"layer{i + 1}"):
-                x = _rematerialized(block, x, train) if self.remat and train else block(x, train)
-            outputs[f"layer{i + 1}"] = x
+                y = _rematerialized(block, y, train) if remat else block(y, train)
+            outputs[f"layer{i + 1}"] = y
         return outputs
 
-    def __call__(self, x: Float[Array, "n h w c"], train: bool = False) -> Float[Array, "n classes"]:
+    def embed(self, x: Images, train: bool | None = None) -> Float[Array, "n features"]:
+        """The features that the head takes: the last stage's output, averaged over its pixels; otherwise as the call."""
+        return global_average_pool(self.features(x, train)[f"layer{len(self.config.depths)}"])
+
+    def __call__(self, x: Images, train: bool | None = None) -> Float[Array, "n classes"]:
         """Logits of normalised images.
 
         Args:
             x: floating-point images ``[N, H, W, in_channels]``; H and W are free (224 for the ImageNet stem, 32 for
                 the CIFAR stem, as a rule).
-            train: normalise with this batch's statistics, and update the running ones.
+            train: normalise with this batch's statistics, and update the running ones. ``None``: as ``model.train()``
+                or ``model.eval()`` said last, of each BatchNorm, so that a part of the model can be frozen by its own
+                ``eval()``.
 
         Returns:
-            ``[N, num_classes]``, float32 or wider.
+            ``[N, num_classes]``, float32 or wider; of a model without a head :meth:`embed`.
 
         Raises:
             ValueError: for another rank or number of channels, or, in training, one value per channel.
             TypeError: for integer images.
         """
-        x = self.features(x, train)[f"layer{len(self.config.depths)}"]
-        return self.fc(global_average_pool(x))
+        return self._head(self.embed(x, train), train)
+
+    def _head(self, features: Float[Array, "n features"], train: bool | None) -> Float[Array, "n classes"]:
+        if self.fc is None:
+            return features
+        if isinstance(self.fc, Linear) or not isinstance(self.fc, nnx.Module):
+            return self.fc(features)
+        still = not self._trains(train)  # Flax's own Dropout begins in training mode, whatever the model's mode is
+        head = nnx.view(self.fc, deterministic=still, use_running_average=still, raise_if_not_found=False)
+        return head(features)
+
+    def _trains(self, train: bool | None) -> bool:
+        return not self.deterministic if train is None else train
 
 
-def checked(x: Float[Array, "n h w c"], channels: int) -> Float[Array, "n h w c"]:
+def checked(x: Images, channels: int) -> Float[Array, "n h w c"]:
     """``x`` as an array of JAX's.
 
     Raises:
         ValueError: for another rank or number of channels.
         TypeError: for integers.
     """
-    x = jnp.asarray(x)  # numpy's float64 becomes JAX's default
-    if x.ndim != 4 or x.shape[-1] != channels:
-        raise ValueError(f"expected images [N, H, W, {channels}] (channels last), got shape {tuple(x.shape)}")
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"expected normalised floating-point images, got {x.dtype}: (x / 255 - mean) / std, say")
-    return x
+    array = jnp.asarray(x)  # numpy's float64 becomes JAX's default
+    if array.ndim != 4 or array.shape[-1] != channels:
+        raise ValueError(f"expected images [N, H, W, {channels}] (channels last), got shape {tuple(array.shape)}")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"expected normalised floating-point images, got {array.dtype}: (x / 255 - mean) / std, say")
+    return array

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jresnet.errors import InputError
-from jresnet.models.resnet import Block, ResNetConfig
+from jresnet.models.config import Block, ResNetConfig
 
 FREE = ("num_classes", "in_channels", "stem", "shortcut")  # what may be chosen apart from an architecture's row
 
@@ -95,6 +95,8 @@ def find(arch: str) -> Row:
     Raises:
         InputError: for an unknown name; the message suggests the nearest ones.
     """
+    if not isinstance(arch, str):
+        raise InputError(f"an architecture is named by a text such as 'resnet50', got {arch!r}")
     if arch in ZOO:
         return ZOO[arch]
     beginnings = [name for name in ZOO if arch and name.startswith(arch.lower())]
@@ -102,6 +104,17 @@ def find(arch: str) -> Row:
     near = beginnings[:3] or difflib.get_close_matches(arch[:80].lower(), ZOO, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(ZOO)}"
     raise InputError(f"unknown architecture {arch[:80]!r}: {hint}")
+
+
+def name_of(config: ResNetConfig) -> str | None:
+    """The row that ``config`` is of, with its own numbers of classes and channels, stem and shortcut; None if of none."""
+
+    def row(*free: str) -> str | None:
+        own = {name: getattr(config, name) for name in free}
+        return next((row.name for row in ZOO.values() if dataclasses.replace(row.config, **own) == config), None)
+
+    # A row is told by its shortcut where it can be: the zoo has a resnet34 of two kinds.
+    return row("num_classes", "in_channels", "stem") or row(*FREE)
 
 
 def configure(arch: str, **chosen: Any) -> ResNetConfig:

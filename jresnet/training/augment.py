@@ -11,16 +11,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from jresnet.weights.preprocessing import normalise
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float, Int, UInt8
 
 
 @dataclass(frozen=True)

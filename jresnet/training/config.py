@@ -12,7 +12,7 @@ import jax
 
 from jresnet.errors import InputError
 from jresnet.models import zoo
-from jresnet.models.resnet import Stem
+from jresnet.models.config import Stem
 from jresnet.training import recipes
 from jresnet.training.augment import Pipeline
 from jresnet.training.fields import option, problems

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jaxtyping import Array, Int
 
 from jresnet import cache
 from jresnet.data.dataset import Split
 from jresnet.training.devices import Devices
 from jresnet.training.step import Averaged, Images, Metrics, TrainState, TrainStep
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Int
 
 STRETCH = 2.0  # seconds of training between two looks: at metrics, signals and the clock
 

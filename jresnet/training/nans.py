@@ -6,17 +6,15 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from jresnet.models.resnet import ResNet
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float
 
 LINES = 10  # after one bad update every parameter is NaN: the first ones say enough
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +16,11 @@ import optax
 from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int, Int32, UInt8
 
 from jresnet.models.resnet import ResNet
 from jresnet.training.augment import Pipeline, alternate
 from jresnet.training.devices import Devices
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int, Int32, UInt8
 
 
 class Averaged(NamedTuple):
@@ -181,7 +179,7 @@ def eval_step(graph: nnx.GraphDef, pipeline: Pipeline) -> Callable[..., tuple[ja
     """A pure function: (what is :func:`evaluated`, a batch ``Images``) -> (losses ``[B]``, predictions ``[B]``)."""
 
     def step(weights: Averaged, batch: Images) -> tuple[jax.Array, jax.Array]:
-        logits = nnx.merge(graph, *weights)(pipeline.evaluate(batch.images))
+        logits = nnx.merge(graph, *weights)(pipeline.evaluate(batch.images), train=False)
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch.labels)
         return losses, predict(logits)
 

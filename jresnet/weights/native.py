@@ -1,11 +1,12 @@
-"""Native weight files: safetensors with an architecture, provenance and a digest over the arrays.
+"""Native weight files: safetensors with a configuration, provenance, and digests over the arrays and over the metadata.
 
-safetensors finds truncation and bad headers; the digest finds the flipped bit that it does not. Files are written under
+safetensors finds truncation and bad headers; the digests find the flipped bit that it does not. Files are written under
 a temporary name and moved into place, so that one that exists is whole.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -13,21 +14,29 @@ import platform
 import stat
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import flax
 import jax
 import numpy as np
 import safetensors
 import safetensors.numpy
+from flax import nnx
 from jax.typing import DTypeLike
 
 from jresnet.errors import InputError, WeightsError
 from jresnet.files import write_atomically
+from jresnet.models.config import ResNetConfig
+from jresnet.models.fuse import FusedResNet
+from jresnet.models.layers import Linear
 from jresnet.models.params import arrays, differences, fill, shapes
-from jresnet.models.resnet import ResNet, ResNetConfig
-from jresnet.models.zoo import FREE, configure
+from jresnet.models.resnet import ResNet
+from jresnet.models.zoo import FREE, configure, find, name_of
+from jresnet.weights.preprocessing import Preprocessing
 
 FORMAT = "jresnet-1"
+RESERVED = ("format", "arch", "config", "digest", "metadata_digest", "versions")  # entries of the metadata
+DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
 def digest(values: Mapping[str, np.ndarray]) -> str:
@@ -40,37 +49,133 @@ def digest(values: Mapping[str, np.ndarray]) -> str:
     return total.hexdigest()
 
 
-def save(path: str | Path, model: ResNet, arch: str, **provenance: str) -> None:
+def save(path: str | Path, model: ResNet, arch: str | None = None, **provenance: Any) -> None:
     """Writes ``model`` to a native file, atomically.
+
+    The file holds every parameter and statistic in the dtype it has, and the configuration. A head that is another
+    ``flax.nnx.Linear`` than the model began with is saved with its own number of classes.
 
     Args:
         path: the file; by custom ``*.safetensors``.
-        model: a model of ``arch``.
-        arch: its row of the zoo.
-        provenance: more metadata as text, for example ``source`` and ``source_sha256``.
+        model: a row of the zoo or any other configuration.
+        arch: the row that it has to be one of; ``None``: it is not asked.
+        provenance: more metadata as text, for example ``source`` and ``source_sha256``. ``preprocessing`` may be a
+            :class:`~jresnet.weights.preprocessing.Preprocessing`, ``categories`` a sequence of names, one a class, and
+            ``scores`` a mapping of numbers, as :func:`jresnet.get_weights` has them; ``None`` is left out.
 
     Raises:
-        InputError: where ``model`` is not an ``arch`` or was fused, or the file cannot be written.
+        InputError: where ``model`` is not an ``arch``, was fused, holds what this format has no place for or what is not
+            finite, where metadata is not text or has a name of the format's own, or where the file cannot be written.
+            One message lists everything.
     """
-    chosen = {name: getattr(model.config, name) for name in FREE}
-    if configure(arch, **chosen) != model.config:
-        raise InputError(f"this model is not a {arch}: its configuration is {model.config}")
-    # safetensors scrambles arrays that are not contiguous, without a word.
-    values = {name: np.ascontiguousarray(value) for name, value in arrays(model).items()}
-    if "bn1.scale" not in values:
+    config = _config(model)
+    values = {name: np.asarray(value) for name, value in arrays(model).items()}
+    if isinstance(model, FusedResNet):
         raise InputError(
             "this model is fused and has no BatchNorm to write: save the model that was given to jresnet.fuse"
         )
+    if arch is not None and configure(arch, **{name: getattr(config, name) for name in FREE}) != config:
+        raise InputError(f"this model is not a {arch}: its configuration is {config}")
+    metadata, problems = _provenance(provenance, config)
+    problems += _foreign(model, config)
+    problems += differences(shapes(config), {name: value.shape for name, value in values.items()})
+    for name, value in values.items():
+        if value.dtype.name not in DTYPES:
+            problems.append(f"{name} is {value.dtype}, not {', '.join(DTYPES)}")
+        elif broken := value.size - int(np.isfinite(value).sum()):
+            problems.append(f"{name} holds {broken:,} values that are NaN or infinite")
+    if problems:
+        raise InputError(f"cannot save this model to {path}: {_some(problems)}")
+    arch = arch or name_of(config)
     versions = {"python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__}
     metadata = {
         "format": FORMAT,
-        "arch": arch,
-        "config": json.dumps(chosen),
-        "digest": digest(values),
+        **({"arch": arch} if arch else {}),
+        "config": json.dumps(dataclasses.asdict(config)),
         "versions": json.dumps(versions),
-        **provenance,
+        **metadata,
     }
-    write_atomically(path, safetensors.numpy.save(values, metadata))
+    # safetensors scrambles arrays that are not contiguous, without a word.
+    values = {name: np.ascontiguousarray(value) for name, value in values.items()}
+    write_atomically(path, safetensors.numpy.save(values, sealed(values, metadata)))
+
+
+def sealed(values: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> dict[str, str]:
+    """``metadata`` with the digest of the arrays, and one of itself that covers the former."""
+    whole = {**metadata, "digest": digest(values)}
+    return {**whole, "metadata_digest": _metadata_digest(whole)}
+
+
+def _metadata_digest(metadata: Mapping[str, str]) -> str:
+    """SHA-256 in hex over every entry but this one."""
+    said = sorted((name, text) for name, text in metadata.items() if name != "metadata_digest")
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+
+
+def _config(model: ResNet) -> ResNetConfig:
+    """The configuration of ``model`` as it is: a head that was replaced has classes of its own number."""
+    if model.fc is None:
+        return dataclasses.replace(model.config, num_classes=0)
+    if type(model.fc) in (Linear, nnx.Linear):
+        return dataclasses.replace(model.config, num_classes=model.fc.kernel.shape[-1])
+    return model.config
+
+
+def _foreign(model: ResNet, config: ResNetConfig) -> list[str]:
+    """The parts of ``model`` that a model of ``config`` built anew would not have, or not with these settings."""
+
+    def parts(model: ResNet) -> dict[str, Any]:
+        found = {".".join(map(str, path)): part for path, part in nnx.iter_graph(model) if isinstance(part, nnx.Module)}
+        return {path: part for path, part in found.items() if not isinstance(part, nnx.List)}
+
+    found, expected = parts(model), parts(ResNet(config, rngs=None))
+    problems = []
+    for path, part in found.items():
+        if path == "" or (path == "fc" and type(part) is nnx.Linear):
+            continue
+        if path == "fc" and type(part) is not Linear:
+            problems.append(
+                f"fc is a {type(part).__name__}, and the format has a place for one linear layer with a bias: "
+                "Orbax's checkpoints (flax.nnx.state) take any model"
+            )
+        elif path in expected and type(part) is not type(expected[path]):
+            problems.append(f"{path} is a {type(part).__name__} of {type(part).__module__}, not jresnet's own")
+        elif path in expected:
+            for name in ("stride", "padding", "groups", "eps"):
+                own, usual = (getattr(one, name, None) for one in (part, expected[path]))
+                if own != usual:
+                    problems.append(f"{path} has {name} {own}, and a network of this configuration {usual}")
+    return problems
+
+
+def _provenance(given: Mapping[str, Any], config: ResNetConfig) -> tuple[dict[str, str], list[str]]:
+    """``given`` as text, and what is wrong with it."""
+    said, problems = {}, []
+    for name, value in given.items():
+        if value is None:
+            continue
+        if name in RESERVED:
+            problems.append(f"the format writes the entry {name!r} itself: choose another name for yours")
+        elif isinstance(value, Preprocessing):
+            value = value.to_json()
+        elif name == "categories" and isinstance(value, list | tuple):
+            if len(value) != config.num_classes:
+                problems.append(f"there are {len(value):,} categories for {config.num_classes:,} classes")
+            value = json.dumps(value)
+        elif name == "scores" and isinstance(value, Mapping):
+            value = json.dumps(dict(value))
+        if not isinstance(value, str):
+            problems.append(f"the metadata {name!r} must be text, got {value!r:.80}")
+        elif not value.isascii() and value != value.encode(errors="replace").decode():
+            problems.append(f"the metadata {name!r} cannot be written as UTF-8: {value!r:.80}")
+        else:
+            said[name] = value
+    return said, problems
+
+
+def _some(problems: list[str]) -> str:
+    more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+    return "; ".join(problems[:8]) + more
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -90,15 +195,15 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str,
         raise WeightsError(f"{path} is no whole safetensors file ({error}): fetch or convert it again") from error
 
 
-def read(path: str | Path) -> tuple[str, ResNetConfig, dict[str, np.ndarray], dict[str, str]]:
+def read(path: str | Path) -> tuple[str | None, ResNetConfig, dict[str, np.ndarray], dict[str, str]]:
     """Reads a native file and checks it whole.
 
     Returns:
-        (arch, config, arrays by path, metadata).
+        (arch, config, arrays by path, metadata); arch is None where the configuration is no row of the zoo.
 
     Raises:
         WeightsError: where the file is missing, truncated, altered, not jresnet's, or does not hold what its
-            architecture needs; one message lists everything that is wrong.
+            configuration needs; one message lists everything that is wrong.
     """
     if Path(path).suffix in (".pth", ".pt", ".th"):
         raise WeightsError(
@@ -110,25 +215,52 @@ def read(path: str | Path) -> tuple[str, ResNetConfig, dict[str, np.ndarray], di
 
 def parse(
     path: str | Path, values: dict[str, np.ndarray], metadata: dict[str, str]
-) -> tuple[str, ResNetConfig, dict[str, np.ndarray], dict[str, str]]:
+) -> tuple[str | None, ResNetConfig, dict[str, np.ndarray], dict[str, str]]:
     """:func:`read`, of the arrays and the metadata of ``path``, whose name is for errors only."""
     if metadata.get("format") != FORMAT:
         raise WeightsError(
             f"{path} is not a {FORMAT} file (its metadata says {metadata.get('format')!r}): a PyTorch or timm file "
             "is read by jresnet.create(ARCH, weights=...), and python -m convert.torch2flax makes a native file of it"
         )
-    if digest(values) != metadata.get("digest"):
+    if digest(values) != metadata.get("digest") or _metadata_digest(metadata) != metadata.get("metadata_digest"):
         raise WeightsError(f"{path} was altered after it was written, its digest differs: fetch or convert it again")
     try:
-        arch, chosen = metadata["arch"], json.loads(metadata["config"])
-        config = configure(arch, **{name: chosen[name] for name in FREE})
+        arch = metadata.get("arch")
+        if arch is not None:
+            find(arch)
+        config = _stated(metadata, values)
+        if arch is None:
+            arch = name_of(config)
+        elif configure(arch, **{name: getattr(config, name) for name in FREE}) != config:
+            raise InputError(f"its configuration is not that of a {arch}")
     except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise WeightsError(f"{path} does not say which network it holds ({str(error)[:500]})") from error
     problems = differences(shapes(config), {name: value.shape for name, value in values.items()})
-    problems += [f"{name} is {value.dtype}, not float32" for name, value in values.items() if value.dtype != np.float32]
+    problems += [
+        f"{name} is {value.dtype}, not {', '.join(DTYPES)}"
+        for name, value in values.items()
+        if value.dtype.name not in DTYPES
+    ]
     if problems:
-        raise WeightsError(f"{path} does not hold a {arch}: {'; '.join(problems)}")
+        raise WeightsError(f"{path} does not hold a {arch or config}: {_some(problems)}")
     return arch, config, values, metadata
+
+
+def _stated(metadata: Mapping[str, str], values: Mapping[str, np.ndarray]) -> ResNetConfig:
+    """The configuration that a file states, which anyone may have written; :class:`ValueError` and others if it is none."""
+    said = json.loads(metadata["config"])
+    names = {field.name for field in dataclasses.fields(ResNetConfig)}
+    if not isinstance(said, dict) or said.keys() != names:
+        raise InputError(f"its configuration must have exactly {', '.join(sorted(names))}")
+    known: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
+    config = ResNetConfig(**known)
+    # Building a network takes time and memory for every block and channel, so that the file must have as many.
+    blocks, widest = sum(config.depths), max((max(value.shape, default=0) for value in values.values()), default=0)
+    inner = max(config.widths) * config.width_per_group // 64 * config.groups
+    channels = (config.in_channels, config.num_classes, config.num_features, inner, *config.widths)
+    if blocks > len(values) or max(channels) > widest:
+        raise InputError(f"its configuration has {blocks:,} blocks or channels that its arrays have not")
+    return config
 
 
 def load(path: str | Path, dtype: DTypeLike | None = None) -> ResNet:

@@ -6,14 +6,12 @@ import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from jaxtyping import Array, Float
 
 from jresnet.errors import InputError, WeightsError
-
-if TYPE_CHECKING:
-    from jaxtyping import Array, Float
 
 RGB = tuple[float, float, float]
 

@@ -1,0 +1,89 @@
+"""What tells one ResNet from another: :class:`ResNetConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from jresnet.errors import InputError
+
+Block = Literal["basic", "bottleneck"]
+Stem = Literal["imagenet", "cifar"]
+# What a block adds its output to. The letters are the paper's (section 3.3):
+#   "pad"              A: every second pixel, zero-padded channels; no parameters
+#   "projection"       B: 1x1 convolution and BN where the shape changes, else the input itself
+#   "projection_first" B, and also at the first block of a stage that keeps the shape
+#   "conv"             B without the BN
+Shortcut = Literal["pad", "projection", "projection_first", "conv"]
+
+EXPANSION: dict[Block, int] = {"basic": 1, "bottleneck": 4}  # a block's output channels by its stage's width
+
+
+@dataclass(frozen=True)
+class ResNetConfig:
+    """Everything that tells one ResNet from another."""
+
+    block: Block
+    depths: tuple[int, ...]  # blocks in each stage
+    widths: tuple[int, ...] = (64, 128, 256, 512)  # channels of each stage, before a Bottleneck's expansion
+    num_classes: int = 1000  # logits; 0: no head, the network gives pooled features
+    in_channels: int = 3  # channels of the images
+    stem: Stem = "imagenet"  # 7x7 at stride 2 and max-pool, or "cifar": 3x3 at stride 1 and no pool
+    shortcut: Shortcut = "projection"
+    groups: int = 1  # groups of a Bottleneck's 3x3 (ResNeXt, arXiv:1611.05431: cardinality)
+    width_per_group: int = 64  # channels per group in the first stage (Wide ResNet, arXiv:1605.07146: 128)
+    conv_bias: bool = False  # biased convolutions: BN makes them redundant, but resnet18_d2l's weights hold them
+
+    def __post_init__(self) -> None:
+        """Raises :class:`jresnet.InputError` with everything that is wrong."""
+        if problems := _problems(self):
+            raise InputError("; ".join(problems))
+
+    @property
+    def num_features(self) -> int:
+        """Channels of the last stage's output, and so of the pooled features that the head takes."""
+        return self.widths[-1] * EXPANSION[self.block]
+
+
+KINDS: dict[str, tuple[str, ...]] = {"block": get_args(Block), "stem": get_args(Stem), "shortcut": get_args(Shortcut)}
+
+
+def _problems(config: ResNetConfig) -> list[str]:
+    def counts(value: object, least: int = 1) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+    problems = [
+        f"{name} must be {' or '.join(map(repr, kinds))}, got {getattr(config, name)!r}"
+        for name, kinds in KINDS.items()
+        if getattr(config, name) not in kinds
+    ]
+    for name in ("num_classes", "in_channels", "groups", "width_per_group"):
+        least = 0 if name == "num_classes" else 1
+        if not counts(value := getattr(config, name), least):
+            problems.append(f"{name} must be a whole number of at least {least}, got {value!r}")
+    for name in ("depths", "widths"):
+        value = getattr(config, name)
+        if not isinstance(value, tuple) or not value or not all(map(counts, value)):
+            problems.append(f"{name} must be a tuple of whole numbers of at least 1, got {value!r}")
+    if not isinstance(config.conv_bias, bool):
+        problems.append(f"conv_bias must be True or False, got {config.conv_bias!r}")
+    if problems:
+        return problems
+    if len(config.depths) != len(config.widths):
+        problems.append(
+            f"there are {len(config.depths)} depths and {len(config.widths)} widths: give both for each stage"
+        )
+    if config.block == "basic" and (config.groups, config.width_per_group) != (1, 64):
+        problems.append(
+            f"groups {config.groups} and width_per_group {config.width_per_group} are for bottlenecks: "
+            "basic blocks have 1 and 64"
+        )
+    if config.block == "bottleneck" and min(config.widths) * config.width_per_group < 64:
+        problems.append(
+            f"width_per_group {config.width_per_group} leaves a stage of {min(config.widths)} without channels"
+        )
+    if config.shortcut == "pad" and config.block != "basic":
+        problems.append("shortcut 'pad' is defined for basic blocks (He et al. 2016, section 4.2), not for bottlenecks")
+    if config.shortcut == "pad" and list(config.widths) != sorted(config.widths):
+        problems.append(f"shortcut 'pad' needs widths that never fall, got {config.widths}")
+    return problems
