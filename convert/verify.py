@@ -94,7 +94,7 @@ def check(model: ResNet, arch: str, state_dict: Mapping[str, np.ndarray], mode: 
             raise InputError(f"--verify always, but {error}") from error
         return Check(False, f"left out, since {error}")
     result = compare(model, reference)
-    if not result.jresnet <= DIFFERENT and not math.isnan(result.torch):  # NaN of jresnet's fails too
+    if not result.jresnet <= DIFFERENT and math.isfinite(result.torch):  # NaN of jresnet's fails too
         raise WeightsError(f"the converted {arch} is not the network PyTorch computes: {result}")
     return result
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # the same for type checkers and editors
     from jresnet.factory import (
         create,
         list_models,
+        load,
         resnet18,
         resnet18_d2l,
         resnet20_cifar,
@@ -36,7 +37,7 @@ if TYPE_CHECKING:  # the same for type checkers and editors
     from jresnet.models.fuse import fuse
     from jresnet.models.resnet import BasicBlock, Bottleneck, ResNet, ResNetConfig
     from jresnet.training import optim
-    from jresnet.weights.native import load, save
+    from jresnet.weights.native import save
 
 
 __all__ = [
@@ -84,7 +85,6 @@ _MODULES = {  # where a public name comes from; the others from jresnet.factory
     "ResNetConfig": "jresnet.models.resnet",
     "compiler_options": "jresnet.kernels.compiler",
     "fuse": "jresnet.models.fuse",
-    "load": "jresnet.weights.native",
     "save": "jresnet.weights.native",
 }
 

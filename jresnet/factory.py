@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ def list_models() -> list[str]:
 
 
 def create(
-    arch: str,
+    arch: str | None = None,
     *,
     weights: str | os.PathLike[str] | None = None,
     num_classes: int | None = None,
@@ -44,7 +45,7 @@ def create(
     (2, 10)
 
     Args:
-        arch: a name of :func:`list_models`.
+        arch: a name of :func:`list_models`; ``None``: as ``weights`` say, also a ResNet that has no name.
         weights: the path of a native file or of one from PyTorch (``.pth``, ``.pt``, ``.th``, ``.safetensors``); or the
             name of published weights such as ``"IMAGENET1K_V2"`` or ``"DEFAULT"``, or ``"hf:ORG/REPO[@REVISION]"`` on
             the Hugging Face Hub (with the extra ``hub``), which are downloaded (:func:`jresnet.sources.load`). What comes
@@ -71,7 +72,10 @@ def create(
     chosen: dict[str, Any] = {
         "num_classes": num_classes, "in_channels": in_channels, "stem": stem, "shortcut": shortcut,
     }  # fmt: skip
-    config = zoo.configure(arch, **chosen)
+    if arch is not None:
+        config = zoo.configure(arch, **chosen)
+    elif weights is None:
+        raise InputError("there is neither an architecture nor weights that say one: give arch, weights or both")
     if dtype is not None and not _is_floating(dtype):
         raise InputError(f"dtype must be a floating-point dtype such as bfloat16, got {dtype!r}")
     if weights is None:
@@ -82,6 +86,14 @@ def create(
     for note in (*found.notes, *adapted):
         _log.info("%s: %s", weights, note)
     return params.fill(config, values, dtype, remat)
+
+
+def load(path: str | os.PathLike[str], dtype: DTypeLike | None = None) -> ResNet:
+    """The network in a native file or one from PyTorch, whatever ResNet it is; errors and ``dtype`` as :func:`create`.
+
+    A network that :func:`create` would adapt to other classes or channels is built as the file has it.
+    """
+    return create(weights=Path(path), dtype=dtype)
 
 
 def _is_floating(dtype: DTypeLike) -> bool:

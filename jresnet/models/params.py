@@ -84,11 +84,13 @@ def adapt(
             )
     if problems:
         raise WeightsError(f"the weights are of another network: {'; '.join(problems)}")
-    if found.num_classes != wanted.num_classes:
-        head = Linear(values["fc.kernel"].shape[0], wanted.num_classes, rngs=nnx.Rngs(seed))
+    headless = "fc.kernel" not in values
+    if headless or found.num_classes != wanted.num_classes:
+        head = Linear(shapes(found)["fc.kernel"][0], wanted.num_classes, rngs=nnx.Rngs(seed))
         values |= {"fc.kernel": np.asarray(head.kernel[...]), "fc.bias": np.asarray(head.bias[...])}
         notes.append(
-            f"fresh head for {wanted.num_classes} classes, to be trained: the weights' own has {found.num_classes}"
+            f"fresh head for {wanted.num_classes} classes, to be trained: "
+            + ("the weights have none" if headless else f"the weights' own has {found.num_classes}")
         )
     return values, notes
 
