@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from jresnet.errors import InputError, WeightsError
-from jresnet.files import printable
 from jresnet.models import zoo
 from jresnet.models.resnet import ResNetConfig
 from jresnet.pytorch import keymap
@@ -92,13 +91,15 @@ def preference(name: str) -> int:
 def _prefixes(shapes: Mapping[str, Shape], dialect: str) -> list[str]:
     """Where a network of ``dialect`` may begin, in the order of the file."""
     root = len(keymap.DIALECTS[dialect].root)
-    names = [keymap.torch_key(path, dialect)[root:] for path in _ANCHORS]
+    keys = [keymap.torch_key(path, dialect) for path in _ANCHORS]
+    blocks = {second for key in keys if (second := keymap.alias(key, dialect))} | {key[root:] for key in keys[2:]}
+    names = {key[root:] for key in keys} | blocks
     seen: dict[str, set[str]] = {}
     for key in shapes:
         for name in names:
             if key == name or key.endswith("." + name):
                 seen.setdefault(key[: len(key) - len(name)], set()).add(name)
-    return [prefix for prefix, there in seen.items() if len(there) > 1 and there & set(names[2:])]
+    return [prefix for prefix, there in seen.items() if len(there) > 1 and there & blocks]
 
 
 def _at(shapes: Mapping[str, Shape], dialect: str, prefix: str) -> Found:
@@ -298,10 +299,3 @@ def assumed(config: ResNetConfig) -> tuple[str, ...]:
     if config.stem == "cifar":
         found.insert(0, "stem at stride 1 without max-pool")
     return tuple(found)
-
-
-def few(names: Iterable[str]) -> str:
-    """At most five names, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
-    return ", ".join(map(printable, names[:5])) + more

@@ -24,6 +24,9 @@ COUNTER = "num_batches_tracked"
 # Entries of wrappers, not of networks: torch.optim.swa_utils.AveragedModel counts its updates.
 IGNORED = ("n_averaged",)
 
+# Modules that wrappers put between a network's own: FSDP, activation checkpointing, torch.compile of single blocks.
+BETWEEN = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
+
 # What is called so is taken before, or after, another network of the same size in one file: averaged weights are what a run
 # was evaluated with (timm's load_checkpoint prefers them, DINO evaluates its teacher), MoCo trains its encoder_q.
 FIRST = re.compile(r"(^|[._])(ema|teacher)([._]|$)|(^|[._])ema_|model_ema")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jresnet.errors import InputError, WeightsError
+from jresnet.files import few
 from jresnet.models import params, zoo
 from jresnet.models.resnet import ResNet, ResNetConfig
 from jresnet.pytorch import infer, keymap
@@ -95,7 +96,7 @@ def match(
         naming = f" in {dialect} naming" if dialect else ""
         raise WeightsError(
             f"{source} holds no ResNet{naming}{where}: expected tensors such as conv1.weight, bn1.weight and "
-            f"layer1.0.conv1.weight, found {infer.few(shapes)}"
+            f"layer1.0.conv1.weight, found {few(shapes)}"
         )
     try:
         config = infer.configure(found, shapes, **chosen)
@@ -117,7 +118,7 @@ def match(
     beside = _beside(got.keys() - expected.keys(), found)
     problems += params.differences(expected, {name: shape for name, shape in got.items() if name not in beside})
     if beside:
-        notes.append(f"passed over beside the network: {infer.few([name for name in got if name in beside])}")
+        notes.append(f"passed over beside the network: {few([name for name in got if name in beside])}")
 
     values, counts, odd = {}, {}, []
     for name, value in tensors.items():
@@ -133,7 +134,7 @@ def match(
         except TypeError as error:
             problems.append(f"{name} {error}")
     if odd:
-        notes.append(f"not a number of batches, and not needed: {infer.few(odd)}")
+        notes.append(f"not a number of batches, and not needed: {few(odd)}")
     row = infer.row(config)
     if problems:
         what = f"a whole {arch or row or 'ResNet'}"
@@ -188,14 +189,12 @@ def _network(
     boxes = _boxes(saved)
     if key is not None:
         if key not in boxes:
-            raise WeightsError(
-                f"{source} has no dict of tensors {key!r}: there are {infer.few(map(repr, boxes)) or 'none'}"
-            )
+            raise WeightsError(f"{source} has no dict of tensors {key!r}: there are {few(map(repr, boxes)) or 'none'}")
         boxes = {key: boxes[key]}
     if not boxes:
         what = type(saved).__name__
         if isinstance(saved, Mapping) and saved:
-            what = f"entries that are no tensors: {infer.few(map(str, saved))}"
+            what = f"entries that are no tensors: {few(map(str, saved))}"
         raise WeightsError(f"{source} should hold a state_dict, names to tensors, but holds {what}")
     networks = {}
     for name, tensors in boxes.items():
@@ -208,9 +207,9 @@ def _network(
     rivals.sort(key=lambda name: (infer.preference(name), infer.preference(networks[name].prefix)))
     name, found, notes = rivals[0], networks[rivals[0]], []
     if rivals[1:]:
-        notes.append(f"taken from {name!r}, not from {infer.few(map(repr, rivals[1:]))} beside it")
+        notes.append(f"taken from {name!r}, not from {few(map(repr, rivals[1:]))} beside it")
     if found.rivals:
-        notes.append(f"taken from {found.prefix!r}, not from {infer.few(map(repr, found.rivals))} beside it")
+        notes.append(f"taken from {found.prefix!r}, not from {few(map(repr, found.rivals))} beside it")
     tensors = {k: v for k, v in boxes[name].items() if k.rpartition(".")[2] not in keymap.IGNORED}
     return tensors, found, notes
 
@@ -228,7 +227,8 @@ def _boxes(saved: Any) -> dict[str, dict[str, Any]]:
             continue
         seen.add(id(node))
         if tensors := {k: v for k, v in node.items() if isinstance(k, str) and hasattr(v, "shape")}:
-            boxes[name] = tensors
+            own = {keymap.BETWEEN.sub("", k): v for k, v in tensors.items()}
+            boxes[name] = own if len(own) == len(tensors) else tensors
         waiting += [(f"{name}.{k}" if name else k, v) for k, v in node.items() if isinstance(k, str)]
     return boxes
 
@@ -257,7 +257,8 @@ def _without_aliases(
         twin = tensors.pop(second)
         if name in tensors and not np.array_equal(_numpy(tensors[name]), _numpy(twin), equal_nan=True):
             differ.append(f"{second} is not {name}")
-    return tensors, [f"{len(differ)} different under two names: {infer.few(differ)}"] if differ else []
+        tensors.setdefault(name, twin)
+    return tensors, [f"{len(differ)} different under two names: {few(differ)}"] if differ else []
 
 
 def _numpy(value: Any) -> np.ndarray:
