@@ -222,7 +222,7 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         conversion = dataclasses.replace(conversion, values=values)
     model = params.fill(conversion.config, conversion.values)
     check = verify.check(model, arch, conversion.torchvision(), args.verify)
-    say("verified", str(check))
+    say("verified", f"as PyTorch's {arch}: {check}" if check.done else str(check))
     for note in adapted:
         say("adapted", note)
     if adapted:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from conftest import REPOSITORY, command, randomise
+from flax import nnx
 
 import jresnet
 from convert import flax2torch, torch2flax, verify
@@ -222,6 +223,44 @@ def test_the_command_converts(tensors: dict[str, np.ndarray], tmp_path: Path) ->
     assert metadata["source"] == "mine.safetensors"
     assert len(metadata["source_sha256"]) == 64
     assert jresnet.create("resnet20_cifar", weights=output)
+
+
+def test_the_command_needs_no_architecture(
+    tensors: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = {f"b.{key}": value + 1 for key, value in tensors.items()}
+    write(tmp_path / "mine.safetensors", {f"a.{key}": value for key, value in tensors.items()} | other)
+    for more, expected in (([], 0), (["--prefix", "b"], 1)):
+        assert torch2flax.main(["mine.safetensors", "--verify", "never", "--force", *more]) == 0
+        printed = capsys.readouterr().out
+        line = "basic blocks 3-3-3, widths 16-32-64, 3x3 stem for 3 channels, pad shortcuts, 10 classes"
+        assert f"found    resnet20_cifar: {line}\n" in printed
+        assert "assumed  stem at stride 1 without max-pool, no dilation" in printed
+        assert ("taken from 'a.', not from 'b.' beside it" in printed) == (not more)
+        values = native.read(tmp_path / "resnet20_cifar-mine.safetensors")[2]
+        np.testing.assert_array_equal(values["fc.bias"], tensors["fc.bias"] + expected)
+    with pytest.raises(SystemExit):
+        torch2flax.main([])
+
+
+def test_a_network_without_a_name_is_not_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = jresnet.ResNet(jresnet.ResNetConfig("basic", (1,), (4,), num_classes=2), rngs=nnx.Rngs(0))
+    source = write(tmp_path / "mine.safetensors", statedict.state_dict(model))
+    assert torch2flax.main([str(source), "--output", str(tmp_path / "out.safetensors")]) == 1
+    assert "holds a ResNet that has no name here" in capsys.readouterr().err
+    assert jresnet.load(source).config == model.config
+
+
+def test_a_fresh_head_for_a_file_without_one(tensors: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    body = {key: value for key, value in tensors.items() if not key.startswith("fc.")}
+    source, output = write(tmp_path / "mine.safetensors", body), tmp_path / "out.safetensors"
+    arguments = [str(source), "--output", str(output), "--verify", "never"]
+    assert torch2flax.main(arguments) == 1
+    assert "without its last layer: name a number of classes" in capsys.readouterr().err
+    assert torch2flax.main([*arguments, "--num-classes", "5"]) == 0
+    assert "fresh head for 5 classes, to be trained: the weights have none" in capsys.readouterr().out
+    assert native.read(output)[1].num_classes == 5
 
 
 def test_json(tensors: dict[str, np.ndarray], tmp_path: Path) -> None:

@@ -194,11 +194,21 @@ def test_transformers_body_alone() -> None:
 
 def test_fastais_body() -> None:
     tensors = prefixed(body_of(tensors_of(SMALL, "children")), "0.")
-    tensors = {key: value for key, value in tensors.items() if not key.startswith("0.9.")}
+    tensors = {key: value for key, value in tensors.items() if not key.startswith("0.10.")}
     head = {"1.2.weight": np.zeros(32), "1.4.weight": np.zeros((8, 32)), "1.8.weight": np.zeros((10, 8))}
     found = statedict.match({"model": tensors | head}, num_classes=10)
     assert (found.dialect, found.config, found.headless) == ("children", SMALL, True)
     assert found.notes[-1] == "passed over beside the network: 1.2.weight, 1.4.weight, 1.8.weight"
+
+
+def test_a_network_of_another_function_with_the_same_keys(small: dict[str, np.ndarray]) -> None:
+    """timm's train.py says under "arch" what no tensor tells."""
+    for beside in ({"arch": "resnetaa50"}, {"args": {"model": "resnetblur18", "lr": 0.1}}):
+        with pytest.raises(WeightsError, match=r"says that its network is a resnet(aa|blur).*another function"):
+            statedict.match({"epoch": 5, "state_dict": small} | beside)
+    found = statedict.match({"arch": "my_net", "state_dict": small})
+    assert found.notes == ("the file calls its network 'my_net'",)
+    assert not statedict.match({"arch": "resnet18", "state_dict": tensors_of(zoo.configure("resnet18"))}).notes
 
 
 # --- The head

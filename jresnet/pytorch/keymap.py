@@ -32,6 +32,10 @@ BETWEEN = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_checkpoint_wrapped_module
 FIRST = re.compile(r"(^|[._])(ema|teacher)([._]|$)|(^|[._])ema_|model_ema")
 LAST = re.compile(r"(^|[._])(student|encoder_k|momentum_encoder|target_encoder)([._]|$)")
 
+# What a checkpoint may call its network beside the tensors: networks of timm's that have a ResNet's keys and are other
+# functions, since they average or blur before their strides.
+OTHER_FUNCTIONS = re.compile(r"(wide_)?resne(x)?t(aa|blur)")
+
 # The last layer by its module's first name, where it is not where the dialect has it.
 HEADS = ("fc", "linear", "classifier", "last_linear", "head", "cls_head", "logits", "output")
 
@@ -125,10 +129,10 @@ DIALECTS: Mapping[str, Dialect] = {
         root="resnet.",
         config={"stem": "imagenet", "shortcut": "projection"},
     ),
-    # nn.Sequential(*resnet.children()), whole or without its last layers; fastai's body is one, under "0."
+    # nn.Sequential(*resnet.children()) without the last layers, or with a Flatten before the last; fastai's body is one
     "children": Dialect(
         renames=(
-            (r"^conv1\.", "0."), (r"^bn1\.", "1."), (r"^fc\.", "9."),
+            (r"^conv1\.", "0."), (r"^bn1\.", "1."), (r"^fc\.", "10."),
             (r"^layer1\.", "4."), (r"^layer2\.", "5."), (r"^layer3\.", "6."), (r"^layer4\.", "7."),
         ),
         config={"stem": "imagenet", "shortcut": "projection"},

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jresnet.errors import InputError, WeightsError
-from jresnet.files import few
+from jresnet.files import few, printable
 from jresnet.models import params, zoo
 from jresnet.models.resnet import ResNet, ResNetConfig
 from jresnet.pytorch import infer, keymap
@@ -89,6 +89,11 @@ def match(
     """
     if arch is not None:
         zoo.find(arch)
+    if keymap.OTHER_FUNCTIONS.match(stated := _stated(state_dict)):
+        raise WeightsError(
+            f"{source} says that its network is a {stated}: it has a ResNet's tensors and computes another function, which "
+            "jresnet does not have; look for weights of a plain ResNet"
+        )
     tensors, found, notes = _network(state_dict, dialect, prefix, key, source)
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     if found is None:
@@ -136,6 +141,8 @@ def match(
     if odd:
         notes.append(f"not a number of batches, and not needed: {few(odd)}")
     row = infer.row(config)
+    if stated and stated not in (arch, row):
+        notes.append(f"the file calls its network {stated!r}")
     if problems:
         what = f"a whole {arch or row or 'ResNet'}"
         raise WeightsError(f"{source} does not hold {what} ({found.dialect} naming): {'; '.join(problems)}")
@@ -212,6 +219,15 @@ def _network(
         notes.append(f"taken from {found.prefix!r}, not from {few(map(repr, found.rivals))} beside it")
     tensors = {k: v for k, v in boxes[name].items() if k.rpartition(".")[2] not in keymap.IGNORED}
     return tensors, found, notes
+
+
+def _stated(saved: Any) -> str:
+    """What a checkpoint calls its network, as timm's and torchvision's training scripts do; empty where it does not."""
+    if not isinstance(saved, Mapping):
+        return ""
+    arguments = saved.get("args")
+    names = (saved.get("arch"), arguments.get("model") if isinstance(arguments, Mapping) else None)
+    return next((printable(name) for name in names if isinstance(name, str)), "")
 
 
 def _boxes(saved: Any) -> dict[str, dict[str, Any]]:
