@@ -1,7 +1,7 @@
-"""PyTorch weights into a jresnet model: ``python -m convert.torch2flax ARCH [--weights NAME|FILE]``.
+"""PyTorch weights into a jresnet model: ``python -m convert.torch2flax FILE``, or ``ARCH [--weights NAME|FILE]``.
 
-bytes, their digest checked -> arrays, without torch -> dialect -> every leaf filled exactly once, or one error that lists
-all that is wrong -> logits against PyTorch, where it is installed -> native file, written atomically.
+bytes, their digest checked -> arrays, without torch -> which ResNet they are -> every leaf filled exactly once, or one
+error that lists all that is wrong -> logits against PyTorch, where it is installed -> native file, written atomically.
 """
 
 from __future__ import annotations
@@ -22,50 +22,47 @@ from jresnet import sources
 from jresnet.errors import InputError, JresnetError, WeightsError
 from jresnet.files import sha256_of
 from jresnet.models import params, zoo
-from jresnet.models.config import Shortcut, Stem
+from jresnet.models.config import ResNetConfig, Shortcut, Stem
 from jresnet.models.resnet import ResNet
-from jresnet.pytorch import statedict
+from jresnet.pytorch import infer, statedict
 from jresnet.pytorch.keymap import DIALECTS
 from jresnet.weights import native, published
 
 PROG = "python -m convert.torch2flax"
 
-Say = Callable[[str, str], None]  # a title of eight letters, and what there is to say
+Say = Callable[[str, str], None]  # a title of up to eight letters, and what there is to say
 
 
 def convert(
     state_dict: Mapping[str, Any],
-    arch: str,
+    arch: str | None = None,
     *,
     num_classes: int | None = None,
     in_channels: int | None = None,
     stem: Stem | None = None,
     shortcut: Shortcut | None = None,
     dialect: str | None = None,
+    prefix: str | None = None,
+    key: str | None = None,
     dtype: Any = None,
     seed: int = 0,
 ) -> ResNet:
     """A jresnet model with the weights of a PyTorch ``state_dict``.
 
     Args:
-        state_dict: PyTorch's keys to numpy arrays or torch tensors, of any floating-point dtype; wrappers' prefixes
-            (``module.``, ``_orig_mod.``, ``model.``) and an enclosing ``{"state_dict": ...}`` are peeled off.
-        arch: a name of :func:`jresnet.list_models`.
+        state_dict: PyTorch's keys to numpy arrays or torch tensors, of any floating-point dtype, or a checkpoint with such
+            a dict inside.
+        arch: a name of :func:`jresnet.list_models` that it must be; ``None``: whatever ResNet it is.
         num_classes: the head's. Another number than the state_dict's asks for a fresh head.
         in_channels: the stem's. Another number than the state_dict's 3 adapts it (:func:`jresnet.models.params.adapt`).
         stem, shortcut, dtype: as in :func:`jresnet.create`.
-        dialect: a name of :data:`jresnet.pytorch.keymap.DIALECTS`; ``None``: the one that the keys fit best.
+        dialect, prefix, key: as in :func:`jresnet.pytorch.statedict.match`, with its errors.
         seed: of a fresh head.
-
-    Raises:
-        InputError: for an unknown architecture or dialect.
-        WeightsError: unless every parameter and statistic is filled exactly once; one message lists all missing,
-            unexpected and misshapen keys.
     """
     chosen: dict[str, Any] = {
         "num_classes": num_classes, "in_channels": in_channels, "stem": stem, "shortcut": shortcut,
     }  # fmt: skip
-    found = statedict.match(state_dict, arch, dialect=dialect, **chosen)
+    found = statedict.match(state_dict, arch, dialect=dialect, prefix=prefix, key=key, **chosen)
     config = zoo.replaced(found.config, **chosen)
     values, _ = params.adapt(found.values, found.config, config, nnx.Rngs(seed))
     return params.fill(config, values, dtype)
@@ -79,11 +76,16 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         "are installed, the converted model's logits are compared with theirs.",
         epilog=f"Architectures: {', '.join(zoo.ZOO)}.",
     )
-    parser.add_argument("arch", metavar="ARCH", help="architecture of the weights, for example resnet50")
+    parser.add_argument(
+        "what",
+        metavar="FILE|ARCH",
+        help="a file, which says itself which ResNet it holds; or an architecture, for example resnet50, that the weights "
+        "must be",
+    )
     parser.add_argument(
         "--weights",
         metavar="NAME|FILE|hf:REPO",
-        help="published weights (IMAGENET1K_V1, IMAGENET1K_V2), a .pth, .pt, .th or .safetensors file, or "
+        help="with ARCH: published weights (IMAGENET1K_V1, IMAGENET1K_V2), a .pth, .pt, .th, .npz or .safetensors file, or "
         "hf:ORG/REPO[@REVISION], safetensors on the Hugging Face Hub (default: torchvision's default for ARCH, "
         "downloaded into torch's own cache)",
     )
@@ -94,24 +96,31 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         help="how the file names its tensors (default: the one that fits its keys best)",
     )
     parser.add_argument(
+        "--prefix",
+        help="of the network's names in the file, for example backbone (default: that under which most of a network lies)",
+    )
+    parser.add_argument(
+        "--key",
+        help="of the dict of tensors in a checkpoint, for example state_dict_ema or model.teacher (default: the one with "
+        "the largest network, averaged weights first)",
+    )
+    parser.add_argument(
         "--num-classes",
         type=int,
         metavar="N",
-        help="classes; where the file's head has another number, a fresh head is drawn (default: the dialect's or ARCH's)",
+        help="classes; where the file's head has another number, or it has none, a fresh one is drawn (default: the file's)",
     )
     parser.add_argument(
         "--in-channels",
         type=int,
         metavar="N",
-        help="channels of the images; a file's stem for 3 is adapted, as timm does (default: ARCH's own)",
+        help="channels of the images; a file's stem for 3 is adapted, as timm does (default: the file's)",
     )
-    parser.add_argument(
-        "--stem", choices=("imagenet", "cifar"), help="stem of the file's network (default: the dialect's or ARCH's)"
-    )
+    parser.add_argument("--stem", choices=("imagenet", "cifar"), help="refuse a file whose network has another stem")
     parser.add_argument(
         "--shortcut",
         choices=("pad", "projection", "projection_first", "conv"),
-        help="shortcuts of the file's network (default: the dialect's or ARCH's)",
+        help="refuse a file whose network has other shortcuts",
     )
     return with_common_options(parser)
 
@@ -166,17 +175,20 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> int:
 
 def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     chosen = {name: getattr(args, name) for name in zoo.FREE}
-    zoo.configure(args.arch, **chosen)  # a wrong value is told before anything is downloaded
-    source = sources.find("DEFAULT" if args.weights is None else args.weights, args.arch)
+    arch, spec = _arch_and_spec(args.what, args.weights)
+    # A wrong value is told before anything is downloaded.
+    zoo.replaced(zoo.find(arch).config if arch else ResNetConfig("basic", (1,), (1,)), **chosen)
+    source = sources.find(spec, arch)
     if row := source.row:
-        why = "as asked for" if args.weights else "torchvision's default"
+        why = "torchvision's default" if spec == "DEFAULT" else "as asked for"
         say("weights", f"{row.name} ({why}): {row.top1:.3f} % top-1, {row.top5:.3f} % top-5 on ImageNet, published")
     elif source.path:
         say("weights", str(source.path))
-    output = args.output or Path(f"{args.arch}-{source.label}.safetensors")
-    if output.suffix in sources.TORCH_SUFFIXES:
+    output = args.output or (Path(f"{arch}-{source.label}.safetensors") if arch else None)
+    if output and output.suffix in sources.TORCH_SUFFIXES:
         raise InputError(f"--output {output} has the ending of a PyTorch file: name the native file *.safetensors")
-    check_output(output, source.path, args.force)
+    if output:
+        check_output(output, source.path, args.force)
 
     source = sources.fetch(source, progress=not args.json)
     if source.repository:
@@ -187,34 +199,48 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         if warning := published.name_mismatch(source.path.name, digest):
             print(f"warning: {warning}", file=sys.stderr)
         source = dataclasses.replace(source, sha256=digest)
-    found = sources.read(source, args.arch, dialect=args.dialect, own_sizes=False, **chosen)
+    found = sources.read(source, arch, dialect=args.dialect, prefix=args.prefix, key=args.key, **chosen)
     if found.conversion is None:
         raise WeightsError(f"{found.spec} is a native jresnet file already: jresnet.load reads it")
+    conversion = found.conversion
+    say("found", f"{found.arch or 'a ResNet without a name'}: {infer.describe(found.config)}")
+    say("assumed", ", ".join(conversion.assumed))
     for note in found.notes:
         say("note", note)
-    conversion = found.conversion
+    arch = found.arch
+    if output is None:
+        output = Path(f"{arch or 'resnet'}-{source.label}.safetensors")
+        check_output(output, source.path, args.force)
     dropped = len(conversion.counters)
     counters = f"; {dropped} num_batches_tracked kept aside: only PyTorch's momentum=None reads them" if dropped else ""
     say("mapped", f"{len(found.values)} tensors, each used once ({conversion.dialect} naming){counters}")
-    model = params.fill(found.config, found.values)
-    check = verify.check(model, args.arch, conversion.torchvision(), args.verify)
-    say("verified", str(check))
     config = zoo.replaced(found.config, **chosen)
     values, adapted = params.adapt(found.values, found.config, config)
+    if conversion.headless:  # PyTorch's network has a head: any will do
+        with_head, _ = params.adapt(found.values, found.config, conversion.config)
+        conversion = dataclasses.replace(conversion, values=with_head)
+    model = params.fill(conversion.config, conversion.values)
+    if arch is None:
+        check = verify.Check(False, "left out, since PyTorch has no network of this configuration by a name")
+    else:
+        check = verify.check(model, arch, conversion.torchvision(), args.verify)
+    say("verified", f"as PyTorch's {arch}: {check}" if check.done else str(check))
     for note in adapted:
         say("adapted", note)
-    if config != found.config:
+    if config != conversion.config:
         model = params.fill(config, values)
     provenance = dict(found.metadata)
     if config.num_classes != found.config.num_classes:  # these are the old head's
         provenance = {name: text for name, text in provenance.items() if name not in ("categories", "scores")}
     if config.in_channels != found.config.in_channels:
         provenance.pop("preprocessing", None)
-    native.save(output, model, args.arch, **provenance)
+    native.save(output, model, **provenance)
     size = output.stat().st_size
-    say("wrote", f"{output} ({size / 1e6:.1f} MB); load it with jresnet.create({args.arch!r}, weights={str(output)!r})")
+    say("wrote", f"{output} ({size / 1e6:.1f} MB); load it with jresnet.load({str(output)!r})")
     return {
-        "arch": args.arch,
+        "arch": arch,
+        "config": dataclasses.asdict(config),
+        "assumed": list(conversion.assumed),
         "output": str(output),
         "bytes": size,
         "tensors": len(found.values),
@@ -224,6 +250,17 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         **{name: text for name, text in provenance.items() if name != "categories"},
         "verify": check.as_dict(),
     }
+
+
+def _arch_and_spec(what: str, weights: str | None) -> tuple[str | None, str]:
+    """The architecture that the weights must be, if one is named, and where they come from."""
+    if weights is not None:
+        return zoo.find(what).name, weights
+    if what in zoo.ZOO:
+        return what, "DEFAULT"
+    if os.path.exists(what) or Path(what).suffix or os.sep in what or ":" in what:
+        return None, what
+    return zoo.find(what).name, "DEFAULT"  # which raises, and names the nearest
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # the same for type checkers and editors
     from jresnet.factory import (
         create,
         list_models,
+        load,
         resnet18,
         resnet18_d2l,
         resnet20_cifar,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:  # the same for type checkers and editors
     from jresnet.models.resnet import BasicBlock, Bottleneck, ResNet
     from jresnet.pretrained import PretrainedWeights, get_weights, list_weights
     from jresnet.training import optim
-    from jresnet.weights.native import load, save
+    from jresnet.weights.native import save
     from jresnet.weights.preprocessing import Preprocessing
 
 
@@ -95,7 +96,6 @@ _MODULES = {  # where a public name comes from; the others from jresnet.factory
     "fuse": "jresnet.models.fuse",
     "get_weights": "jresnet.pretrained",
     "list_weights": "jresnet.pretrained",
-    "load": "jresnet.weights.native",
     "save": "jresnet.weights.native",
 }
 

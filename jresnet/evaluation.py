@@ -69,7 +69,7 @@ def resolve(weights: str, dtype: DTypeLike | None = None) -> Resolved:
     """A model from a native file or published weights; ``weights`` and errors as :func:`jresnet.sources.load`."""
     found = sources.load(weights)
     model = params.fill(found.config, found.values, dtype)
-    return Resolved(found.arch, model, found.preprocessing, found.categories)
+    return Resolved(found.arch or "ResNet", model, found.preprocessing, found.categories)
 
 
 def choose_preprocessing(

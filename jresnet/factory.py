@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import os
 import warnings
+from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from flax import nnx
@@ -45,7 +46,7 @@ def create(
     (2, 10)
 
     Args:
-        arch: a name of :func:`list_models`; ``None``: the weights' own, where they say it.
+        arch: a name of :func:`list_models`; ``None``: as ``weights`` say, also a ResNet that has no name.
         weights: those of :func:`jresnet.get_weights`; the path of a native file or of one from PyTorch (``.pth``,
             ``.pt``, ``.th``, ``.safetensors``); or the name of published weights such as ``"IMAGENET1K_V2"`` or
             ``"DEFAULT"``, or ``"hf:ORG/REPO[@REVISION]"`` on the Hugging Face Hub (with the extra ``hub``), which are
@@ -121,6 +122,14 @@ def _rngs(seed: Any, rngs: Any) -> nnx.Rngs:
     if not isinstance(rngs, nnx.Rngs):
         raise InputError(f"rngs must be flax.nnx.Rngs, such as nnx.Rngs(0), got {rngs!r}")
     return rngs
+
+
+def load(path: str | os.PathLike[str], dtype: DTypeLike | None = None) -> ResNet:
+    """The network in a native file or one from PyTorch, whatever ResNet it is; errors and ``dtype`` as :func:`create`.
+
+    A network that :func:`create` would adapt to other classes or channels is built as the file has it.
+    """
+    return create(weights=Path(path), dtype=dtype)
 
 
 class Options(TypedDict, total=False):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from jresnet.errors import InputError
@@ -54,3 +55,10 @@ def printable(name: str) -> str:
     """A name from a stranger's file as it may be shown on a terminal: without control codes, and not for pages."""
     name = name if name.isprintable() else repr(name)
     return name if len(name) <= 200 else f"{name[:200]}..."
+
+
+def few(names: Iterable[str]) -> str:
+    """At most five names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
+    return ", ".join(map(printable, names[:5])) + more

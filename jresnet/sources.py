@@ -47,7 +47,7 @@ class Weights:
     """The arrays of a network, with what is known of them."""
 
     spec: str  # as :class:`Source`, a revision on the Hub as its commit in full
-    arch: str | None  # None: no row of the zoo
+    arch: str | None  # a name of the zoo; None: the network is none of its rows
     config: ResNetConfig  # of the network that the file holds
     values: Mapping[str, np.ndarray]  # parameters and statistics by dotted path, float32 or as a native file has them
     metadata: Mapping[
@@ -90,6 +90,8 @@ def load(
     arch: str | None = None,
     *,
     dialect: str | None = None,
+    prefix: str | None = None,
+    key: str | None = None,
     progress: bool = True,
     **chosen: Any,
 ) -> Weights:
@@ -106,17 +108,18 @@ def load(
         arch: a name of :func:`jresnet.list_models`; ``None``: as the weights say.
         dialect: how a file from PyTorch names its tensors (:data:`jresnet.pytorch.keymap.DIALECTS`); ``None``: the one
             that fits its keys best.
+        prefix, key: of its network's keys and of its dict of tensors, as in :func:`jresnet.pytorch.statedict.match`.
         progress: show downloads on stderr.
-        chosen: those of num_classes, in_channels, stem and shortcut of a network from PyTorch that are not the
-            architecture's own. Numbers of classes and channels are the file's, whatever is chosen:
+        chosen: those of num_classes, in_channels, stem and shortcut that are asked for, as in
+            :func:`jresnet.pytorch.statedict.match`. Numbers of classes and channels are the file's, whatever is chosen:
             :func:`jresnet.models.params.adapt` makes them others.
 
     Raises:
         InputError: for an unknown architecture or name of weights, or a value out of range.
-        WeightsError: for a file that is damaged, holds another network, or does not say which one.
+        WeightsError: for a file that is damaged, or holds another network.
         DownloadError: the weights are neither in the cache nor to be had.
     """
-    return read(fetch(find(spec, arch), progress=progress), arch, dialect=dialect, **chosen)
+    return read(fetch(find(spec, arch), progress=progress), arch, dialect=dialect, prefix=prefix, key=key, **chosen)
 
 
 def find(spec: str | os.PathLike[str], arch: str | None = None) -> Source:
@@ -177,13 +180,15 @@ def fetch(source: Source, *, progress: bool = True) -> Source:
 
 
 def read(
-    source: Source, arch: str | None = None, *, dialect: str | None = None, own_sizes: bool = True, **chosen: Any
+    source: Source,
+    arch: str | None = None,
+    *,
+    dialect: str | None = None,
+    prefix: str | None = None,
+    key: str | None = None,
+    **chosen: Any,
 ) -> Weights:
-    """The weights in a file that was fetched; arguments and errors as :func:`load`.
-
-    ``own_sizes=False`` refuses a file from PyTorch whose number of classes or channels is neither chosen nor that of its
-    dialect or architecture.
-    """
+    """The weights in a file that was fetched; arguments and errors as :func:`load`."""
     assert source.path is not None, "fetch comes first"
     path = source.path
     if source.repository and arch:
@@ -196,20 +201,18 @@ def read(
             raise WeightsError(f"the weights {path} are of another network: its architecture is {own}, not {arch}")
         return Weights(source.spec, found, config, values, metadata)
     arch = arch or source.arch
-    if arch is None:
-        raise WeightsError(
-            f"{source.spec} does not say its architecture: name it, as in jresnet.create(ARCH, weights=...), or make a "
-            "native file of it first, with python -m convert.torch2flax"
-        )
     if chosen.get("num_classes") == 0:  # a network without a head is made of one with: the file's own
         chosen["num_classes"] = None
     if source.repository and chosen.get("num_classes") is None:
         chosen["num_classes"] = source.repository.num_classes
-    conversion = statedict.match(tensors, arch, dialect=dialect, source=str(path), own_sizes=own_sizes, **chosen)
+    conversion = statedict.match(tensors, arch, dialect=dialect, prefix=prefix, key=key, source=str(path), **chosen)
     if source.repository:
-        hub.check(source.repository, arch, conversion.config)
+        hub.check(source.repository, conversion.arch or "ResNet", conversion.config)
     kept = conversion.metadata() | _preprocessing(conversion) | _provenance(source, path)
-    return Weights(source.spec, arch, conversion.config, conversion.values, kept, conversion.notes, conversion)
+    config = conversion.config
+    if conversion.headless:
+        config = dataclasses.replace(config, num_classes=0)
+    return Weights(source.spec, conversion.arch, config, conversion.values, kept, conversion.notes, conversion)
 
 
 def open_file(path: Path) -> tuple[Any, dict[str, str]]:
@@ -228,7 +231,7 @@ def open_file(path: Path) -> tuple[Any, dict[str, str]]:
 def _preprocessing(conversion: statedict.Conversion) -> dict[str, str]:
     """That of the dialect's data set, where the network is one for its classes."""
     dialect = keymap.DIALECTS[conversion.dialect]
-    if dialect.statistics is None or conversion.config.num_classes != dialect.num_classes:
+    if dialect.statistics is None or conversion.config.num_classes != dialect.num_classes or conversion.headless:
         return {}
     return {"preprocessing": Preprocessing(None, 32, *STATISTICS[dialect.statistics]).to_json()}
 

@@ -35,6 +35,8 @@ FITTING = {
     "chenyaofo": ("resnet20_cifar", {"shortcut": "projection"}),
     "resnet34_projection": ("resnet34_projection", {"num_classes": 10}),
     "resnet18_d2l": ("resnet18_d2l", {}),
+    "transformers": ("resnet20_cifar", {"shortcut": "projection", "stem": "imagenet"}),
+    "children": ("resnet20_cifar", {"shortcut": "projection", "stem": "imagenet"}),
 }
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
 from conftest import REPOSITORY, command
+from flax import nnx
 
 import jresnet
 from jresnet import sources
@@ -79,7 +81,7 @@ def test_the_channels_are_the_files(tmp_path: Path) -> None:
     grey = jresnet.create("resnet20_cifar", in_channels=1)
     torchsave.write(tmp_path / "grey.pth", statedict.state_dict(grey))
     assert jresnet.create("resnet20_cifar", weights=tmp_path / "grey.pth").config.in_channels == 1
-    with pytest.raises(WeightsError, match=r"conv1\.weight is \[16, 1, 3, 3\], not \[16, 4, 3, 3\]"):
+    with pytest.raises(WeightsError, match="its in_channels is 1, not 4: only a stem for 3 can be adapted"):
         jresnet.create("resnet20_cifar", weights=tmp_path / "grey.pth", in_channels=4)
 
 
@@ -138,9 +140,28 @@ def test_what_is_no_source(spec: str, arch: str | None, message: str) -> None:
         sources.find(spec, arch)
 
 
-def test_a_file_that_does_not_say_its_architecture(pth: Path) -> None:
-    with pytest.raises(WeightsError, match=r"does not say its architecture.*python -m convert\.torch2flax ARCH"):
-        sources.load(pth)
+def test_a_file_says_its_architecture(model: jresnet.ResNet, pth: Path) -> None:
+    found = sources.load(pth)
+    assert (found.arch, found.config) == ("resnet20_cifar", model.config)
+    for again in (jresnet.create(weights=pth), jresnet.load(pth), jresnet.load(str(pth))):
+        assert native.digest(params.arrays(again)) == native.digest(params.arrays(model))
+    assert jresnet.create(weights=pth, num_classes=7).config.num_classes == 7
+    with pytest.raises(InputError, match="neither an architecture nor weights"):
+        jresnet.create()
+
+
+def test_a_network_without_a_row_of_the_zoo(tmp_path: Path) -> None:
+    config = jresnet.ResNetConfig("basic", (1, 1, 1, 1), (48, 96, 192, 384), num_classes=37, in_channels=5)
+    model = jresnet.ResNet(config, rngs=nnx.Rngs(0))
+    torchsave.write(tmp_path / "mine.pth", statedict.state_dict(model))
+    found = sources.load(tmp_path / "mine.pth")
+    assert (found.arch, found.config) == (None, config)
+    again = jresnet.load(tmp_path / "mine.pth")
+    assert native.digest(params.arrays(again)) == native.digest(params.arrays(model))
+    with pytest.raises(
+        WeightsError, match=r"holds a ResNet that has no name here, not a resnet18: basic blocks 1-1-1-1"
+    ):
+        jresnet.create("resnet18", weights=tmp_path / "mine.pth")
 
 
 def test_missing_files(tmp_path: Path) -> None:
@@ -174,3 +195,71 @@ def test_a_files_name_need_not_be_unicode(pth: Path) -> None:
     path = pth.with_name(os.fsdecode(b"\xff.pth"))
     pth.rename(path)
     assert sources.load(path, "resnet20_cifar").metadata["source"] == "\ufffd.pth"
+
+
+# --- Other files than torch.save's
+
+
+def npz(path: Path, arrays: dict[str, np.ndarray], compressed: bool = False) -> Path:
+    (np.savez_compressed if compressed else np.savez)(path, **arrays)
+    return path
+
+
+@pytest.mark.parametrize("compressed", [True, False])
+def test_numpys_files(model: jresnet.ResNet, tmp_path: Path, compressed: bool) -> None:
+    path = npz(tmp_path / "mine.npz", statedict.state_dict(model, counters=7), compressed)
+    found = sources.load(path)
+    assert (found.arch, found.config) == ("resnet20_cifar", model.config)
+    assert native.digest(found.values) == native.digest(params.arrays(model))
+    assert found.metadata["num_batches_tracked"] == "7"
+
+
+def entry(shape: str, dtype: str = "<f4", size: int = 8) -> bytes:
+    """A .npy of ``size`` zero bytes whose header says something else."""
+    header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(size)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (entry("(1000000000000,)"), "of another size than it says"),
+        (entry("(-2, -1)"), "damaged|of another size"),
+        (entry("(1,)", "|O"), "of objects"),
+        (entry("(1000000,)", size=4_000_000), "inflates to more than 32 times its size"),
+        (b"\x93NUMPY\x09\x00" + bytes(20), "damaged"),
+        (b"no array", "damaged"),
+    ],
+)
+def test_a_strangers_npz(tmp_path: Path, content: bytes, message: str) -> None:
+    with zipfile.ZipFile(tmp_path / "x.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("conv1.weight.npy", content)
+    with pytest.raises(WeightsError, match=message):
+        sources.load(tmp_path / "x.npz")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x89HDF\r\n\x1a\n" + bytes(600), "is an HDF5 file, as Keras writes"),
+        (b"\x81\xa6params\x81\xa1a" + bytes(600), "is a msgpack file, as flax writes"),
+        (b"\x08\x08\x12\x07pytorch\x1a\x052.1.0" + bytes(600), "is an ONNX file"),
+        (b'{"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}', "is JSON, such as the index"),
+    ],
+)
+def test_foreign_files(tmp_path: Path, content: bytes, message: str) -> None:
+    """One sentence says what it is, and what would help."""
+    (tmp_path / "weights").write_bytes(content)
+    with pytest.raises(WeightsError, match=f"{message}.*save.*with torch.save|{message}.*in one file"):
+        sources.load(tmp_path / "weights")
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [("torch.qint8", "its float weights are lost"), ("numpy.core.multiarray._reconstruct", "numpy.savez")],
+)
+def test_pickles_of_other_things(tmp_path: Path, name: str, advice: str) -> None:
+    module, _, function = name.rpartition(".")
+    (tmp_path / "x.pkl").write_bytes(b"\x80\x02c" + f"{module}\n{function}\n.".encode())
+    with pytest.raises(WeightsError, match=f"forbidden global {name}, .*{advice}"):
+        sources.load(tmp_path / "x.pkl")

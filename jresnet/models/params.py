@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jresnet.errors import WeightsError
-from jresnet.files import printable
+from jresnet.files import few
 from jresnet.models.config import ResNetConfig
 from jresnet.models.layers import Linear
 from jresnet.models.resnet import ResNet
@@ -108,8 +108,8 @@ def adapt(
 
 
 def differences(expected: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """One line for each kind of disagreement between two tables of names and shapes; empty where they agree."""
-    missing, unexpected = expected.keys() - got.keys(), [printable(k) for k in got.keys() - expected.keys()]
+    """A line for each kind of disagreement between two tables of names and shapes, with a few names; empty where none is."""
+    missing, unexpected = expected.keys() - got.keys(), got.keys() - expected.keys()
     misshapen = [
         f"{k} is {list(got[k])}, not {list(expected[k])}"
         for k in sorted(expected.keys() & got.keys())
@@ -118,5 +118,5 @@ def differences(expected: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple
     lines = []
     for title, names in (("missing", sorted(missing)), ("unexpected", sorted(unexpected)), ("misshapen", misshapen)):
         if names:
-            lines.append(f"{len(names)} {title}: {', '.join(names)}")
+            lines.append(f"{len(names)} {title}: {few(names)}")
     return lines

@@ -6,8 +6,9 @@ unexpected in a file shows.
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,12 +24,20 @@ COUNTER = "num_batches_tracked"
 # Entries of wrappers, not of networks: torch.optim.swa_utils.AveragedModel counts its updates.
 IGNORED = ("n_averaged",)
 
-# Prefixes that wrappers put before every key: DataParallel and DDP, torch.compile, Lightning and hand-made classes.
-WRAPPERS = ("module.", "_orig_mod.", "model.")
+# Modules that wrappers put between a network's own: FSDP, activation checkpointing, torch.compile of single blocks.
+BETWEEN = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 
-# Where a training script's checkpoint keeps the state_dict; averaged weights first, as timm's load_checkpoint prefers
-# them: they are what such a run was evaluated with.
-CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model", "model_state_dict", "net")
+# What is called so is taken before, or after, another network of the same size in one file: averaged weights are what a run
+# was evaluated with (timm's load_checkpoint prefers them, DINO evaluates its teacher), MoCo trains its encoder_q.
+FIRST = re.compile(r"(^|[._])(ema|teacher)([._]|$)|(^|[._])ema_|model_ema")
+LAST = re.compile(r"(^|[._])(student|encoder_k|momentum_encoder|target_encoder)([._]|$)")
+
+# What a checkpoint may call its network beside the tensors: networks of timm's that have a ResNet's keys and are other
+# functions, since they average or blur before their strides.
+OTHER_FUNCTIONS = re.compile(r"(wide_)?resne(x)?t(aa|blur)")
+
+# The last layer by its module's first name, where it is not where the dialect has it.
+HEADS = ("fc", "linear", "classifier", "last_linear", "head", "cls_head", "logits", "output")
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,9 @@ class Dialect:
 
     renames: tuple[tuple[str, str], ...] = ()  # patterns and replacements, in turn: torchvision's key -> the dialect's
     aliases: tuple[tuple[str, str], ...] = ()  # the same, to a second name under which a tensor is registered again
+    root: str = ""  # what every name but the head's begins with, and a file of the body alone leaves out
     config: Mapping[str, Any] = field(default_factory=dict)  # fields of ResNetConfig that its networks share
+    stages: int | None = None  # of its networks, where that alone tells it from another dialect
     num_classes: int | None = None  # of the data set its networks are trained on; None: the architecture's own
     statistics: str | None = (
         None  # by which its images are normalised, a name of jresnet.weights.preprocessing.STATISTICS
@@ -78,6 +89,7 @@ DIALECTS: Mapping[str, Dialect] = {
     # chenyaofo/pytorch-cifar-models: torchvision's names at the depths of the CIFAR family, with the paper's option B
     "chenyaofo": Dialect(
         config={"stem": "cifar", "shortcut": "projection"},
+        stages=3,
         num_classes=10,
         statistics="kuangliu",
     ),
@@ -101,9 +113,34 @@ DIALECTS: Mapping[str, Dialect] = {
         ),
         config={"shortcut": "conv", "conv_bias": True},
     ),
+    # ResNetForImageClassification of huggingface/transformers, such as microsoft/resnet-50; ResNetModel has no "resnet."
+    "transformers": Dialect(
+        renames=(
+            (r"^conv1\.", "resnet.embedder.embedder.convolution."),
+            (r"^bn1\.", "resnet.embedder.embedder.normalization."),
+            (r"^fc\.", "classifier.1."),
+            (r"^layer1\.", "resnet.encoder.stages.0.layers."), (r"^layer2\.", "resnet.encoder.stages.1.layers."),
+            (r"^layer3\.", "resnet.encoder.stages.2.layers."), (r"^layer4\.", "resnet.encoder.stages.3.layers."),
+            (r"\.conv1\.", ".layer.0.convolution."), (r"\.bn1\.", ".layer.0.normalization."),
+            (r"\.conv2\.", ".layer.1.convolution."), (r"\.bn2\.", ".layer.1.normalization."),
+            (r"\.conv3\.", ".layer.2.convolution."), (r"\.bn3\.", ".layer.2.normalization."),
+            (r"\.downsample\.0\.", ".shortcut.convolution."), (r"\.downsample\.1\.", ".shortcut.normalization."),
+        ),
+        root="resnet.",
+        config={"stem": "imagenet", "shortcut": "projection"},
+    ),
+    # nn.Sequential(*resnet.children()) without the last layers, or with a Flatten before the last; fastai's body is one
+    "children": Dialect(
+        renames=(
+            (r"^conv1\.", "0."), (r"^bn1\.", "1."), (r"^fc\.", "10."),
+            (r"^layer1\.", "4."), (r"^layer2\.", "5."), (r"^layer3\.", "6."), (r"^layer4\.", "7."),
+        ),
+        config={"stem": "imagenet", "shortcut": "projection"},
+    ),
 }  # fmt: skip
 
 
+@functools.lru_cache(1 << 16)
 def torch_key(path: str, dialect: str = "torchvision") -> str:
     """``layer1.0.bn1.scale`` -> ``layer1.0.bn1.weight``, in the naming of ``dialect``."""
     module, _, leaf = path.rpartition(".")
@@ -125,18 +162,6 @@ def _replaced(key: str, replacements: tuple[tuple[str, str], ...]) -> str:
     for pattern, replacement in replacements:
         key = re.sub(pattern, replacement, key)
     return key
-
-
-def strip_wrappers(keys: Collection[str]) -> str:
-    """The prefix, such as ``module._orig_mod.``, that wrappers put before every one of ``keys``; often empty."""
-    prefix = ""
-    while True:
-        for wrapper in WRAPPERS:
-            if keys and all(key.startswith(prefix + wrapper) for key in keys):
-                prefix += wrapper
-                break
-        else:
-            return prefix
 
 
 def torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,5 +1,7 @@
 """Read what ``torch.save`` wrote (``.pth``, ``.pt``, ``.th``) into numpy arrays, without torch: ``read(path)``.
 
+A ``.npz`` of numpy's ``savez`` is read too, by its own headers: see :func:`_read_npz`.
+
 A ``torch.save`` file is a pickle beside raw storages, and a pickle is a program: it is run by
 :mod:`jresnet.pytorch.unpickle`, which builds plain data and runs nothing. The worst file can build dicts, lists, tuples,
 numbers, strings, and descriptions of tensors.
@@ -21,10 +23,11 @@ import pickle  # the name of an opcode only: nothing here is unpickled by it
 import stat
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, ClassVar, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -37,6 +40,7 @@ MAX_PICKLE = 64 << 20  # bytes; a tensor takes about 150: room for 400,000 of th
 MAX_DEPTH = 100  # levels of dicts, lists and tuples
 MAX_VIEWS = 4  # all arrays together, as a multiple of the storages they share
 MAX_DIRECTORY = 1 << 20  # bytes of a zip archive's directory, and a quarter of the file; zipfile takes 12 times as much
+MAX_INFLATED = 32  # a .npz's arrays, as a multiple of the file; numpy.savez_compressed gains a tenth on weights
 CHUNK = 1 << 20  # bytes read at a time, so that a large storage is not held twice
 LEGACY_MAGIC, LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001  # torch/serialization.py: MAGIC_NUMBER, PROTOCOL_VERSION
 ADVICE = "only tensors, numbers and strings in dicts and lists are read; save with torch.save(model.state_dict(), path)"
@@ -85,9 +89,12 @@ def read(path: str | Path) -> object:
     except OSError as error:
         cause = error.strerror or error
         raise WeightsError(f"{path} cannot be read ({cause}); expected a .pth file that torch.save wrote") from error
-    except (*unpickle.DAMAGE, zipfile.BadZipFile) as error:
+    except (*unpickle.DAMAGE, zipfile.BadZipFile, zlib.error) as error:
         cause = f"{type(error).__name__}: {str(error)[:200]}"
         raise WeightsError(f"{path} is damaged or not written by torch.save ({cause}); get the file again") from error
+
+
+_ONLY = "only PyTorch's weights are converted: save those with torch.save(model.state_dict(), path)"
 
 
 def _foreign(head: bytes) -> str:
@@ -100,6 +107,17 @@ def _foreign(head: bytes) -> str:
         return "is a web page, as servers send where a file has gone or needs a login; download the file itself"
     if head[257:262] == b"ustar":
         return "is a tar archive, as torch before 0.1.10 wrote; load it with torch, and save it again with torch.save"
+    if head.startswith(b"\x89HDF"):
+        return f"is an HDF5 file, as Keras writes, whose layers have other names and layouts; {_ONLY}"
+    if head[0] == 8 and (b"pytorch" in head or b"onnx" in head.lower()):
+        return f"is an ONNX file, a program with its constants; {_ONLY}"
+    if head.lstrip().startswith((b'{"', b"{\n", b"[")):
+        return (
+            "is JSON, such as the index of a checkpoint in several files, not the tensors themselves; load the checkpoint "
+            "with the library that wrote it, and save it in one file with torch.save(model.state_dict(), path)"
+        )
+    if 0x80 < head[0] < 0x90 and 0xA0 < head[1] < 0xC0:
+        return f"is a msgpack file, as flax writes, of another network's names and layouts; {_ONLY}"
     if head[4:9] == b"\0\0\0\0{":
         return "is a safetensors file; give it the ending .safetensors"
     return f"is not a file of torch.save: it begins with {head[:8]!r}, not like a zip archive or a pickle"
@@ -129,6 +147,17 @@ class _Tensor(NamedTuple):
 
 class _Interpreter(unpickle.Interpreter):
     """With a ``_Tensor`` for every tensor, and the storages that they need."""
+
+    hints: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(
+            ("torch.qint", "torch.quint", "torch._utils._rebuild_qtensor", "torch.ScriptObject"),
+            "the network was quantised, and its float weights are lost: convert it from before that",
+        ),
+        **dict.fromkeys(
+            ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
+            "of a pickle of numpy arrays, as detectron2 publishes, make a file with numpy.savez(path, **arrays)",
+        ),
+    }
 
     def __init__(self, data: bytes, size: int):
         super().__init__(data, _GLOBALS, size=size, advice=ADVICE)
@@ -280,18 +309,22 @@ def _read_zip(file: io.BufferedReader, size: int) -> object:
             raise Refused("is a zip archive with two entries of one name; get the file again")
         if any(name.endswith("/constants.pkl") for name in entries):
             raise Refused("is TorchScript; open it with torch.jit.load and torch.save its state_dict()")
+        npz = all(name.endswith(".npy") for name in entries)
         end = 0
         for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
             name, parts = info.filename[:80], PurePosixPath(info.filename).parts
-            if info.flag_bits & 0x2041 or info.compress_type or info.file_size != info.compress_size:
+            packed = info.compress_type or info.file_size != info.compress_size
+            if info.flag_bits & 0x2041 or (packed and not (npz and info.compress_type in (0, zipfile.ZIP_DEFLATED))):
                 raise Refused(f"has the compressed or encrypted entry {name!r}; torch.save stores; save it again")
             if {"/", "//", ".."} & set(parts) or "\\" in info.filename:
                 raise Refused(f"has the entry {name!r}, which leads out of the archive; get the file again")
             file.seek(info.header_offset + 26)
             start = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))  # the local name and padding
-            if info.header_offset < end or start + info.file_size > size:
+            if info.header_offset < end or start + info.compress_size > size:
                 raise Refused(f"has the entry {name!r}, which overlaps another or the end; get the file again")
-            end = start + info.file_size
+            end = start + info.compress_size
+        if npz:
+            return _read_npz(archive, size)
         roots = [name.removesuffix("data.pkl") for name in entries if name.endswith("/data.pkl")]
         if len(roots) != 1:
             raise Refused("is a zip archive, but not of torch.save: expected a folder with data.pkl; unpack it first")
@@ -309,6 +342,24 @@ def _read_zip(file: io.BufferedReader, size: int) -> object:
 
         run = _Interpreter(archive.read(roots[0] + "data.pkl"), size)
         return _assemble(run.load(), run, list(run.storages), load)
+
+
+def _read_npz(archive: zipfile.ZipFile, size: int) -> dict[str, np.ndarray]:
+    """The arrays of ``numpy.savez`` by their names; bounded by what the archive says before anything is inflated."""
+    if sum(info.file_size for info in archive.infolist()) > MAX_INFLATED * size:
+        raise Refused(f"inflates to more than {MAX_INFLATED} times its size; save it again with numpy.savez")
+    arrays = {}
+    for info in archive.infolist():
+        with archive.open(info) as stream:
+            version = np.lib.format.read_magic(stream)
+            header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+            shape, by_columns, dtype = header(stream)
+            # A header may ask for any size: memory is reserved only for what the entry holds.
+            if dtype.hasobject or math.prod(shape) * dtype.itemsize != info.file_size - stream.tell():
+                raise Refused(f"has the entry {info.filename[:80]!r} of objects, or of another size than it says")
+            flat = _bytes(stream, math.prod(shape) * dtype.itemsize).view(dtype)
+            arrays[info.filename.removesuffix(".npy")] = flat.reshape(shape, order="F" if by_columns else "C")
+    return arrays
 
 
 def _check_directory(file: io.BufferedReader, size: int) -> None:

@@ -208,6 +208,63 @@ def d2l() -> nn.Module:
     return nn.Sequential(stem, *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
 
 
+# --- huggingface/transformers: ResNetForImageClassification
+
+
+class Convolution(nn.Module):
+    def __init__(self, inplanes: int, planes: int, size: int, stride: int, relu: bool = True):
+        super().__init__()
+        self.convolution = conv(inplanes, planes, size, stride)
+        self.normalization = nn.BatchNorm2d(planes)
+        self.activation = nn.ReLU() if relu else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.normalization(self.convolution(x)))
+
+
+class TransformersLayer(nn.Module):
+    def __init__(self, inplanes: int, planes: int, stride: int, bottleneck: bool):
+        super().__init__()
+        sizes = ((inplanes, planes, 1, 1), (planes, planes, 3, stride), (planes, 4 * planes, 1, 1))
+        if not bottleneck:
+            sizes = ((inplanes, planes, 3, stride), (planes, planes, 3, 1))
+        outplanes = sizes[-1][1]
+        self.shortcut = (
+            Convolution(inplanes, outplanes, 1, stride, relu=False)
+            if stride > 1 or inplanes != outplanes
+            else nn.Identity()
+        )
+        self.layer = nn.Sequential(*[Convolution(*size, relu=size is not sizes[-1]) for size in sizes])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.layer(x) + self.shortcut(x))
+
+
+class Transformers(nn.Module):
+    def __init__(self, arch: str):
+        super().__init__()
+        bottleneck = arch == "resnet50"
+        layers = stages(partial(TransformersLayer, bottleneck=bottleneck), WIDTHS, DEPTHS[arch], 4 if bottleneck else 1)
+        embedder, encoder = nn.Module(), nn.Module()
+        embedder.embedder = Convolution(3, 64, 7, 2)
+        encoder.stages = nn.ModuleList()
+        for stage in layers:
+            encoder.stages.append(nn.ModuleDict({"layers": stage}))
+        self.resnet = nn.ModuleDict({"embedder": embedder, "encoder": encoder})
+        self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(2048 if bottleneck else 512, 1000))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(self.resnet["embedder"].embedder(x), 3, 2, 1)
+        for stage in self.resnet["encoder"].stages:
+            x = stage["layers"](x)
+        return self.classifier(F.adaptive_avg_pool2d(x, 1))
+
+
+def children() -> nn.Module:
+    *body, last = networks.models.resnet18().children()
+    return nn.Sequential(*body, nn.Flatten(), last)
+
+
 def chenyaofo() -> nn.Module:
     config = zoo.configure("resnet20_cifar", shortcut="projection")
     return reference.network("resnet20_cifar", config)  # torchvision's names at the depths of the CIFAR family
@@ -221,4 +278,6 @@ DIALECT_NETWORKS: dict[str, list[tuple[str, Callable[[], nn.Module]]]] = {
     "chenyaofo": [("resnet20_cifar", chenyaofo)],
     "resnet34_projection": [("resnet34_projection", Projection34)],
     "resnet18_d2l": [("resnet18_d2l", d2l)],
+    "transformers": [(arch, partial(Transformers, arch)) for arch in ("resnet18", "resnet50")],
+    "children": [("resnet18", children)],
 }

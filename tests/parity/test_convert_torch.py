@@ -75,3 +75,125 @@ def test_pytorchs_networks_bring_in_no_jax() -> None:
     code = "import sys; from convert import reference; reference.CifarResNet; assert 'jax' not in sys.modules"
     done = command("-W", "ignore", "-c", code)
     assert done.returncode == 0, done.stderr
+
+
+def small(classes: int = 7) -> torch.nn.Module:
+    """A network without a row of the zoo."""
+    from torchvision.models.resnet import BasicBlock, ResNet
+
+    torch.manual_seed(0)
+    model = ResNet(BasicBlock, [1, 1, 1, 1], num_classes=classes)
+    networks.randomise(model)
+    return model.eval()
+
+
+FORMS = (
+    "compile of DataParallel", "Lightning", "timm's train.py", "DINO", "mmpretrain", "a head behind a Dropout", "halved",
+    "a module of modules",
+)  # fmt: skip
+
+
+def forms(model: torch.nn.Module) -> dict[str, object]:
+    """What training scripts save of ``model``."""
+    from torch import nn
+    from torch.nn import DataParallel
+
+    state = model.state_dict()
+    other = {key: torch.zeros_like(value) for key, value in state.items()}
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    behind_dropout = dict(state)
+    for leaf in ("weight", "bias"):
+        behind_dropout[f"fc.1.{leaf}"] = behind_dropout.pop(f"fc.{leaf}")
+    lightning = {f"model.{key}": value for key, value in state.items()} | {"loss.weight": torch.ones(7)}
+    return {
+        "compile of DataParallel": torch.compile(DataParallel(model), backend="eager").state_dict(),
+        "Lightning": {
+            "epoch": 3, "pytorch-lightning_version": "2.5", "state_dict": lightning, "hyper_parameters": {"lr": 0.1},
+            "optimizer_states": [optimizer.state_dict()],
+        },
+        "timm's train.py": {"epoch": 3, "state_dict": other, "state_dict_ema": state, "optimizer": optimizer.state_dict()},
+        "DINO": {
+            "student": {f"module.backbone.{key}": value for key, value in other.items()},
+            "teacher": {f"backbone.{key}": value for key, value in state.items()},
+        },
+        "mmpretrain": {
+            "meta": {},
+            "state_dict": {("head." if key.startswith("fc.") else "backbone.") + key: v for key, v in state.items()},
+        },
+        "a head behind a Dropout": behind_dropout,
+        "halved": {key: value.half() for key, value in state.items()},
+        "a module of modules": nn.ModuleDict({"any": nn.ModuleList([nn.Linear(2, 2), model])}).state_dict(),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_people_have(tmp_path: Path, form: str) -> None:
+    """A file written by torch becomes the network that it came from, with nothing said."""
+    import jresnet
+
+    model = small()
+    torch.save(forms(model)[form], tmp_path / "model.pth")
+    if form == "halved":
+        model = model.half().float()
+    found = verify.compare(jresnet.load(tmp_path / "model.pth"), model, 64)
+    assert found.is_rounding, found
+
+
+def test_backbones_of_torchvision(tmp_path: Path) -> None:
+    """IntermediateLayerGetter has no head; a segmentation network's is none of a ResNet's."""
+    import numpy as np
+    from torchvision.models._utils import IntermediateLayerGetter
+
+    import jresnet
+
+    model = small()
+    backbone = IntermediateLayerGetter(model, {"layer4": "out"})
+    state = {f"backbone.{key}": value for key, value in backbone.state_dict().items()}
+    torch.save(state | {"classifier.0.weight": torch.ones(9, 512, 3, 3)}, tmp_path / "model.pth")
+    found = jresnet.create(weights=tmp_path / "model.pth", num_classes=3)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        wanted = backbone(images)["out"].numpy().transpose(0, 2, 3, 1)
+    given = found.features(images.numpy().transpose(0, 2, 3, 1))["layer4"]
+    np.testing.assert_allclose(given, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+
+
+def test_the_command_needs_a_file_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"net": networks.build("resnet18", num_classes=10).state_dict()}, "model.pth")
+    assert torch2flax.main(["model.pth"]) == 0
+    printed = capsys.readouterr().out
+    line = "basic blocks 2-2-2-2, widths 64-128-256-512, 7x7 stem for 3 channels, projection shortcuts, 10 classes"
+    assert f"found    resnet18: {line}\n" in printed
+    assert "assumed  no dilation, ReLU behind each block's sum\n" in printed
+    assert "verified as PyTorch's resnet18: relative distance" in printed
+    assert Path("resnet18-model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_no_draw_decides_whether_a_conversion_is_right() -> None:
+    """200 correct conversions pass, and each of 20 with one wrong tensor is refused."""
+    import numpy as np
+
+    from jresnet.errors import WeightsError
+    from jresnet.models import params
+    from jresnet.pytorch import statedict
+
+    refused = 0
+    for seed in range(200):
+        torch.manual_seed(seed)
+        network = networks.CifarResNet(20)
+        networks.randomise(network)
+        found = statedict.match(network.state_dict())
+        tensors = found.torchvision()
+        model = params.fill(found.config, found.values)
+        assert verify.check(model, "resnet20_cifar", tensors, "always").done
+        if seed % 10 == 0:
+            path = sorted(found.values)[seed // 2 % 97]
+            broken = found.values | {path: np.roll(found.values[path], 1)}
+            with pytest.raises(WeightsError, match="is not the network PyTorch computes"):
+                verify.check(params.fill(found.config, broken), "resnet20_cifar", tensors, "always")
+            refused += 1
+    assert refused == 20

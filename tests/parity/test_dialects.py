@@ -32,10 +32,10 @@ def randomised(build: Callable[[], nn.Module]) -> nn.Module:
 
 @pytest.mark.parametrize(("dialect", "arch", "build"), ALL, ids=[f"{row[0]}-{row[1]}" for row in ALL])
 def test_found_and_the_same_function(dialect: str, arch: str, build: Callable[[], nn.Module]) -> None:
-    """With nothing said but the architecture; the number of classes where the dialect's own is not the network's."""
+    """With nothing said at all."""
     network = randomised(build)
-    found = statedict.match(network.state_dict(), arch)
-    assert found.dialect == dialect
+    found = statedict.match(network.state_dict())
+    assert (found.dialect, found.arch) == (dialect, arch)
     model = params.fill(found.config, found.values)
     size = 32 if found.config.stem == "cifar" else 64
     result = verify.compare(model, network, size)

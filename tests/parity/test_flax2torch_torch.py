@@ -24,7 +24,11 @@ from jresnet.weights import native
 
 DTYPES = [np.dtype(name) for name in ("float32", "int64", "float64", "float16", ml_dtypes.bfloat16)]
 ENTRIES = [(dialect, *entry) for dialect, entries in DIALECT_NETWORKS.items() for entry in entries]
-REORDERED = ("resnet34_projection", "resnet18_d2l")  # their blocks register in another order than torchvision's
+REORDERED = (
+    "resnet34_projection",
+    "resnet18_d2l",
+    "transformers",
+)  # their blocks register in another order than torchvision's
 
 
 def bits(tensor: torch.Tensor) -> bytes:

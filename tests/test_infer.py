@@ -1,0 +1,282 @@
+"""Which ResNet a state_dict holds: found from its keys and shapes alone. No torch."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import jresnet
+from convert import torch2flax
+from jresnet.errors import WeightsError
+from jresnet.models import params, zoo
+from jresnet.models.resnet import ResNetConfig
+from jresnet.pytorch import infer, keymap, statedict
+
+SMALL = ResNetConfig("basic", (1, 1, 1, 1), (4, 8, 12, 16), num_classes=10)
+
+
+def tensors_of(config: ResNetConfig, dialect: str = "torchvision", seed: int = 0) -> dict[str, np.ndarray]:
+    """Random tensors by the dialect's keys, in PyTorch's layout, with their counters."""
+    draw = np.random.default_rng(seed)
+    tensors = {}
+    for path, shape in params.shapes(config).items():
+        value = draw.uniform(0.5, 1.5, keymap.torch_shape(shape)).astype(np.float32)
+        tensors[keymap.torch_key(path, dialect)] = value
+        if path.endswith(".var"):
+            tensors[keymap.counter_key(path, dialect)] = np.array(7)
+    return tensors
+
+
+def prefixed(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    return {prefix + key: value for key, value in tensors.items()}
+
+
+def body_of(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {key: value for key, value in tensors.items() if not key.startswith("fc.")}
+
+
+@pytest.fixture(scope="module")
+def small() -> dict[str, np.ndarray]:
+    return tensors_of(SMALL)
+
+
+def same(found: statedict.Conversion, tensors: dict[str, np.ndarray]) -> bool:
+    """Whether every value is the tensor of its name."""
+    return all(np.array_equal(value, tensors[key]) for key, value in found.torchvision().items())
+
+
+# --- What a network is
+
+
+@pytest.mark.parametrize("arch", [name for name in zoo.ZOO if name != "resnet1202_cifar"])
+def test_every_row_is_found(arch: str) -> None:
+    config = dataclasses.replace(zoo.ZOO[arch].config, num_classes=7)
+    shapes = {keymap.torch_key(path): keymap.torch_shape(shape) for path, shape in params.shapes(config).items()}
+    found = infer.find(shapes)
+    assert found is not None
+    assert (found.dialect, found.prefix, found.head) == ("torchvision", "", "fc")
+    assert infer.configure(found, shapes) == config
+    assert infer.row(config) == arch
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ResNetConfig("basic", (1, 1, 1, 1), (48, 96, 192, 384), num_classes=37, in_channels=5),
+        ResNetConfig("basic", (1, 2), (4, 8), num_classes=1, stem="cifar", shortcut="pad"),
+        ResNetConfig("basic", (2,), (4,), num_classes=3),
+        ResNetConfig("basic", (1, 1), (4, 4), num_classes=3, shortcut="conv"),
+        ResNetConfig("basic", (2, 1), (4, 8), num_classes=3, shortcut="projection_first", conv_bias=True),
+        ResNetConfig("bottleneck", (1, 2, 1), (8, 12, 20), num_classes=3, groups=4, width_per_group=20, stem="cifar"),
+        ResNetConfig("bottleneck", (1, 1), (4, 8), num_classes=3, width_per_group=128),
+        ResNetConfig("bottleneck", (1, 1, 1, 1, 1), (8, 16, 8, 16, 8), num_classes=3, conv_bias=True, shortcut="conv"),
+    ],
+    ids=str,
+)
+def test_networks_without_a_row(config: ResNetConfig) -> None:
+    tensors = tensors_of(config)
+    found = statedict.match(tensors)
+    assert (found.arch, found.config) == (None, config)
+    assert same(found, tensors)
+    assert not found.notes
+    assert jresnet.ResNet(found.config, rngs=None)
+
+
+@pytest.mark.parametrize("dialect", keymap.DIALECTS)
+@pytest.mark.parametrize("prefix", ["", "module.what.0."])
+def test_every_dialect_is_found(dialect: str, prefix: str) -> None:
+    row = "resnet20_cifar" if dialect in ("akamaster", "chenyaofo") else "resnet18"
+    config = dataclasses.replace(zoo.ZOO[row].config, num_classes=3, in_channels=2, **keymap.DIALECTS[dialect].config)
+    found = statedict.match(prefixed(tensors_of(config, dialect), prefix))
+    assert (found.dialect, found.config, found.notes) == (dialect, config, ())
+
+
+def test_what_shapes_do_not_tell_is_said() -> None:
+    assert statedict.match(tensors_of(SMALL)).assumed == ("no dilation", "ReLU behind each block's sum")
+    config = ResNetConfig("bottleneck", (1, 1), (4, 8), num_classes=3, stem="cifar")
+    assumed = statedict.match(tensors_of(config)).assumed
+    assert assumed[:2] == ("stem at stride 1 without max-pool", "stride on the 3x3 convolution")
+
+
+def test_no_circle() -> None:
+    """The tutorial's ResNet-34 with ten classes: refused under both names once, each message naming the other."""
+    config = zoo.configure("resnet34_projection", num_classes=10)
+    tensors = tensors_of(config, "resnet34_projection")
+    for arch in (None, "resnet34_projection"):
+        found = statedict.match(tensors, arch)
+        assert (found.arch, found.config) == ("resnet34_projection", config)
+    assert statedict.match(tensors, "resnet34").config == config  # its shortcuts are the file's
+    with pytest.raises(WeightsError, match=r"holds a resnet34_projection, not a resnet50: name that architecture$"):
+        statedict.match(tensors, "resnet50")
+    model = torch2flax.convert(tensors, num_classes=3)
+    assert (model.config.num_classes, model.config.shortcut) == (3, "projection_first")
+
+
+def test_one_name_of_two_is_enough() -> None:
+    """A file of tensors without copies keeps either name of the tutorial's stages."""
+    config = ResNetConfig("basic", (1, 1, 1, 1), (4, 8, 12, 16), num_classes=3, shortcut="projection_first")
+    tensors = tensors_of(config, "resnet34_projection")
+    second = {keymap.alias(key, "resnet34_projection") or key: value for key, value in tensors.items()}
+    assert "Conv.3.0.left.0.weight" in second
+    found = statedict.match(second)
+    assert found.config == config
+    np.testing.assert_array_equal(
+        found.values["layer4.0.conv1.kernel"], keymap.to_flax(second["Conv.3.0.left.0.weight"])
+    )
+
+
+# --- Where it lies
+
+
+def test_a_network_among_other_things(small: dict[str, np.ndarray]) -> None:
+    loss = {"loss.weight": np.zeros(10, np.float32), "profiler.total_ops": np.zeros(1), "n_averaged": np.array(3)}
+    found = statedict.match({"state_dict": prefixed(small, "net.") | loss, "epoch": 3, "lr": np.zeros(())})
+    assert same(found, small)
+    assert found.notes == ("passed over beside the network: loss.weight, profiler.total_ops",)
+
+
+def test_mmpretrain(small: dict[str, np.ndarray]) -> None:
+    tensors = prefixed(body_of(small), "backbone.") | {f"head.{k}": small[k] for k in ("fc.weight", "fc.bias")}
+    found = statedict.match({"meta": {}, "state_dict": tensors})
+    assert same(found, small)
+    assert not found.notes
+
+
+def test_moco_trains_its_query_encoder(small: dict[str, np.ndarray]) -> None:
+    other = tensors_of(SMALL, seed=1)
+    both = prefixed(other, "module.encoder_k.") | prefixed(small, "module.encoder_q.")
+    found = statedict.match({"state_dict": both | {"module.queue": np.zeros((8, 64), np.float32)}})
+    assert same(found, small)
+    assert found.notes[0] == "taken from 'module.encoder_q.', not from 'module.encoder_k.' beside it"
+    assert "module.queue" not in found.notes[1]  # one of more than five
+    assert found.notes[1].endswith("more")
+    forced = statedict.match({"state_dict": both}, prefix="module.encoder_k")
+    assert same(forced, other)
+
+
+@pytest.mark.parametrize("nested", [True, False])
+def test_dino_evaluates_its_teacher(small: dict[str, np.ndarray], nested: bool) -> None:
+    other = tensors_of(SMALL, seed=1)
+    if nested:
+        saved = {"student": prefixed(other, "module.backbone."), "teacher": prefixed(small, "backbone.")}
+        note = "taken from 'teacher', not from 'student' beside it"
+    else:
+        saved = prefixed(other, "student.") | prefixed(small, "teacher.")
+        note = "taken from 'teacher.', not from 'student.' beside it"
+    found = statedict.match(saved)
+    assert same(found, small)
+    assert found.notes[0] == note
+    assert same(statedict.match(saved, **({"key": "student"} if nested else {"prefix": "student."})), other)
+
+
+def test_the_largest_dict_wins_whatever_its_name(small: dict[str, np.ndarray]) -> None:
+    optimizer = {"state": {i: {"exp_avg": value} for i, value in enumerate(small.values())}}
+    found = statedict.match({"opt": optimizer, "a": {"b": {"my weights": small}}, "ema_decay": 0.9})
+    assert same(found, small)
+    assert same(statedict.match({"a": {"b": small}, "c": tensors_of(SMALL, seed=1)}, key="a.b"), small)
+
+
+@pytest.mark.parametrize("wrapper", ["_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module."])
+def test_wrappers_between(small: dict[str, np.ndarray], wrapper: str) -> None:
+    found = statedict.match({key.replace("layer2.", f"layer2.{wrapper}"): value for key, value in small.items()})
+    assert same(found, small)
+
+
+def test_transformers_body_alone() -> None:
+    """ResNetModel has neither ``resnet.`` before its names nor a head."""
+    tensors = tensors_of(SMALL, "transformers")
+    body = {k.removeprefix("resnet."): value for k, value in tensors.items() if not k.startswith("classifier")}
+    found = statedict.match(body, num_classes=10)
+    assert (found.dialect, found.config, found.headless) == ("transformers", SMALL, True)
+
+
+def test_fastais_body() -> None:
+    tensors = prefixed(body_of(tensors_of(SMALL, "children")), "0.")
+    tensors = {key: value for key, value in tensors.items() if not key.startswith("0.10.")}
+    head = {"1.2.weight": np.zeros(32), "1.4.weight": np.zeros((8, 32)), "1.8.weight": np.zeros((10, 8))}
+    found = statedict.match({"model": tensors | head}, num_classes=10)
+    assert (found.dialect, found.config, found.headless) == ("children", SMALL, True)
+    assert found.notes[-1] == "passed over beside the network: 1.2.weight, 1.4.weight, 1.8.weight"
+
+
+def test_a_network_of_another_function_with_the_same_keys(small: dict[str, np.ndarray]) -> None:
+    """timm's train.py says under "arch" what no tensor tells."""
+    for beside in ({"arch": "resnetaa50"}, {"args": {"model": "resnetblur18", "lr": 0.1}}):
+        with pytest.raises(WeightsError, match=r"says that its network is a resnet(aa|blur).*another function"):
+            statedict.match({"epoch": 5, "state_dict": small} | beside)
+    found = statedict.match({"arch": "my_net", "state_dict": small})
+    assert found.notes == ("the file calls its network 'my_net'",)
+    assert not statedict.match({"arch": "resnet18", "state_dict": tensors_of(zoo.configure("resnet18"))}).notes
+
+
+# --- The head
+
+
+@pytest.mark.parametrize("name", ["fc.1", "fc.0", "last_linear", "classifier", "classifier.1", "head", "head.fc"])
+def test_heads_of_other_names(small: dict[str, np.ndarray], name: str) -> None:
+    found = statedict.match({key.replace("fc.", f"{name}."): value for key, value in small.items()})
+    assert same(found, small)
+    assert (found.config, found.notes) == (SMALL, ())
+
+
+def test_a_head_without_bias(small: dict[str, np.ndarray]) -> None:
+    found = statedict.match({key: value for key, value in small.items() if key != "fc.bias"})
+    np.testing.assert_array_equal(found.values["fc.bias"], np.zeros(10, np.float32))
+    assert found.notes == ("fc has no bias: zeros are taken",)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        {},
+        {"fc.0.weight": (16, 16), "fc.0.bias": (16,), "fc.2.weight": (8, 16), "fc.2.bias": (8,)},
+        {"projector.weight": (8, 16)},
+        {"projection_head.0.weight": (8, 16), "prototypes.weight": (30, 8)},
+    ],
+)
+def test_a_file_without_a_head(small: dict[str, np.ndarray], head: dict[str, tuple[int, ...]]) -> None:
+    tensors = body_of(small) | {key: np.zeros(shape, np.float32) for key, shape in head.items()}
+    with pytest.raises(
+        WeightsError, match="a ResNet without its last layer: name a number of classes, and a fresh head"
+    ):
+        statedict.match(tensors)
+    model = torch2flax.convert(tensors, num_classes=5, seed=3)
+    assert model.fc.kernel[...].shape == (16, 5)
+    assert np.abs(model.fc.kernel[...]).max() <= 16**-0.5  # drawn as PyTorch's
+    np.testing.assert_array_equal(model.bn1.var[...], small["bn1.running_var"])
+    (*_, note) = statedict.match(tensors, num_classes=5).notes
+    assert all(key in note for key in head)
+
+
+# --- Messages
+
+
+def test_a_message_names_at_most_five_keys_of_a_kind() -> None:
+    tensors = tensors_of(zoo.configure("resnet50"))
+    tensors = {key: value for key, value in tensors.items() if "running_mean" not in key}
+    tensors |= {f"layer1.0.se.{i}.weight": np.zeros(1, np.float32) for i in range(50)}
+    with pytest.raises(WeightsError) as caught:
+        statedict.match(tensors)
+    message = str(caught.value)
+    assert "53 missing: bn1.running_mean, " in message
+    assert "and 48 more; 50 unexpected: " in message
+    assert len(message) < 700
+
+
+def test_no_resnet_at_all() -> None:
+    tensors = {f"blocks.{i}.attn.qkv.weight": np.zeros((3, 3), np.float32) for i in range(12)}
+    with pytest.raises(WeightsError, match=r"holds no ResNet: expected tensors such as conv1\.weight.*and 7 more$"):
+        statedict.match(tensors)
+
+
+@pytest.mark.parametrize("key", ["conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer3.0.downsample.0.weight"])
+@pytest.mark.parametrize("wrong", [True, False])
+def test_one_wrong_tensor_is_the_one_that_is_named(small: dict[str, np.ndarray], key: str, wrong: bool) -> None:
+    tensors = {name: value for name, value in small.items() if name != key}
+    if wrong:
+        tensors[key] = np.zeros((3, 2), np.float32)
+    said = rf"1 misshapen: {key} is \[3, 2\], not \[.*\]$" if wrong else rf"1 missing: {key}$"
+    with pytest.raises(WeightsError, match=said):
+        statedict.match(tensors)
