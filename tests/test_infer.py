@@ -280,3 +280,13 @@ def test_one_wrong_tensor_is_the_one_that_is_named(small: dict[str, np.ndarray],
     said = rf"1 misshapen: {key} is \[3, 2\], not \[.*\]$" if wrong else rf"1 missing: {key}$"
     with pytest.raises(WeightsError, match=said):
         statedict.match(tensors)
+
+
+def test_a_strangers_sizes_reserve_no_memory(small: dict[str, np.ndarray]) -> None:
+    """An empty tensor may have any shape and takes no byte of a file; a network of that width would."""
+    for key in ("conv1.weight", "fc.weight"):
+        with pytest.raises(WeightsError, match=r"misshapen"):
+            statedict.match(small | {key: np.zeros((10**12, 0, 3, 3)[: small[key].ndim], np.float32)})
+    wide = {key: np.zeros((10**12, 0), np.float32) for key in small}
+    with pytest.raises(WeightsError, match=r"misshapen"):
+        statedict.match(wide)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import deque
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -234,18 +235,17 @@ def _boxes(saved: Any) -> dict[str, dict[str, Any]]:
     """Every dict with tensors in a checkpoint, by the keys that lead there, ``""`` for the checkpoint itself."""
     boxes: dict[str, dict[str, Any]] = {}
     seen: set[int] = set()
-    waiting: list[tuple[str, Any]] = [("", saved)]
+    waiting = deque([("", saved)] if isinstance(saved, Mapping) else [])
     while waiting and len(seen) < 10_000:
-        name, node = waiting.pop(0)
-        if (
-            not isinstance(node, Mapping) or id(node) in seen or name.count(".") > 8
-        ):  # deeper than any script nests them
+        name, node = waiting.popleft()
+        if id(node) in seen or name.count(".") > 8:  # deeper than any script nests them
             continue
         seen.add(id(node))
         if tensors := {k: v for k, v in node.items() if isinstance(k, str) and hasattr(v, "shape")}:
             own = {keymap.BETWEEN.sub("", k): v for k, v in tensors.items()}
             boxes[name] = own if len(own) == len(tensors) else tensors
-        waiting += [(f"{name}.{k}" if name else k, v) for k, v in node.items() if isinstance(k, str)]
+        inside = [(k, v) for k, v in node.items() if isinstance(k, str) and len(k) <= 200 and isinstance(v, Mapping)]
+        waiting += [(f"{name}.{k}" if name else k, v) for k, v in inside]
     return boxes
 
 
