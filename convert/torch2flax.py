@@ -217,8 +217,9 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     config = zoo.replaced(found.config, **chosen)
     values, adapted = params.adapt(found.values, found.config, config)
     if conversion.headless:  # PyTorch's network has a head: any will do
-        with_head, _ = params.adapt(found.values, found.config, conversion.config)
-        conversion = dataclasses.replace(conversion, values=with_head)
+        full = zoo.replaced(found.config, num_classes=config.num_classes or 1000)
+        with_head, _ = params.adapt(found.values, found.config, full)
+        conversion = dataclasses.replace(conversion, config=full, values=with_head)
     model = params.fill(conversion.config, conversion.values)
     if arch is None:
         check = verify.Check(False, "left out, since PyTorch has no network of this configuration by a name")

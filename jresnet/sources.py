@@ -209,10 +209,9 @@ def read(
     if source.repository:
         hub.check(source.repository, conversion.arch or "ResNet", conversion.config)
     kept = conversion.metadata() | _preprocessing(conversion) | _provenance(source, path)
-    config = conversion.config
-    if conversion.headless:
-        config = dataclasses.replace(config, num_classes=0)
-    return Weights(source.spec, conversion.arch, config, conversion.values, kept, conversion.notes, conversion)
+    return Weights(
+        source.spec, conversion.arch, conversion.config, conversion.values, kept, conversion.notes, conversion
+    )
 
 
 def open_file(path: Path) -> tuple[Any, dict[str, str]]:

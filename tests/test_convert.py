@@ -244,21 +244,22 @@ def test_the_command_needs_no_architecture(
         torch2flax.main([])
 
 
-def test_a_network_without_a_name_is_not_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_network_without_a_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = jresnet.ResNet(jresnet.ResNetConfig("basic", (1,), (4,), num_classes=2), rngs=nnx.Rngs(0))
     source = write(tmp_path / "mine.safetensors", statedict.state_dict(model))
-    assert torch2flax.main([str(source), "--output", str(tmp_path / "out.safetensors")]) == 1
-    assert "holds a ResNet that has no name here" in capsys.readouterr().err
-    assert jresnet.load(source).config == model.config
+    assert torch2flax.main([str(source), "--output", str(tmp_path / "out.safetensors")]) == 0
+    assert "a ResNet without a name: basic blocks 1, widths 4" in capsys.readouterr().out
+    for file in (source, tmp_path / "out.safetensors"):
+        assert jresnet.load(file).config == model.config
 
 
 def test_a_fresh_head_for_a_file_without_one(tensors: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     body = {key: value for key, value in tensors.items() if not key.startswith("fc.")}
     source, output = write(tmp_path / "mine.safetensors", body), tmp_path / "out.safetensors"
     arguments = [str(source), "--output", str(output), "--verify", "never"]
-    assert torch2flax.main(arguments) == 1
-    assert "without its last layer: name a number of classes" in capsys.readouterr().err
-    assert torch2flax.main([*arguments, "--num-classes", "5"]) == 0
+    assert torch2flax.main(arguments) == 0
+    assert native.read(output)[1].num_classes == 0
+    assert torch2flax.main([*arguments, "--force", "--num-classes", "5"]) == 0
     assert "fresh head for 5 classes, to be trained: the weights have none" in capsys.readouterr().out
     assert native.read(output)[1].num_classes == 5
 

@@ -14,12 +14,14 @@ from conftest import command, randomise
 from PIL import Image
 
 import jresnet
-from jresnet import commands
+from jresnet import commands, sources
 from jresnet import evaluation as evaluate
 from jresnet.data import images
 from jresnet.errors import DataError, InputError, WeightsError
+from jresnet.models import params
+from jresnet.pytorch import statedict
 from jresnet.weights import native as weights
-from jresnet.weights import published as pretrained
+from jresnet.weights import published
 from jresnet.weights.preprocessing import STATISTICS, Preprocessing
 
 SCRIPT = "scripts/evaluate.py"
@@ -138,22 +140,26 @@ def test_grey_and_fewer_than_five_classes() -> None:
 # What is evaluated ---------------------------------------------------------------------------------------------------
 
 
-def test_a_native_file_says_all(file: Path, native: Path) -> None:
+def test_a_native_file_says_all(file: Path, native_file: Path) -> None:
     resolved = evaluate.resolve(str(file), jnp.bfloat16)
     assert (resolved.arch, resolved.preprocessing, resolved.categories) == ("resnet20_cifar", RECIPE, CLASSES)
     assert resolved.model.conv1.dtype == jnp.bfloat16
-    silent = evaluate.resolve(str(native))
+    silent = evaluate.resolve(str(native_file))
     assert (silent.preprocessing, silent.categories) == (None, None)
 
 
-def test_published_names(monkeypatch: pytest.MonkeyPatch, model: jresnet.ResNet) -> None:
+def test_published_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked = []
 
-    def load(row: pretrained.Weights, dtype: object) -> jresnet.ResNet:
+    def fetch(row: published.Row, progress: bool) -> Path:
         asked.append(row)
-        return model
+        return tmp_path / row.filename
 
-    monkeypatch.setattr(pretrained, "load", load)
+    small = jresnet.create("resnet20_cifar", num_classes=1000)
+    conversion = statedict.Conversion("resnet50", small.config, params.arrays(small), "torchvision", {}, (), ())
+    monkeypatch.setattr(published, "fetch", fetch)
+    monkeypatch.setattr(sources, "open_file", lambda path: ({}, {}))
+    monkeypatch.setattr(statedict, "match", lambda *arguments, **options: conversion)
     for name, expected, resize in (
         ("resnet50", "IMAGENET1K_V2", 232),
         ("ResNet50:imagenet1k_v1", "IMAGENET1K_V1", 256),

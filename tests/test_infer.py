@@ -15,6 +15,7 @@ from jresnet.models.resnet import ResNetConfig
 from jresnet.pytorch import infer, keymap, statedict
 
 SMALL = ResNetConfig("basic", (1, 1, 1, 1), (4, 8, 12, 16), num_classes=10)
+BODY = dataclasses.replace(SMALL, num_classes=0)
 
 
 def tensors_of(config: ResNetConfig, dialect: str = "torchvision", seed: int = 0) -> dict[str, np.ndarray]:
@@ -189,7 +190,7 @@ def test_transformers_body_alone() -> None:
     tensors = tensors_of(SMALL, "transformers")
     body = {k.removeprefix("resnet."): value for k, value in tensors.items() if not k.startswith("classifier")}
     found = statedict.match(body, num_classes=10)
-    assert (found.dialect, found.config, found.headless) == ("transformers", SMALL, True)
+    assert (found.dialect, found.config, found.headless) == ("transformers", BODY, True)
 
 
 def test_fastais_body() -> None:
@@ -197,7 +198,7 @@ def test_fastais_body() -> None:
     tensors = {key: value for key, value in tensors.items() if not key.startswith("0.10.")}
     head = {"1.2.weight": np.zeros(32), "1.4.weight": np.zeros((8, 32)), "1.8.weight": np.zeros((10, 8))}
     found = statedict.match({"model": tensors | head}, num_classes=10)
-    assert (found.dialect, found.config, found.headless) == ("children", SMALL, True)
+    assert (found.dialect, found.config, found.headless) == ("children", BODY, True)
     assert found.notes[-1] == "passed over beside the network: 1.2.weight, 1.4.weight, 1.8.weight"
 
 
@@ -238,10 +239,7 @@ def test_a_head_without_bias(small: dict[str, np.ndarray]) -> None:
 )
 def test_a_file_without_a_head(small: dict[str, np.ndarray], head: dict[str, tuple[int, ...]]) -> None:
     tensors = body_of(small) | {key: np.zeros(shape, np.float32) for key, shape in head.items()}
-    with pytest.raises(
-        WeightsError, match="a ResNet without its last layer: name a number of classes, and a fresh head"
-    ):
-        statedict.match(tensors)
+    assert torch2flax.convert(tensors).fc is None
     model = torch2flax.convert(tensors, num_classes=5, seed=3)
     assert model.fc.kernel[...].shape == (16, 5)
     assert np.abs(model.fc.kernel[...]).max() <= 16**-0.5  # drawn as PyTorch's
@@ -280,3 +278,13 @@ def test_one_wrong_tensor_is_the_one_that_is_named(small: dict[str, np.ndarray],
     said = rf"1 misshapen: {key} is \[3, 2\], not \[.*\]$" if wrong else rf"1 missing: {key}$"
     with pytest.raises(WeightsError, match=said):
         statedict.match(tensors)
+
+
+def test_a_strangers_sizes_reserve_no_memory(small: dict[str, np.ndarray]) -> None:
+    """An empty tensor may have any shape and takes no byte of a file; a network of that width would."""
+    for key in ("conv1.weight", "fc.weight"):
+        with pytest.raises(WeightsError, match=r"misshapen"):
+            statedict.match(small | {key: np.zeros((10**12, 0, 3, 3)[: small[key].ndim], np.float32)})
+    wide = {key: np.zeros((10**12, 0), np.float32) for key in small}
+    with pytest.raises(WeightsError, match=r"misshapen"):
+        statedict.match(wide)

@@ -145,7 +145,8 @@ def test_a_file_says_its_architecture(model: jresnet.ResNet, pth: Path) -> None:
     assert (found.arch, found.config) == ("resnet20_cifar", model.config)
     for again in (jresnet.create(weights=pth), jresnet.load(pth), jresnet.load(str(pth))):
         assert native.digest(params.arrays(again)) == native.digest(params.arrays(model))
-    assert jresnet.create(weights=pth, num_classes=7).config.num_classes == 7
+    with pytest.warns(UserWarning, match="fresh head for 7 classes"):
+        assert jresnet.create(weights=pth, num_classes=7).config.num_classes == 7
     with pytest.raises(InputError, match="neither an architecture nor weights"):
         jresnet.create()
 

@@ -7,6 +7,7 @@ nor shapes tell is said by :func:`assumed`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ _LEAVES |= {"downsample.0": _CONV, "downsample.1": _NORM}
 _ANCHORS = ("conv1.kernel", "bn1.scale", "layer1.0.conv1.kernel", "layer1.0.bn1.scale")
 
 GAP = 3  # blocks that may be missing in a row: the error lists them; behind more of them a stage has ended
+MANY, DEEP = 64, 8  # networks in a file, modules around a network: a stranger's file may have any number
 RIVAL = 0.9  # of the tensors of the largest network: others with so many are told apart by their names
 
 
@@ -38,13 +40,12 @@ class Found:
     prefix: str  # before every name of the body, the dialect's root included
     keys: Mapping[str, str]  # of the body: jresnet's path -> the file's key
     head: str | None  # the file's module that holds the last layer, such as "module.fc"
-    own_head: bool  # whether it is called as in the dialect
     rivals: tuple[str, ...] = ()  # prefixes of other networks as large
 
     @property
     def score(self) -> int:
-        """Tensors of the network that are there, a head of another name counted as half of one."""
-        return len(self.keys) + (self.head is not None) + self.own_head
+        """Tensors of the network that are there, its head among them where it is called as in the dialect."""
+        return len(self.keys) + 2 * (self.head is not None)
 
 
 def find(shapes: Mapping[str, Shape], dialect: str | None = None, prefix: str | None = None) -> Found | None:
@@ -80,7 +81,9 @@ def find(shapes: Mapping[str, Shape], dialect: str | None = None, prefix: str | 
     rivals = sorted(
         (found for found in networks if found.score >= RIVAL * most), key=lambda found: preference(found.prefix)
     )
-    return dataclasses.replace(rivals[0], rivals=tuple(found.prefix for found in rivals[1:]))
+    found = rivals[0]
+    head = found.head or _other_head(shapes, found)
+    return dataclasses.replace(found, head=head, rivals=tuple(found.prefix for found in rivals[1:]))
 
 
 def preference(name: str) -> int:
@@ -99,7 +102,7 @@ def _prefixes(shapes: Mapping[str, Shape], dialect: str) -> list[str]:
         for name in names:
             if key == name or key.endswith("." + name):
                 seen.setdefault(key[: len(key) - len(name)], set()).add(name)
-    return [prefix for prefix, there in seen.items() if len(there) > 1 and there & blocks]
+    return [prefix for prefix, there in seen.items() if len(there) > 1 and there & blocks][:MANY]
 
 
 def _at(shapes: Mapping[str, Shape], dialect: str, prefix: str) -> Found:
@@ -136,31 +139,36 @@ def _at(shapes: Mapping[str, Shape], dialect: str, prefix: str) -> Found:
             blocks += any(there)
             block += 1
         stage += 1
-    return Found(dialect, prefix, keys, *_head(shapes, dialect, prefix, keys))
+    head = _own_head(dialect, prefix)
+    return Found(dialect, prefix, keys, head if len(shapes.get(f"{head}.weight", ())) == 2 else None)
 
 
-def _head(shapes: Mapping[str, Shape], dialect: str, prefix: str, keys: Mapping[str, str]) -> tuple[str | None, bool]:
-    """The module of the last layer, and whether it is called as in the dialect.
+def _own_head(dialect: str, prefix: str) -> str:
+    """The module of the last layer, where the dialect has it."""
+    base = prefix.removesuffix(keymap.DIALECTS[dialect].root)
+    return base + keymap.torch_key("fc.kernel", dialect).removesuffix(".weight")
 
-    It is where the dialect has it, else it is the only Linear below a name of keymap.HEADS. Two
-    and more in a row are a projection head of self-supervised training, which tells no classes.
+
+def _other_head(shapes: Mapping[str, Shape], found: Found) -> str | None:
+    """The only Linear below a name of keymap.HEADS, beside the body or beside what it lies in.
+
+    Two and more in a row are a projection head of self-supervised training, which tells no classes.
     """
-    root = keymap.DIALECTS[dialect].root
-    base = prefix.removesuffix(root) if root else prefix
-    own = base + keymap.torch_key("fc.kernel", dialect).removesuffix(".weight")
-    if len(shapes.get(f"{own}.weight", ())) == 2:
-        return own, True
-    body = set(keys.values())
-    while True:  # beside the body, and beside what it lies in
-        found = []
+    base = found.prefix.removesuffix(keymap.DIALECTS[found.dialect].root)
+    body = set(found.keys.values())
+    for _ in range(DEEP):
+        heads = []
         for name in keymap.HEADS:
-            group = [key for key in shapes if key.startswith(f"{base}{name}.") and key not in body]
+            group = {key for key in shapes if key.startswith(f"{base}{name}.") and key not in body}
             weights = [key for key in group if key.endswith(".weight") and len(shapes[key]) == 2]
-            if len(weights) == 1 and {*group} <= {weights[0], weights[0].removesuffix("weight") + "bias"}:
-                found.append(weights[0].removesuffix(".weight"))
-        if found or not base:
-            return (found[0] if len(found) == 1 else None), False
+            if len(weights) == 1 and group <= {weights[0], weights[0].removesuffix("weight") + "bias"}:
+                heads.append(weights[0].removesuffix(".weight"))
+        if heads:
+            return heads[0] if len(heads) == 1 else None
+        if not base:
+            break
         base = base[: base.rstrip(".").rfind(".") + 1]
+    return None
 
 
 def _told_apart(networks: list[Found], shapes: Mapping[str, Shape]) -> Found:
@@ -191,7 +199,8 @@ def configure(found: Found, shapes: Mapping[str, Shape], num_classes: int | None
     Raises:
         WeightsError: for what no ResNet of jresnet is.
     """
-    shape = {path: tuple(shapes[key]) for path, key in found.keys.items()}
+    # Memory is reserved for what is found here, so that only tensors with elements, which a file must hold, are asked.
+    shape = {path: shapes[key] if math.prod(shapes[key]) else () for path, key in found.keys.items()}
     like = keymap.DIALECTS[found.dialect].config
     paths = [path.split(".") for path in shape if path.startswith("layer")]
     stages = [f"layer{i + 1}" for i in range(max(int(path[0][5:]) for path in paths))]
@@ -203,7 +212,8 @@ def configure(found: Found, shapes: Mapping[str, Shape], num_classes: int | None
     groups, width_per_group = 1, 64
     if bottleneck:
         kernels = [shape[path] for path in shape if path.endswith(".conv2.kernel") and len(shape[path]) == 4]
-        groups = Counter(k[0] // k[1] for k in kernels if k[1]).most_common(1)[0][0] if kernels else 1
+        votes = Counter(kernel[0] // kernel[1] for kernel in kernels if kernel[1]).most_common(1)
+        groups = votes[0][0] if votes else 1
         inner = [_vote(shape[".".join(p)] for p in paths if p[0] == s and p[2] in ("conv2", "bn2")) for s in stages]
         width_per_group = _width_per_group(widths, [count // max(groups, 1) for count in inner])
     shortcut: Any = _shortcut(shape, stages, bottleneck)
@@ -214,6 +224,7 @@ def configure(found: Found, shapes: Mapping[str, Shape], num_classes: int | None
     if len(kernel) == 4:
         stem = {3: "cifar", 7: "imagenet"}.get(kernel[2], stem)
     head = shapes.get(f"{found.head}.weight", ())
+    head = head if math.prod(head) else ()
     try:
         return ResNetConfig(
             block="bottleneck" if bottleneck else "basic",
@@ -288,7 +299,7 @@ def describe(config: ResNetConfig) -> str:
         parts.append(f"{config.groups} group{'s' * (config.groups > 1)} of {config.width_per_group} channels")
     if config.conv_bias:
         parts.append("biased convolutions")
-    return ", ".join([*parts, f"{config.num_classes:,} classes"])
+    return ", ".join([*parts, f"{config.num_classes:,} classes" if config.num_classes else "no head"])
 
 
 def assumed(config: ResNetConfig) -> tuple[str, ...]:

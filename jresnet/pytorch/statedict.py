@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+from collections import deque
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +30,7 @@ class Conversion:
     """A file's network, as the file has it, and how it was read."""
 
     arch: str | None  # a name of the zoo; None: the network is none of its rows
-    config: ResNetConfig  # of the file's network; its number of classes is the one asked for where the file has no head
+    config: ResNetConfig  # of the file's network; 0 classes where it has no head
     values: dict[
         str, np.ndarray
     ]  # by dotted path, float32, in jresnet's layout; without fc.* where the file has no head
@@ -39,7 +41,7 @@ class Conversion:
 
     @property
     def headless(self) -> bool:
-        """Whether the file has no last layer: :func:`jresnet.models.params.adapt` draws one."""
+        """Whether the file has no last layer: :func:`jresnet.models.params.adapt` draws one where it is wanted."""
         return "fc.kernel" not in self.values
 
     def torchvision(self) -> dict[str, np.ndarray]:
@@ -149,11 +151,8 @@ def match(
     if "fc.kernel" in values and "fc.bias" not in values:
         values["fc.bias"] = np.zeros(config.num_classes, np.float32)
     _check_asked(source, config, row, arch, chosen)
-    if found.head is None and chosen.get("num_classes") is None:
-        raise WeightsError(
-            f"{source} holds a {arch or row or 'ResNet'} without its last layer: name a number of classes, and a fresh head "
-            "is drawn"
-        )
+    if found.head is None:
+        config = dataclasses.replace(config, num_classes=0)
     arch = arch or row
     return Conversion(arch, config, values, found.dialect, counts, tuple(notes), infer.assumed(config))
 
@@ -234,18 +233,17 @@ def _boxes(saved: Any) -> dict[str, dict[str, Any]]:
     """Every dict with tensors in a checkpoint, by the keys that lead there, ``""`` for the checkpoint itself."""
     boxes: dict[str, dict[str, Any]] = {}
     seen: set[int] = set()
-    waiting: list[tuple[str, Any]] = [("", saved)]
+    waiting = deque([("", saved)] if isinstance(saved, Mapping) else [])
     while waiting and len(seen) < 10_000:
-        name, node = waiting.pop(0)
-        if (
-            not isinstance(node, Mapping) or id(node) in seen or name.count(".") > 8
-        ):  # deeper than any script nests them
+        name, node = waiting.popleft()
+        if id(node) in seen or name.count(".") > 8:  # deeper than any script nests them
             continue
         seen.add(id(node))
         if tensors := {k: v for k, v in node.items() if isinstance(k, str) and hasattr(v, "shape")}:
             own = {keymap.BETWEEN.sub("", k): v for k, v in tensors.items()}
             boxes[name] = own if len(own) == len(tensors) else tensors
-        waiting += [(f"{name}.{k}" if name else k, v) for k, v in node.items() if isinstance(k, str)]
+        inside = [(k, v) for k, v in node.items() if isinstance(k, str) and len(k) <= 200 and isinstance(v, Mapping)]
+        waiting += [(f"{name}.{k}" if name else k, v) for k, v in inside]
     return boxes
 
 

@@ -150,7 +150,7 @@ def test_backbones_of_torchvision(tmp_path: Path) -> None:
     backbone = IntermediateLayerGetter(model, {"layer4": "out"})
     state = {f"backbone.{key}": value for key, value in backbone.state_dict().items()}
     torch.save(state | {"classifier.0.weight": torch.ones(9, 512, 3, 3)}, tmp_path / "model.pth")
-    found = jresnet.create(weights=tmp_path / "model.pth", num_classes=3)
+    found = jresnet.create(weights=tmp_path / "model.pth")
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         wanted = backbone(images)["out"].numpy().transpose(0, 2, 3, 1)

