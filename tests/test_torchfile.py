@@ -284,7 +284,7 @@ def test_forbidden_globals(refused, in_format, tmp_path, name):
 
 
 def test_forbidden_global_of_protocol_4(refused, in_format):
-    refused(in_format(program(Raw(emit("os") + emit("system") + op.STACK_GLOBAL), 4)), r"'os\.system'")
+    refused(in_format(program(Raw(emit("os") + emit("system") + op.STACK_GLOBAL), 4)), r"forbidden global os\.system,")
 
 
 def test_whole_module(refused, in_format):
