@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 LARGEST = 3.4e38  # of float32, in which training computes
+LARGEST_WHOLE = 2**31 - 1  # in which JAX counts, where a field does not allow more
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"}
 
 
@@ -70,6 +71,8 @@ def problems(record: Any) -> list[str]:
             expected = "finite"
         elif not all(map(option.admits, numbers)):
             expected = option.range
+        elif option.most is None and not _is(0.5, hint) and any(number > LARGEST_WHOLE for number in numbers):
+            expected = f"at most {LARGEST_WHOLE:,}"
         if expected:
             text = repr(list(value) if isinstance(value, tuple) else value)
             found.append(f"`{field.name}` must be {expected}, got {text if len(text) < 60 else text[:60] + '...'}")
