@@ -103,6 +103,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--key",
+        type=named,
         help="of the dict of tensors in a checkpoint, for example state_dict_ema or model.teacher (default: the one with "
         "the largest network, averaged weights first)",
     )
@@ -125,6 +126,13 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         help="refuse a file whose network has other shortcuts",
     )
     return with_common_options(parser)
+
+
+def named(text: str) -> str:
+    """An argument that names something."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a name, got ''")
+    return text
 
 
 def with_common_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:

@@ -8,7 +8,6 @@ Standard library only; tqdm draws the bar where it is installed and the output i
 import contextlib
 import errno
 import hashlib
-import http.client
 import io
 import os
 import queue

@@ -3,6 +3,7 @@
 import sys
 
 from benchmark import driver
+
 from jresnet.commands import guarded
 
 if __name__ == "__main__":

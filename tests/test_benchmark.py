@@ -66,6 +66,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     worker.write_text(FAKE)
     monkeypatch.setattr(driver, "WORKERS", dict.fromkeys(driver.WORKERS, worker))
     monkeypatch.setattr(driver, "versions", lambda python: {"torch": "1"})  # whether torch is there or not
+    monkeypatch.setattr(driver.zoo, "find", str)  # made-up architectures too
     return tmp_path
 
 
@@ -190,10 +191,10 @@ def test_all_mistakes_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         "--rounds must be from 1 to 1000, got 0",
         "--size must be from 32 to 4096, got 8",
         "--minutes",
+        "unknown architecture",
         "--json",
         "--data-dir",
         "--plots",
-        "unknown architecture",
     ]
     for complaint, beginning in zip(complaints.splitlines(), expected, strict=True):
         assert complaint.startswith(f"error: {beginning}")
@@ -483,7 +484,7 @@ def test_interrupted(fake: Path, sent: signal.Signals, code: int) -> None:
         "import pathlib, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "sys.path.insert(0, 'scripts'); from benchmark import driver; "
         "driver.WORKERS.update(dict.fromkeys(driver.WORKERS, pathlib.Path(sys.argv.pop(1)))); "
-        "driver.handle_signals(); sys.exit(driver.main())"
+        "driver.zoo.find = str; driver.handle_signals(); sys.exit(driver.main())"
     )
     file, pid = fake / "speed.json", fake / "pid"
     argv = ["--arch", "hang", "--rounds", "1", "--peer", "none", "--json", str(file)]

@@ -10,9 +10,9 @@ import argparse
 import contextlib
 import io
 import os
+import re
+import shutil
 import signal
-import stat
-import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,11 +21,11 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import pytest
 import safetensors.numpy
-from conftest import REPOSITORY, load_script
+from conftest import load_script
 from PIL import Image
 
-from convert import torch2flax, verify
-from jresnet import commands, download
+from convert import verify
+from jresnet import commands
 from jresnet.models import params, zoo
 from jresnet.pytorch import keymap
 
@@ -39,7 +39,7 @@ NUMBERS = {
 TEXTS = {"empty": "", "codes": "\x1b[2J\x07\x9b1m", "long": "x" * 100_000}
 PATHS = ("bytes", "pipe", "folder", "full", "zero", "lost")
 ALL = (*NUMBERS, *TEXTS, *PATHS)
-NAMES = {"bytes", "lost", *NUMBERS}  # what may be the name of a file or a folder
+NAMES = {"bytes", "lost", *NUMBERS} - {"digits"}  # what may be the name of a file or a folder
 
 
 class Reached(BaseException):
@@ -56,42 +56,44 @@ class Command(NamedTuple):
     call: Callable[[list[str]], int]
     base: Mapping[str, list[str]]  # a line that is right, by the option or positional; what is not walked stays
     doing: tuple[str, ...]  # module:attribute of what would read or compute; beside NETWORK
-    reading: Mapping[
-        str, tuple[str, ...]
-    ] = {}  # the options whose value is what to read: only this is not to happen then
+    reading: Mapping[str, tuple[str, ...]] = {}  # the same of options whose value is what to read
 
 
 # What may be given all the same, and why. A value that is listed and refused is a mistake here.
 ALLOWED: dict[tuple[str, str], tuple[set[str], str]] = {
     ("train", "--out"): ({*NAMES, "codes", "folder"}, "a folder by that name is made; an empty one is used"),
-    ("train", "--data-dir"): (
-        {*NAMES, "codes", "folder", "long", "digits"} - {"long", "digits"}, "CIFAR-10 is downloaded into that folder",
-    ),
+    ("train", "--data-dir"): ({*NAMES, "codes", "folder"}, "CIFAR-10 is downloaded into that folder"),
     ("train", "--seed"): ({"0"}, "a seed"),
-    ("train", "--lr"): (set(), ""),
-    ("train", "--checkpoint-minutes"): ({"0"}, "a checkpoint after each stretch of steps"),
-    ("train", "--warmup-epochs"): ({"0"}, "no warm-up"),
+    ("train", "--lr"): ({"huge"}, "the run stops where the loss is not finite"),
+    ("train", "--weight-decay"): ({"0", "huge"}, "none; or as for --lr"),
+    ("train", "--checkpoint-minutes"): ({"0", "huge"}, "after each stretch of steps; at an epoch's end"),
+    ("train", "--warmup-epochs"): ({"0"}, "none"),
     ("train", "--momentum"): ({"0"}, "plain SGD, with --no-nesterov"),
-    ("train", "--weight-decay"): ({"0"}, "none"),
-    ("train", "--clip-norm"): ({"0"}, "no limit"),
-    ("train", "--label-smoothing"): ({"0"}, "none"),
-    ("train", "--ema"): ({"0"}, "none"),
-    ("train", "--random-erasing"): ({"0"}, "none"),
-    ("train", "--mixup"): ({"0"}, "none"),
-    ("train", "--cutmix"): ({"0"}, "none"),
-    ("train", "--val-split"): ({"0"}, "none"),
+    ("train", "--clip-norm"): ({"0", "huge"}, "no limit"),
+    ("train", "--mixup"): ({"0", "huge"}, "none; halves of two images"),
+    ("train", "--cutmix"): ({"0", "huge"}, "none; halves of two images"),
+    **{
+        ("train", option): ({"0"}, "none")
+        for option in ("--label-smoothing", "--ema", "--random-erasing", "--val-split")
+    },
     ("train", "--process-id"): ({"0"}, "the first"),
     ("evaluate", "--data-dir"): ({*NAMES, "codes", "folder"}, "CIFAR-10 is downloaded into that folder"),
     ("evaluate", "--limit"): ({"huge"}, "all images that there are"),
     ("evaluate", "--batch-size"): ({"huge"}, "at most as many as there are images"),
     ("evaluate", "--mean"): ({"0"}, "of grey images"),
     ("convert", "--num-classes"): ({"0"}, "no head"),
+    ("convert", "--output"): ({*NAMES, "codes"} - {"lost"}, "a file by that name is written"),
     ("convert", "--prefix"): ({"empty"}, "the names as they are"),
+    ("benchmark", "--json"): ({*NAMES, "codes"} - {"lost"}, "a file by that name is written"),
+    ("benchmark", "--plots"): ({*NAMES, "codes", "folder"}, "a folder by that name is made"),
+    ("benchmark", "--minutes"): ({"1e308", "huge"}, "no limit"),
     ("benchmark", "--data-dir"): ({"folder", "full", "zero", "pipe"}, "the workers say what is wrong with it"),
-    ("results add", "--title"): (NAMES - {"digits", "bytes"} | {"folder", "pipe", "full", "zero"}, "any words"),
-}  # fmt: skip
-for _option in ("--images", "--hardware", "--command"):
-    ALLOWED["results add", _option] = ALLOWED["results add", "--title"]
+    ("results add", "name"): ({"nan", "inf", "1e308", "0", "huge"}, "a folder by that name is made"),
+    **{
+        ("results add", option): ({*ALL} - {"empty", "codes", "long", "digits", "bytes"}, "words")
+        for option in ("--title", "--images", "--hardware", "--command", "--peer")
+    },
+}
 
 NETWORK = ("jresnet.download:_ask", "jresnet.weights.hub:_head", "jresnet.weights.hub:_download")
 DATA = ("jresnet.data.cifar10:_read_layout", "jresnet.data.cifar10:_read_store")
@@ -127,18 +129,16 @@ def commands_of(root: Path) -> dict[str, Command]:
     """How to call what there is, and with what."""
     weights, images, torch = str(root / "weights.safetensors"), str(root / "images"), str(root / "torch.safetensors")
     results = load_script("results")
-    from benchmark import driver, jresnet_worker
+    from benchmark import driver
 
     def run(name: str) -> Callable[[list[str]], int]:
         return lambda arguments: commands.run(name, arguments, f"jresnet {name}")
 
     def benchmark(arguments: list[str]) -> int:
-        """With a survey in this process, and every interpreter but this one asked."""
+        """Without workers; every interpreter but this one is asked what it has."""
 
         def ask(self: object, worker: str, do: str, **job: Any) -> Any:
-            if do != "survey":
-                raise Reached(do)
-            return jresnet_worker.survey(job)
+            raise Reached(do)
 
         answer = driver.answer
         with pytest.MonkeyPatch.context() as patch:
@@ -159,7 +159,8 @@ def commands_of(root: Path) -> dict[str, Command]:
                           {"runs": ("jresnet.reports.plots:plot_runs",)}),
         "convert": Command(
             run("convert"), {"what": [torch], "--verify": ["never"], "--output": ["new.safetensors"]},
-            ("jresnet.sources:read",), dict.fromkeys(("what", "--weights", "--prefix", "--key"), ("jresnet.weights.native:save",)),
+            ("jresnet.sources:read",),
+            dict.fromkeys(("what", "--weights", "--prefix", "--key"), ("jresnet.weights.native:save",)),
         ),
         "export-torch": Command(
             run("export-torch"), {"file": [weights], "--verify": ["never"], "--output": ["new.pth"]},
@@ -269,6 +270,11 @@ def tree(root: Path) -> dict[str, tuple[int, ...]]:
     return found
 
 
+def clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        shutil.rmtree(path)
+
+
 def attempt(call: Callable[[list[str]], int], arguments: list[str]) -> tuple[int | str, str, str]:
     """The exit code, or what was reached, and what was printed on stdout and stderr, as streams of a terminal would."""
 
@@ -330,7 +336,7 @@ def complaints(code: int | str, out: str, err: str) -> Iterator[str]:
 
 
 WALKED = [
-    ("train", 40), ("evaluate", 8), ("report", 3), ("info", 0), ("convert", 10), ("export-torch", 4), ("verify", 3),
+    ("train", 35), ("evaluate", 8), ("report", 3), ("info", 0), ("convert", 10), ("export-torch", 4), ("verify", 3),
     ("benchmark", 10), ("results add", 9),
 ]  # fmt: skip
 
@@ -364,10 +370,13 @@ def test_hostile_values_are_refused(walked: str, place: Path, tmp_path: Path, mo
                 code, out, err = attempt(command.call, lines(walked, command, action, value))
             where = f"{walked} {option} {label}"
             if label in allowed:
-                if code in (1, 2):
-                    wrong.append(f"{where}: is said to be allowed, but: {err[-300:]}")
-            else:
-                wrong += [f"{where}: {complaint}" for complaint in complaints(code, out, err)]
+                if not str(code).startswith("came to "):
+                    wrong.append(f"{where}: is said to be allowed, but: {code}, {err[-300:]}")
+                clear(tmp_path)
+                clear(place / "folder")
+                before = tree(place)
+                continue
+            wrong += [f"{where}: {complaint}" for complaint in complaints(code, out, err)]
             if list(tmp_path.iterdir()) or tree(place) != before:
                 changed = [*tmp_path.iterdir(), *(path for path in tree(place) if path not in before)]
                 pytest.fail(f"{where}: {code} after writing {changed}; before that: {wrong}")
@@ -387,3 +396,30 @@ def test_the_lines_themselves_are_right(
     rest = [part for key, given in command.base.items() if not key.startswith("-") for part in given]
     code, _, err = attempt(command.call, [*options, *rest])
     assert str(code).startswith("came to"), err
+
+
+# What only a process of its own shows: its streams, and its memory.
+
+
+def shell(line: str, *arguments: object) -> subprocess.CompletedProcess[bytes]:
+    """A line of bash, in which $0 is this Python and $1, $2, ... the arguments; its output is bytes."""
+    options: dict[str, Any] = {"cwd": REPOSITORY, "capture_output": True, "timeout": 100}
+    return subprocess.run(["bash", "-c", line, sys.executable, *map(os.fsencode, map(str, arguments))], **options)
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        ('"$0" -m jresnet report "$1" --plot "$2/x.png"', 1, rb"error: .*\\udcff is no folder\n"),  # in any locale
+        ('LC_ALL=C PYTHONUTF8=0 "$0" -m jresnet report "$1" --plot "$2/x.png"', 1, rb"error: .*\\udcff is no folder\n"),
+        ('"$0" -m jresnet report "$3" --plot "$2/x.png" >&-', 0, rb"plot     .*x.png\n"),
+        ('"$0" -m jresnet report "$1" --plot "$2/x.png" 2>&-', 1, b""),
+        ('"$0" -m convert.flax2torch "$4" --verify never --output "$2/x.pth" | head -0; exit ${PIPESTATUS[0]}', 141, b""),
+        ('"$0" scripts/benchmark.py --suite data --data-dir "$1" >&-', 1, rb"error: --data-dir .*\\udcff is not there\n"),
+        ('ulimit -v 400000; "$0" -m jresnet report "$1" --plot "$2/x.png"', 1, rb"error: .*\\udcff is no folder\n"),
+        ('ulimit -v 700000; "$0" -m jresnet train --dataset digits --depth 20 --out "$2/run"', 1, rb"error: .*\n"),
+    ],
+)
+def test_odd_streams_and_little_memory(place: Path, tmp_path: Path, line: str, code: int, said: bytes) -> None:
+    done = shell(line, place / "run" / os.fsdecode(b"\xff"), tmp_path, place / "run", place / "weights.safetensors")
+    assert (done.returncode, bool(re.fullmatch(said, done.stderr))) == (code, True), (done.returncode, done.stderr)

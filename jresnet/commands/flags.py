@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from jresnet.errors import InputError
 from jresnet.files import shown
+from jresnet.training.fields import hints_of
 from jresnet.training.recipes import DATASETS, RECIPES, in_words, value_in_words
 
 
@@ -67,7 +68,7 @@ def add_flags(groups: Mapping[str, Any], record: type) -> None:
 def add_flag(group: Any, record: type, name: str) -> None:
     """Adds the flag of one field: --batch-size for ``batch_size``."""
     (field,) = (field for field in dataclasses.fields(record) if field.name == name)
-    option, hint = field.metadata["option"], typing.get_type_hints(record)[name]
+    option, hint = field.metadata["option"], hints_of(record)[name]
     text = f"{option.help} ({_default(field, hint)})".replace("%", "%%")
     given: dict[str, Any] = {"help": text, "default": None}
     if hint is bool:

@@ -123,7 +123,7 @@ def default_config(
     smaller = recipes.DATASETS[dataset]
     row["lr"] *= smaller.get("batch_size", row["batch_size"]) / row["batch_size"]
     values = row | smaller | given
-    values["arch"] = arch or row["arch"] or recipes.ARCH
+    values["arch"] = (row["arch"] or recipes.ARCH) if arch is None else arch
     if zoo.find(values["arch"]).config.stem == "cifar":
         values["stem"] = "cifar"
     if "milestones" not in given and type(values["epochs"]) is int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from dataclasses import dataclass
@@ -52,12 +53,18 @@ def option(help: str, group: str, default: Any = dataclasses.MISSING, **more: An
     return dataclasses.field(default=default, metadata={"option": Option(help=help, group=group, **more)})
 
 
+@functools.cache
+def hints_of(record: type) -> dict[str, Any]:
+    """The types of a dataclass's fields; to find them takes longer than all that is done with them."""
+    return typing.get_type_hints(record)
+
+
 def problems(record: Any) -> list[str]:
     """What is wrong with the values of a dataclass whose fields are made by :func:`option`: a line each.
 
     Types count too, since the values may come from a damaged file. NaN and infinity are never allowed.
     """
-    hints = typing.get_type_hints(type(record))
+    hints = hints_of(type(record))
     found = []
     for field in dataclasses.fields(record):
         option, value, hint = field.metadata["option"], getattr(record, field.name), hints[field.name]

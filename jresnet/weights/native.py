@@ -37,8 +37,8 @@ from jresnet.weights.preprocessing import Preprocessing
 FORMAT = "jresnet-1"
 RESERVED = ("format", "arch", "config", "digest", "metadata_digest", "versions")  # entries of the metadata
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-# Of a safetensors header, which becomes Python objects of many times its size. A resnet1202_cifar of PyTorch's names has 1 MB
-# and 36,000 texts, the categories of ImageNet-21k are 1 MB more.
+# Of a safetensors header, which becomes Python objects of many times its size. A resnet1202_cifar has 1 MB and 30,000
+# texts, the categories of ImageNet-21k are 1 MB more.
 MAX_HEADER = 8 << 20  # bytes
 MAX_TEXTS = 200_000  # in quotes: five a tensor, two an entry of the metadata
 

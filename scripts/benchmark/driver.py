@@ -37,6 +37,7 @@ from jresnet.commands import failed, huge_pages
 from jresnet.commands.flags import Parser, check_output, folder
 from jresnet.errors import InputError
 from jresnet.files import write_atomically
+from jresnet.models import zoo
 
 WORKERS = {name: ROOT / "scripts" / "benchmark" / f"{name}_worker.py" for name in ("jresnet", "torch")}
 RUNS = {"jresnet": "scripts/train_cifar10.py", "torch": "tests/parity/train_torch.py"}  # for the accuracy suite
@@ -150,16 +151,18 @@ def run(args: argparse.Namespace, command: str, folder: Path) -> int:
     """Measures, prints and writes all rows."""
     gpu, load = args.device == "gpu", os.getloadavg()[0]  # before anything runs here
     minutes = (GPU_MINUTES if gpu else math.inf) if args.minutes is None else args.minutes
+    rows, peers = choose(args), [] if args.peer == "none" else args.peer.split(",")
+    if problems := check(args, peers):
+        raise Problem("\n".join(problems))
     packages = versions(args.peer_python)
     no_torch = "" if "torch" in packages else "torch is not installed: pip install 'jresnet[torch]'"
     deadline, rounds = time.monotonic() + 60 * minutes, args.rounds or (2 if gpu else 5)
     place = Workplace(folder, args.device, rounds, args.data_dir, no_torch, args.peer_python, deadline)
-    rows, peers = choose(args), [] if args.peer == "none" else args.peer.split(",")
     try:
         known = place.ask("jresnet", "survey", rows=[dataclasses.asdict(row) | {"chosen": row.chosen} for row in rows])
     except WorkerError as error:
         raise Problem(f"jresnet does not start: {error}") from error
-    problems = check(args, peers) + known["problems"]
+    problems = known["problems"]
     if gpu and known["platform"] != "gpu":
         print("would measure:", *rows, sep="\n  ")
         problems.append("--device gpu: JAX finds none; it needs the driver and pip install 'jax[cuda12]'")
@@ -204,6 +207,11 @@ def check(args: argparse.Namespace, peers: Sequence[str]) -> list[str]:
             problems.append(f"--{name} must be from {least} to {most}, got {given}")
     if args.minutes is not None and not 0 < args.minutes < math.inf:
         problems.append(f"--minutes must be more than 0, and finite, got {args.minutes:g}")
+    try:
+        if args.arch is not None:
+            zoo.find(args.arch)
+    except InputError as error:
+        problems.append(str(error))
     outputs = [(args.json, "--json")] if args.json else []
     outputs += [(args.plots / name, "--plots") for name in PLOTS] if args.plots and args.plots.is_dir() else []
     for path, flag in outputs:
