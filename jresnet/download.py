@@ -119,12 +119,17 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirections only to addresses that would be accepted in the first place."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        _check_address(newurl, loopback=req.type != "https")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+    def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> Any:
         try:
-            _check_address(newurl, loopback=req.type != "https")
-        except DownloadError:
+            return super().http_error_302(req, fp, code, msg, headers)
+        except BaseException:
             fp.close()  # urllib would leave the connection open
             raise
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
 def _checked(path: Path, digest: str) -> Path:

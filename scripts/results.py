@@ -283,7 +283,7 @@ def add(args: argparse.Namespace, results: Path) -> None:
     """
     target = results / args.name
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{,99}", args.name, re.ASCII):
-        raise InputError(f"NAME must be up to 100 letters, digits, '.', '_' and '-', got {args.name!r:.80}")
+        raise InputError(f"NAME must be letters, digits, '.', '_' and '-', at most 100, got {args.name!r:.80}")
     if target.exists() and not args.force:
         raise InputError(f"{target} exists: --force replaces it")
     entry = read_entry(args.run)

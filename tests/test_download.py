@@ -265,12 +265,19 @@ def test_pipes_in_the_place_of_files(tmp_path, name):
     assert left(tmp_path / "f") == [name]
 
 
-def test_ctrl_c_is_heard_in_a_stalled_transfer(server, tmp_path):
+def test_ctrl_c_is_heard_in_a_stalled_transfer(server, tmp_path, monkeypatch):
     """At once: the main thread waits for nothing but a queue."""
-    timer = threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT))
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    write = os.write
+
+    def begin(descriptor: int, piece: bytes) -> int:
+        if not timer.is_alive():
+            timer.start()
+        return write(descriptor, piece)
+
+    monkeypatch.setattr(download.os, "write", begin)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        timer.start()
         start = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
             fetch(f"{server.url}/stall", tmp_path / "f")

@@ -279,7 +279,9 @@ def test_a_configuration_alone_allocates_nothing(
     data = claims({**CONFIG, name: number})
     tracemalloc.start()
     try:
-        refused(data, "does not say which network it holds .its configuration has .* that its arrays have not")
+        refused(
+            data, "does not say which network it holds .(its configuration has .* that its arrays have not|.* at most)"
+        )
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -294,7 +296,9 @@ def test_a_large_head_is_told_from_the_files(
     refused(claims({**CONFIG, "num_classes": 1}, values=values), r"fc.kernel is \[2, 2\], not \[2, 1\]")
     for name, value in (("num_classes", 10**9), ("widths", [10**9]), ("depths", [10**9]), ("width_per_group", 10**9)):
         bottleneck = {"block": "bottleneck"} if name == "width_per_group" else {}
-        refused(claims({**CONFIG, **bottleneck, name: value}, values=values), "that its arrays have not")
+        refused(
+            claims({**CONFIG, **bottleneck, name: value}, values=values), "that its arrays have not|at most 1,000,000"
+        )
 
 
 # --- Fuzzing: whatever the bytes, what the file holds or a WeightsError.

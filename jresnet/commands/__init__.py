@@ -105,8 +105,10 @@ def guarded(command: Callable[[], int], name: str) -> int:
         return 141
     except (JresnetError, OSError) as error:  # OSError: a disk that fills up, for example
         return failed(str(error))
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         return failed(f"{error}: install what {name} needs with pip install -e '.[train]'")
+    except ImportError as error:  # it is there and does not load: too little memory, or a library of another version
+        return failed(f"{name} cannot be started: {' '.join(str(error).split())}")
     except MemoryError:
         return failed("the memory is used up: give more of it (ulimit -v), or take a smaller batch or network")
     except KeyboardInterrupt:
@@ -116,7 +118,8 @@ def guarded(command: Callable[[], int], name: str) -> int:
 
 def failed(message: str) -> int:
     """Tells an error; returns the exit code 1."""
-    print(f"error: {shown(message)}", file=sys.stderr)
+    if sys.stderr is not None:  # closed: print would take stdout
+        print(f"error: {shown(message)}", file=sys.stderr)
     return 1
 
 

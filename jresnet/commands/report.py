@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "jresnet report") -> int
             print(json.dumps(found, indent=1))
         else:
             print(text_table([cells(row) for row in found]))
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         if not any(run.rows for entry in entries for run in entry.runs):
             print("no plot: no run has an epoch behind it yet", file=sys.stderr)
             return 0

@@ -63,7 +63,9 @@ def _problems(config: ResNetConfig) -> list[str]:
         if not counts(value := getattr(config, name), least):
             problems.append(f"{name} must be a whole number of at least {least}, got {value!r:.80}")
         elif value > MOST:
-            problems.append(f"{name} must be at most {MOST:,}, got {value:.10g}")
+            problems.append(
+                f"{name} must be at most {MOST:,}, got {value if value < 10**20 else 'one of more than 20 digits'}"
+            )
     for name in ("depths", "widths"):
         value = getattr(config, name)
         if not isinstance(value, tuple) or not value or not all(map(counts, value)):

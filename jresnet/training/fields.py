@@ -64,7 +64,7 @@ def problems(record: Any) -> list[str]:
 
     Types count too, since the values may come from a damaged file. NaN and infinity are never allowed.
     """
-    hints = hints_of(type(record))
+    hints = hints_of(type(record))  # type: ignore[arg-type] # a class is hashable
     found = []
     for field in dataclasses.fields(record):
         option, value, hint = field.metadata["option"], getattr(record, field.name), hints[field.name]
