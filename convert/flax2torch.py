@@ -65,7 +65,9 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         raise InputError(f"{path} is PyTorch's already: give a native file, such as training writes (*.safetensors)")
     if args.output and args.output.suffix not in SUFFIXES:
         raise InputError(f"--output {args.output} should end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
-    output = args.output or (path.with_suffix(".pth") if path.name else path)
+    if not path.name:
+        raise InputError(f"cannot read {path}: it is a folder or a device; name the file itself")
+    output = args.output or path.with_suffix(".pth")
     check_other(output, path)
     check_output(output, args.force)
     arch, config, values, metadata = native.read(path)
