@@ -15,15 +15,17 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 
 from jresnet.commands import huge_pages
-from jresnet.errors import JresnetError
+from jresnet.errors import InputError, JresnetError
+from jresnet.version import __version__
 
 OWN = {  # modules of this package
-    "train": "train a ResNet on CIFAR-10 or digits",
+    "train": "train a ResNet on CIFAR-10, CIFAR-100 or digits",
     "evaluate": "accuracy and loss of weights on labelled images",
     "report": "compare training runs in a table and a plot",
     "info": "versions, devices, compilation cache and compiler options",
 }
 COMPUTING = ("train", "evaluate")  # those that gain from large pages
+SLOW = (*COMPUTING, "convert", "export-torch")  # those that import JAX and then work for a while
 OTHERS = {  # of the package convert, which comes with jresnet
     "convert": "turn PyTorch's weights into a file of jresnet's",
     "export-torch": "turn a file of jresnet's into PyTorch's weights",
@@ -88,7 +90,11 @@ def run(name: str, arguments: Sequence[str] | None, prog: str) -> int:
     """
     if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
+    # XLA of jax 0.10.1 prints screens of nothing where it loads a kept program on a CPU with AVX-512. What really fails is
+    # an exception.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     try:
+        greet(name, sys.argv[1:] if arguments is None else arguments)
         return _command(name)(arguments, prog=prog)
     except SystemExit as end:  # of argparse
         return end.code if isinstance(end.code, int) else 1
@@ -103,6 +109,32 @@ def run(name: str, arguments: Sequence[str] | None, prog: str) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def greet(name: str, arguments: Sequence[str]) -> None:
+    """The first line of a command that computes: JAX takes seconds to import, in which one would see nothing."""
+    if name in SLOW and not {"-h", "--help", "--json"} & set(arguments):
+        print(f"jresnet  {__version__}, starting JAX ...", flush=True)
+
+
+def check_devices() -> None:
+    """Starts JAX.
+
+    Raises:
+        InputError: where it finds none of the devices that it was told to use.
+    """
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter of jax 0.10.1 for a platform without a plugin
+        reason = " ".join(str(error).split()) or "this installation knows no such platform"
+        told = os.environ.get("JAX_PLATFORMS")
+        advice = f"JAX_PLATFORMS is {told}: " if told else ""
+        raise InputError(
+            f"JAX has no device to compute on ({reason[:300]}). {advice}install jax for this device, or set "
+            "JAX_PLATFORMS=cpu"
+        ) from error
 
 
 def failed(message: str) -> int:
