@@ -26,7 +26,7 @@ import jresnet.data
 from jresnet import cache, sources
 from jresnet.data import images
 from jresnet.errors import DataError, InputError, WeightsError
-from jresnet.files import few, printable
+from jresnet.files import few, printable, read_ordinary
 from jresnet.kernels.compiler import compiler_options
 from jresnet.models import params
 from jresnet.models.resnet import ResNet
@@ -138,6 +138,7 @@ def dataset(
     """
     classes = jresnet.data.CLASSES[name]  # before a download
     logits, names = resolved.model.config.num_classes, class_names or resolved.categories
+    _check_names(class_names, logits)
     if logits != len(classes):
         raise DataError(f"{name} has {len(classes)} classes, but the network {logits:,}")
     if names and set(names) != set(classes):
@@ -159,30 +160,28 @@ def dataset(
 _HOW_TO_NAME = "give `class_names`, a file with a name a line in the order of the logits"
 
 
-def read_names(path: str | Path, model: ResNet) -> tuple[str, ...]:
-    """The names of a model's classes from a text file, one a line in the order of the logits; an empty line: none.
+def read_names(path: str | Path) -> tuple[str, ...]:
+    """Names of classes from a text file, one a line in the order of the logits; an empty line: none.
 
     Raises:
-        DataError: it cannot be read, or holds another number of lines.
+        DataError: it cannot be read, or is no text.
     """
     try:
-        if not Path(path).is_file():  # a pipe would never end
-            raise OSError("there is no such file")
-        with open(path, "rb") as file:
-            content = file.read(MAX_NAMES + 1)
-        if len(content) > MAX_NAMES:
-            raise OSError(f"it has more than {MAX_NAMES:,} bytes")
-        text = content.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_ordinary(path, MAX_NAMES).decode("utf-8-sig")
+    except (OSError, ValueError) as error:  # the latter of a NUL in the path too
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise DataError(f"cannot read the class names in {path}: {reason}") from error
-    names = tuple(line.strip() for line in text.rstrip().split("\n")) if text.strip() else ()
-    if len(names) != model.config.num_classes:
+    if not text.strip():
+        raise DataError(f"cannot read the class names in {path}: there are none")
+    return tuple(line.strip() for line in text.rstrip().split("\n"))
+
+
+def _check_names(class_names: Sequence[str] | None, logits: int) -> None:
+    if class_names is not None and len(class_names) != logits:
         raise DataError(
-            f"{path} has {len(names):,} lines, but the network {model.config.num_classes:,} classes: write a name for each, "
-            "in the order of the logits, and an empty line for one without a folder"
+            f"`class_names` has {len(class_names):,} names, but the network {logits:,} classes: write a line for each, in "
+            "the order of the logits, and an empty one for a class without a folder"
         )
-    return names
 
 
 def folder(
@@ -209,6 +208,7 @@ def folder(
         DataError: the folders' names or number do not fit the network.
     """
     classes = found.classes
+    _check_names(class_names, resolved.model.config.num_classes)
     try:
         position, how, note = _positions(classes, resolved.model.config.num_classes, resolved.categories, class_names)
     except DataError as error:

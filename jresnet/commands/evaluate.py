@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import jresnet
 from jresnet import cache, evaluation
 from jresnet.commands import check_devices
-from jresnet.commands.flags import naming_flags
+from jresnet.commands.flags import Parser, folder, naming_flags
 from jresnet.data import DATASETS, images
 from jresnet.files import printable
 from jresnet.training.console import Console
@@ -27,7 +27,7 @@ from jresnet.version import installed
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """The command line's options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description="Evaluate weights: top-1, top-5, loss and images per second, every image once.",
         epilog="Exit code: 0; 1 for what cannot be used, also for a single bad image unless --skip-bad; 2 for bad options.",
@@ -44,7 +44,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "logits in sorted order, where the weights name no categories",
     )  # fmt: skip
     parser.add_argument(
-        "--data-dir", type=Path, metavar="DIR",
+        "--data-dir", type=folder, metavar="DIR",
         help="where CIFAR lies, as for training (default: TFDS_DATA_DIR, else ~/tensorflow_datasets, else ./data)",
     )  # fmt: skip
     parser.add_argument(
@@ -77,11 +77,14 @@ def positive(text: str) -> int:
 
 
 def numbers(text: str) -> tuple[float, ...]:
-    """``0.5,0.5,0.5``."""
+    """``0.5,0.5,0.5``, shares of the brightest value."""
     try:
-        return tuple(float(part) for part in text.split(","))
+        found = tuple(float(part) for part in text.split(","))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"expected R,G,B, got {text!r}") from error
+    if len(found) not in (1, 3) or not all(0 <= number <= 1 for number in found):
+        raise argparse.ArgumentTypeError(f"expected one or three numbers from 0 to 1, got {text!r}")
+    return found
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "jresnet evaluate") -> int:
@@ -90,6 +93,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "jresnet evaluate") -> i
     args = options.parse_args(argv)
     if args.data_dir and args.data not in DATASETS:
         options.error("--data-dir says where CIFAR lies, but --data names a folder")
+    if args.std and 0 in args.std:
+        options.error("--std must be above 0: pixels are divided by it")
     with naming_flags(options):
         report = evaluate(args)
     if args.json:
@@ -113,6 +118,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     check_devices()
     name = args.data if args.data in DATASETS else None
     found = None if name else images.list_folder(args.data)  # before weights are downloaded
+    names = None if args.class_names is None else evaluation.read_names(args.class_names)
     resolved = evaluation.resolve(args.weights, jnp.bfloat16 if args.dtype == "bfloat16" else None)
     preprocessing, origin = evaluation.choose_preprocessing(resolved, dataset=name, mean=args.mean, std=args.std)
     config = resolved.model.config
@@ -120,7 +126,6 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "weights",
         f"{args.weights}: {resolved.arch or 'a network of no name'}, {config.stem} stem, {config.num_classes:,} classes",
     )
-    names = args.class_names and evaluation.read_names(args.class_names, resolved.model)
     if found:
         data = evaluation.folder(resolved, found, args.limit, names)
     else:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
+from jresnet.files import shown
 from jresnet.models import zoo
 from jresnet.reports.metrics_file import duration
 
@@ -244,7 +245,7 @@ class Console:
         if self.quiet:
             return
         width = columns(self.stream) - self.tty  # a full line makes some terminals begin another
-        text = "\n".join(wrapped(line, width) for line in text.split("\n"))
+        text = "\n".join(wrapped(line, width) for line in shown(text).split("\n"))
         try:
             if self.bars:
                 self.bars[0].write(text, file=self.stream)
