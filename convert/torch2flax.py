@@ -231,6 +231,8 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     if arch is None:
         check = verify.Check(False, "left out, since PyTorch has no network of this configuration by a name")
     else:
+        if args.verify != "never":
+            say("verify", "computing two images with PyTorch too, where it is installed (some seconds)")
         check = verify.check(model, arch, conversion.torchvision(), args.verify)
     say("verified", f"as PyTorch's {arch}: {check}" if check.done else str(check))
     for note in adapted:
