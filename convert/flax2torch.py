@@ -17,8 +17,10 @@ import numpy as np
 import safetensors.numpy
 
 from convert import verify
-from convert.torch2flax import Say, check_output, report, with_common_options
+from convert.torch2flax import Say, check_other, report, with_common_options
 from jresnet import sources
+from jresnet.commands import guarded
+from jresnet.commands.flags import Parser, check_output
 from jresnet.errors import InputError, WeightsError
 from jresnet.files import write_atomically
 from jresnet.models import params, zoo
@@ -32,7 +34,7 @@ SUFFIXES = (".pth", ".pt", ".safetensors")
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The command line's options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description="Convert a native jresnet file into PyTorch weights. Needs no torch; where torch and torchvision "
         "are installed, the logits of PyTorch's network with these weights are compared with jresnet's.",
@@ -63,11 +65,14 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         raise InputError(f"{path} is PyTorch's already: give a native file, such as training writes (*.safetensors)")
     if args.output and args.output.suffix not in SUFFIXES:
         raise InputError(f"--output {args.output} should end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+    if not path.name:
+        raise InputError(f"cannot read {path}: it is a folder or a device; name the file itself")
+    output = args.output or path.with_suffix(".pth")
+    check_other(output, path)
+    check_output(output, args.force)
     arch, config, values, metadata = native.read(path)
     if arch is None:
         raise InputError(f"{path} holds a network that has no name and no counterpart in PyTorch: {config}")
-    output = args.output or path.with_suffix(".pth")
-    check_output(output, path, args.force)
     say("source", f"{path}, a {arch}, digest {metadata['digest']}")
     if other := {value.dtype.name for value in values.values()} - {"float32"}:
         say(
@@ -82,6 +87,8 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     tensors = statedict.state_dict(model, dialect, counts)
     counters = sum(key.endswith(keymap.COUNTER) for key in tensors)
     say("mapped", f"{len(tensors) - counters} tensors and {counters} {keymap.COUNTER} ({dialect} naming)")
+    if args.verify != "never":
+        say("verify", "computing two images with PyTorch too, where it is installed (some seconds)")
     check = verify.check(model, arch, statedict.state_dict(model), args.verify)
     say("verified", str(check))
     if output.suffix == ".safetensors":
@@ -175,4 +182,4 @@ def _torch_metadata(config: ResNetConfig) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main, "export-torch"))

@@ -15,16 +15,20 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 
 from jresnet.commands import huge_pages
-from jresnet.errors import JresnetError
+from jresnet.commands.flags import Parser
+from jresnet.errors import InputError, JresnetError
+from jresnet.files import shown
+from jresnet.version import __version__
 
 OWN = {  # modules of this package
-    "train": "train a ResNet on CIFAR-10 or digits",
+    "train": "train a ResNet on CIFAR-10, CIFAR-100 or digits",
     "evaluate": "accuracy and loss of weights on labelled images",
     "export": "a model as a program for JAX or ONNX that runs without jresnet",
     "report": "compare training runs in a table and a plot",
     "info": "versions, devices, compilation cache and compiler options",
 }
 COMPUTING = ("train", "evaluate")  # those that gain from large pages
+SLOW = (*COMPUTING, "convert", "export-torch")  # those that import JAX and then work for a while
 OTHERS = {  # of the package convert, which comes with jresnet
     "convert": "turn PyTorch's weights into a file of jresnet's",
     "export-torch": "turn a file of jresnet's into PyTorch's weights",
@@ -60,7 +64,7 @@ def dispatch(arguments: Sequence[str]) -> int:
     found = _registered()
     names = OWN | {name: OTHERS.get(name, entry.value) for name, entry in found.items()}
     width = max(map(len, names))
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="jresnet",
         description="ResNets in JAX: training, evaluation, and weights from and for PyTorch.",
         epilog="commands:\n"
@@ -87,10 +91,23 @@ def run(name: str, arguments: Sequence[str] | None, prog: str) -> int:
     Returns:
         The exit code: 0, 1 for what cannot be used, 2 for bad options, 128 + signal.
     """
+    # XLA of jax 0.10.1 prints screens of nothing where it loads a kept program on a CPU with AVX-512. What really fails is
+    # an exception.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+    def command() -> int:
+        greet(name, sys.argv[1:] if arguments is None else arguments)
+        return _command(name)(arguments, prog=prog)
+
+    return guarded(command, name)
+
+
+def guarded(command: Callable[[], int], name: str) -> int:
+    """What ``command`` returns, or the exit code for what it raises, which is told in one line; ``name`` is what it is."""
     if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     try:
-        return _command(name)(arguments, prog=prog)
+        return command()
     except SystemExit as end:  # of argparse
         return end.code if isinstance(end.code, int) else 1
     except BrokenPipeError:  # as with "| head"
@@ -99,16 +116,47 @@ def run(name: str, arguments: Sequence[str] | None, prog: str) -> int:
         return 141
     except (JresnetError, OSError) as error:  # OSError: a disk that fills up, for example
         return failed(str(error))
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         return failed(f"{error}: install what {name} needs with pip install -e '.[train]'")
+    except ImportError as error:  # it is there and does not load: too little memory, or a library of another version
+        return failed(f"{name} cannot be started: {' '.join(str(error).split())}")
+    except MemoryError:
+        return failed("the memory is used up: give more of it (ulimit -v), or take a smaller batch or network")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
 
 
+def greet(name: str, arguments: Sequence[str]) -> None:
+    """The first line of a command that computes: JAX takes seconds to import, in which one would see nothing."""
+    if name in SLOW and not {"-h", "--help", "--json"} & set(arguments):
+        print(f"jresnet  {__version__}, starting JAX ...", flush=True)
+
+
+def check_devices() -> None:
+    """Starts JAX.
+
+    Raises:
+        InputError: where it finds none of the devices that it was told to use.
+    """
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter of jax 0.10.1 for a platform without a plugin
+        reason = " ".join(str(error).split()) or "this installation knows no such platform"
+        told = os.environ.get("JAX_PLATFORMS")
+        advice = f"JAX_PLATFORMS is {told}: " if told else ""
+        raise InputError(
+            f"JAX has no device to compute on ({reason[:300]}). {advice}install jax for this device, or set "
+            "JAX_PLATFORMS=cpu"
+        ) from error
+
+
 def failed(message: str) -> int:
     """Tells an error; returns the exit code 1."""
-    print(f"error: {message}", file=sys.stderr)
+    if sys.stderr is not None:  # closed: print would take stdout
+        print(f"error: {shown(message)}", file=sys.stderr)
     return 1
 
 

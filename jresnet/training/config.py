@@ -11,6 +11,7 @@ from typing import Any, get_args
 import jax
 
 from jresnet.errors import InputError
+from jresnet.files import read_ordinary
 from jresnet.models import zoo
 from jresnet.models.config import Stem
 from jresnet.training import recipes
@@ -19,6 +20,7 @@ from jresnet.training.fields import option, problems
 from jresnet.training.recipes import Hyperparameters
 from jresnet.weights.preprocessing import STATISTICS
 
+MAX_CONFIG = 2**20  # bytes of a config.json that is read; they have some 2,000
 IMAGE = 32  # pixels, height and width of the datasets' images
 
 
@@ -47,6 +49,11 @@ class RunConfig(Hyperparameters):
     precision: str = option(
         "what convolutions compute in; auto is bfloat16 on GPU and TPU, float32 on the CPU", "network",
         choices=("float32", "bfloat16"), automatic=True,
+    )  # fmt: skip
+    weights: str | None = option(
+        "start from these weights: a file, native or PyTorch's, published ones (resnet50:IMAGENET1K_V2), or hf:ORG/REPO; "
+        "they say the architecture, and the head is a fresh one where their classes are others",
+        "network", None, metavar="W", none="random ones",
     )  # fmt: skip
     remat: bool = option(
         "keep only the blocks' inputs for the backward pass and compute the rest again: less memory, slower", "recipe",
@@ -121,7 +128,7 @@ def default_config(
     smaller = recipes.DATASETS[dataset]
     row["lr"] *= smaller.get("batch_size", row["batch_size"]) / row["batch_size"]
     values = row | smaller | given
-    values["arch"] = arch or row["arch"] or recipes.ARCH
+    values["arch"] = (row["arch"] or recipes.ARCH) if arch is None else arch
     if zoo.find(values["arch"]).config.stem == "cifar":
         values["stem"] = "cifar"
     if "milestones" not in given and type(values["epochs"]) is int:
@@ -158,7 +165,7 @@ def _read(out: Path) -> tuple[RunConfig, int | None] | None:
     try:
         if not path.exists():
             return None
-        content = json.loads(path.read_text())
+        content = json.loads(read_ordinary(path, MAX_CONFIG))
         values, runs = content["run"], content.get("runs")
         config = RunConfig(**{**values, "milestones": tuple(values["milestones"])})
         config.check()
@@ -168,6 +175,29 @@ def _read(out: Path) -> tuple[RunConfig, int | None] | None:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)[:500]
         raise InputError(f"{path} is no run's configuration ({reason}): choose another `out`") from error
     return config, runs
+
+
+def why_not_longer(before: RunConfig, now: RunConfig, begun: int) -> str | None:
+    """Why a run cannot go on with other ``epochs`` and ``milestones``; None where nothing that was done would be otherwise.
+
+    Args:
+        before: the run's configuration, and that of the run to be; they differ in these fields alone.
+        now: the latter.
+        begun: how many epochs have begun.
+    """
+    if begun == 0:
+        return None
+    if now.epochs < begun:
+        return f"{begun} epochs have begun already"
+    if now.schedule != "step":
+        return (
+            f"with `schedule` {now.schedule} every rate depends on the number of epochs, so the {begun} that have begun "
+            "would have had others"
+        )
+    passed = [[m for m in config.milestones if m < begun] for config in (before, now)]
+    if passed[0] != passed[1]:
+        return f"milestones before epoch {begun} have passed"
+    return None
 
 
 def differences(before: RunConfig, now: RunConfig) -> list[str]:
