@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +25,8 @@ from jresnet.files import write_atomically
 from jresnet.models import params, zoo
 from jresnet.models.resnet import ResNetConfig
 from jresnet.pytorch import keymap, statedict, torchsave
-from jresnet.weights import native, published
+from jresnet.weights import hub, native, published, transformers_config
+from jresnet.weights.preprocessing import Preprocessing
 
 PROG = "python -m convert.flax2torch"
 SUFFIXES = (".pth", ".pt", ".safetensors")
@@ -42,7 +44,8 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         "--output",
         metavar="FILE",
         type=Path,
-        help=f"file to write, its format by its ending, {', '.join(SUFFIXES)} (default: FILE with the ending .pth)",
+        help=f"file to write, its format by its ending, {', '.join(SUFFIXES)} (default: FILE with the ending .pth); without "
+        "an ending a folder for transformers' from_pretrained",
     )
     parser.add_argument(
         "--dialect",
@@ -61,14 +64,20 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     path = args.file
     if path.suffix in sources.TORCH_SUFFIXES:
         raise InputError(f"{path} is PyTorch's already: give a native file, such as training writes (*.safetensors)")
-    if args.output and args.output.suffix not in SUFFIXES:
+    if args.output and args.output.suffix not in ("", *SUFFIXES):
         raise InputError(f"--output {args.output} should end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     arch, config, values, metadata = native.read(path)
-    if arch is None:
-        raise InputError(f"{path} holds a network that has no name and no counterpart in PyTorch: {config}")
     output = args.output or path.with_suffix(".pth")
-    check_output(output, path, args.force)
-    say("source", f"{path}, a {arch}, digest {metadata['digest']}")
+    folder = output if not output.suffix else None  # of files as transformers' from_pretrained takes them
+    if folder:
+        output = folder / hub.WEIGHTS
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise InputError(
+                f"--output {folder} should end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, or be a folder"
+            )
+    for name in (output.name, hub.CONFIG, hub.PREPROCESSOR) if folder else (output.name,):
+        check_output(output.with_name(name), path, args.force)
+    say("source", f"{path}, a {arch or 'ResNet that has no name'}, digest {metadata['digest']}")
     if other := {value.dtype.name for value in values.values()} - {"float32"}:
         say(
             "note",
@@ -76,7 +85,13 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         )
         values = {name: value.astype(np.float32) for name, value in values.items()}
     # A row of the zoo that no torchvision network is like has a dialect of its own name.
-    dialect = args.dialect or metadata.get("dialect") or (arch if arch in keymap.DIALECTS else "torchvision")
+    dialect: str = (
+        args.dialect or metadata.get("dialect") or (arch if arch and arch in keymap.DIALECTS else "torchvision")
+    )
+    if folder:
+        dialect = args.dialect or "transformers"
+        if dialect != "transformers":
+            raise InputError(f"--output {folder} is a folder, which is written in transformers' naming alone")
     model = params.fill(config, values)
     counts = _counts(metadata, path)
     tensors = statedict.state_dict(model, dialect, counts)
@@ -84,6 +99,10 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     say("mapped", f"{len(tensors) - counters} tensors and {counters} {keymap.COUNTER} ({dialect} naming)")
     check = verify.check(model, arch, statedict.state_dict(model), args.verify)
     say("verified", str(check))
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in _beside(config, metadata).items():
+            write_atomically(folder / name, text.encode())
     if output.suffix == ".safetensors":
         write_atomically(output, safetensors.numpy.save(tensors, {"format": "pt"}))
         tensors_of = f"safetensors.torch.load_file({str(output)!r})"
@@ -97,6 +116,9 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         raise
     size = output.stat().st_size
     load = [*_build(arch, config, dialect), f"model.load_state_dict({tensors_of})"]
+    if folder:
+        kind = "AutoModelForImageClassification" if config.num_classes else "AutoModel"
+        load = [f"model = transformers.{kind}.from_pretrained({str(folder)!r})"]
     say("wrote", f"{output} ({size / 1e6:.1f} MB), read back bit by bit; load it with")
     for line in load:
         say("", line)
@@ -112,6 +134,14 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         "load": "\n".join(load),
         "verify": check.as_dict(),
     }
+
+
+def _beside(config: ResNetConfig, metadata: Mapping[str, str]) -> dict[str, str]:
+    """The files of transformers beside the weights, by name."""
+    categories, chosen = metadata.get("categories"), metadata.get("preprocessing")
+    return transformers_config.write(
+        config, json.loads(categories) if categories else None, Preprocessing.from_json(chosen) if chosen else None
+    )
 
 
 def _counts(metadata: Mapping[str, str], path: Path) -> int | dict[str, int]:
@@ -130,7 +160,7 @@ def _counts(metadata: Mapping[str, str], path: Path) -> int | dict[str, int]:
 
 
 def _check_written(
-    output: Path, arch: str, config: ResNetConfig, dialect: str, tensors: Mapping[str, np.ndarray], digest: str
+    output: Path, arch: str | None, config: ResNetConfig, dialect: str, tensors: Mapping[str, np.ndarray], digest: str
 ) -> None:
     """Reads ``output`` without torch: the same tensors, and on the way back the arrays of the native file."""
     found = sources.open_file(output)[0]
@@ -140,8 +170,10 @@ def _check_written(
         raise WeightsError(f"{output} does not hold what was written: look after the disk, and convert again")
 
 
-def _build(arch: str, config: ResNetConfig, dialect: str) -> list[str]:
+def _build(arch: str | None, config: ResNetConfig, dialect: str) -> list[str]:
     """The line that builds the PyTorch network, where that is one call of torchvision's."""
+    if arch is None:
+        return []
     plain = zoo.configure(arch, num_classes=config.num_classes)
     if dialect == "torchvision" and config == plain and published.names(arch):
         return [f"model = torchvision.models.{arch}(num_classes={config.num_classes})"]

@@ -71,11 +71,12 @@ class Check:
         )
 
 
-def check(model: ResNet, arch: str, state_dict: Mapping[str, np.ndarray], mode: str = "auto") -> Check:
+def check(model: ResNet, arch: str | None, state_dict: Mapping[str, np.ndarray], mode: str = "auto") -> Check:
     """Compares ``model`` with PyTorch's network of the same weights on two random images.
 
     Args:
-        model: of ``arch``, in float32.
+        model: in float32.
+        arch: the row of the zoo that it is of, if any.
         state_dict: the weights by torchvision's keys, in PyTorch's layout.
         mode: ``"auto"`` leaves the comparison out where there is nothing to compare with, ``"always"`` raises there,
             ``"never"`` leaves it out.
@@ -94,7 +95,7 @@ def check(model: ResNet, arch: str, state_dict: Mapping[str, np.ndarray], mode: 
         return Check(False, f"left out, since {error}")
     result = compare(model, reference)
     if not result.jresnet <= DIFFERENT and math.isfinite(result.torch):  # NaN of jresnet's fails too
-        raise WeightsError(f"the converted {arch} is not the network PyTorch computes: {result}")
+        raise WeightsError(f"the converted {arch or 'ResNet'} is not the network PyTorch computes: {result}")
     return result
 
 
@@ -110,7 +111,7 @@ def compare(model: ResNet, reference: Any, size: int | None = None, batch: int =
 
 def _images(model: ResNet, size: int | None, batch: int) -> np.ndarray:
     """Random images ``[batch, H, W, C]``, always the same."""
-    size = size or (224 if model.config.stem == "imagenet" else 32)
+    size = size or (32 if model.config.stem == "cifar" else 224)
     draw = np.random.default_rng(0)
     return draw.standard_normal((batch, model.config.in_channels, size, size), np.float32).transpose(0, 2, 3, 1)
 
@@ -159,11 +160,11 @@ def relative(value: np.ndarray, reference: np.ndarray) -> float:
     return float(np.linalg.norm(np.asarray(value, np.float64) - reference) / np.linalg.norm(reference))
 
 
-def torch_model(arch: str, config: ResNetConfig, state_dict: Mapping[str, np.ndarray]) -> Any:
+def torch_model(arch: str | None, config: ResNetConfig, state_dict: Mapping[str, np.ndarray]) -> Any:
     """PyTorch's float32 network of this configuration and these weights, by torchvision's keys.
 
     Raises:
-        LookupError: where torch or torchvision is missing, or PyTorch has no such network.
+        LookupError: where torch or torchvision is missing.
     """
     import_torchvision()
     import torch
@@ -210,11 +211,13 @@ class Row:
         return found
 
 
-# What else the rows of the zoo are used as: the ImageNet types on small images, and the other shortcut of the paper.
+# What else the rows of the zoo are used as: the ImageNet types on small images, the paper's other shortcut and stride.
 VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("resnet18", {"stem": "cifar", "num_classes": 10}),
     ("resnet50", {"stem": "cifar", "num_classes": 10}),
     ("resnet20_cifar", {"shortcut": "projection"}),
+    ("resnet18", {"stem": "cifar_pool"}),
+    ("resnet50", {"stride_in": "1x1"}),
 )
 
 

@@ -97,7 +97,7 @@ def choose_preprocessing(
         origin = "a guess: the weights do not say"
         if cifar10:
             chosen = Preprocessing(None, 32, *STATISTICS["cifar10"])
-        elif resolved.model.config.stem == "cifar":
+        elif resolved.model.config.stem in ("cifar", "cifar_pool"):
             chosen = Preprocessing(32, 32, *STATISTICS["cifar10"])
         else:
             chosen = Preprocessing(256, 224)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 from jresnet.errors import InputError
 from jresnet.kernels import in_pieces
-from jresnet.models.config import EXPANSION
+from jresnet.models.config import EXPANSION, STEMS
 from jresnet.models.layers import BatchNorm, Conv, Images
 from jresnet.models.resnet import ResNet, checked
 
@@ -46,7 +46,8 @@ class FusedResNet(ResNet):
         pooled = (x.shape[0], config.num_features), jnp.promote_types(dtype, jnp.float32)
         logits = jax.eval_shape(lambda pooled: self._head(pooled, train), jax.ShapeDtypeStruct(*pooled))
         # The largest output is the first stage's.
-        pixels = math.prod(x.shape[1:3]) // (1 if config.stem == "cifar" else 16)
+        _, stride, pool = STEMS[config.stem]
+        pixels = math.prod(x.shape[1:3]) // (stride * (2 if pool else 1)) ** 2
         return in_pieces(
             *_as_a_function(self, x),
             outputs=(logits.shape[-1], logits.dtype),
