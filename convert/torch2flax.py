@@ -198,7 +198,7 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     chosen = {name: getattr(args, name) for name in zoo.FREE}
     arch, spec = _arch_and_spec(args.what, args.weights)
     # A wrong value is told before anything is downloaded.
-    zoo.replaced(zoo.find(arch).config if arch else ResNetConfig("basic", (1,), (1,)), **chosen)
+    zoo.replaced(zoo.find(arch).config if arch else ResNetConfig("bottleneck", (1, 1, 1, 1)), **chosen)
     source = sources.find(spec, arch)
     if row := source.row:
         why = "torchvision's default" if spec == "DEFAULT" else "as asked for"
@@ -225,7 +225,7 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         raise WeightsError(f"{found.spec} is a native jresnet file already: jresnet.load reads it")
     conversion = found.conversion
     say("found", f"{found.arch or 'a ResNet without a name'}: {infer.describe(found.config)}")
-    say("assumed", ", ".join(conversion.assumed) + _otherwise(conversion.assumed))
+    say("assumed", _with_options(conversion.assumed))
     for note in found.notes:
         say("note", note)
     arch = found.arch
@@ -272,8 +272,8 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     }
 
 
-def _otherwise(assumed: Sequence[str]) -> str:
-    """The options that say otherwise than what is assumed."""
+def _with_options(assumed: Sequence[str]) -> str:
+    """What is assumed, each with the option that says otherwise."""
     options = {
         "stride on the 3x3": "--stride-in 1x1",
         "stride on the 1x1": "--stride-in 3x3",
@@ -281,8 +281,11 @@ def _otherwise(assumed: Sequence[str]) -> str:
         "stem at stride 1 with ": "--stem cifar",
         "no dilation": "--output-stride",
     }
-    fitting = [option for begin, option in options.items() if any(phrase.startswith(begin) for phrase in assumed)]
-    return f" (otherwise: {', '.join(fitting)})" if fitting else ""
+    found = []
+    for phrase in assumed:
+        option = next((option for begin, option in options.items() if phrase.startswith(begin)), None)
+        found.append(f"{phrase} (else {option})" if option else phrase)
+    return ", ".join(found)
 
 
 def _arch_and_spec(what: str, weights: str | None) -> tuple[str | None, str]:

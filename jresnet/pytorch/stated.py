@@ -126,7 +126,8 @@ def _of_text(text: str) -> dict[str, Any]:
 def _read_name(name: str, found: Statement) -> None:
     for pattern, what in _OTHER:
         if re.search(pattern, name, re.I):
-            found.refused.append(f"is a {name}, which {what}")
+            phrase = f"is a {name}, which {what}"
+            found.refused += [phrase] if phrase not in found.refused else []
     if "caffe" in name.lower():
         found.choose("stride_in", "1x1", f"stride on the 1x1 convolution, as it is a {name}")
     found.name = found.name or name

@@ -102,6 +102,6 @@ def test_a_model_without_a_head(tmp_path: Path) -> None:
     weights = sources.load(tmp_path)
     images = np.random.default_rng(0).standard_normal((2, 64, 64, 3), np.float32)
     with torch.no_grad():
-        wanted = body(torch.from_numpy(images.transpose(0, 3, 1, 2))).pooler_output.flatten(1)
+        wanted = body(torch.from_numpy(images.transpose(0, 3, 1, 2))).pooler_output.flatten(1).numpy()
     given = params.fill(weights.config, weights.values)(images)
     np.testing.assert_allclose(given, wanted, rtol=1e-4, atol=1e-4 * float(np.abs(wanted).max()))
