@@ -55,11 +55,17 @@ def optimizer_of(config: RunConfig, learning_rate: optax.ScalarOrSchedule) -> op
     return optim.optimizer(config.optimizer, learning_rate, **{name: getattr(config, name) for name in names})
 
 
-def pair() -> tuple[jresnet.ResNet, torch.nn.Module]:
-    """jresnet's and PyTorch's tiny network of the same float64 parameters. Call it where 64 bits are enabled."""
+def tiny_reference() -> torch.nn.Module:
+    """PyTorch's tiny network in float64, its statistics drawn at random."""
     torch.manual_seed(0)
     reference = CifarResNet(TINY).double()
     randomise(reference)
+    return reference
+
+
+def pair() -> tuple[jresnet.ResNet, torch.nn.Module]:
+    """jresnet's and PyTorch's tiny network of the same float64 parameters. Call it where 64 bits are enabled."""
+    reference = tiny_reference()
     tensors = reference.state_dict()
     values = {path: keymap.to_flax(tensors[keymap.torch_key(path)].numpy()) for path in params.shapes(TINY)}
     return params.fill(TINY, values), reference
@@ -125,7 +131,7 @@ def test_steps(recipe: str, overrides: dict[str, Any]) -> None:
 def test_evaluation_takes_the_average() -> None:
     """Its weights and its statistics, without smoothing."""
     config = configure("fast")
-    _, reference = pair()
+    reference = tiny_reference()
     training = train_torch.Training(config, reference, STEPS_PER_EPOCH)
     images, labels = torch.randn(BATCH, 3, PIXELS, PIXELS, dtype=torch.float64), torch.arange(BATCH) % 10
     for _ in range(3):
