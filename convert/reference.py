@@ -28,11 +28,18 @@ def network(arch: str, config: ResNetConfig) -> nn.Module:
         LookupError: for a shortcut that no PyTorch network of this kind has.
     """
     cifar = len(config.depths) == 3
+    if cifar and config.output_stride:
+        raise LookupError(f"there is no PyTorch network like {arch} with dilated convolutions to compare with")
     if config.shortcut not in (("pad", "projection") if cifar else ("projection", "projection_first", "conv")):
         raise LookupError(f"there is no PyTorch network like {arch} with shortcut {config.shortcut!r} to compare with")
     if cifar:
         return CifarResNet(config)
-    model: Any = getattr(import_torchvision().models, _RELATIVES.get(arch, arch))(num_classes=config.num_classes)
+    how: dict[str, Any] = {}
+    if config.output_stride:
+        if config.block == "basic":
+            raise LookupError(f"torchvision has no {arch} with dilated convolutions to compare with")
+        how["replace_stride_with_dilation"] = [stride == 1 for stride, _ in config.strides[1:]]
+    model: Any = getattr(import_torchvision().models, _RELATIVES.get(arch, arch))(num_classes=config.num_classes, **how)
     width = config.widths[0]
     if config.stem == "cifar":
         model.conv1 = nn.Conv2d(config.in_channels, width, 3, 1, 1, bias=False)

@@ -32,6 +32,7 @@ def create(
     in_channels: int | None = None,
     stem: Stem | None = None,
     shortcut: Shortcut | None = None,
+    output_stride: int | None = None,
     zero_init_residual: bool = False,
     dtype: DTypeLike | None = None,
     remat: bool = False,
@@ -61,6 +62,10 @@ def create(
             ``None``: that of the weights, else the architecture's own.
         shortcut: ``"pad"``, ``"projection"``, ``"projection_first"`` or ``"conv"`` (what they mean:
             :mod:`jresnet.models.resnet`). ``None``: that of the weights, else the architecture's own.
+        output_stride: 8 or 16, say: the last stage has a pixel for so many of the image's, a side, instead of for 32, by
+            dilated convolutions (torchvision's ``replace_stride_with_dilation``, timm's ``output_stride``), for
+            segmentation and detection. The parameters are the same, so that any weights of the architecture will do.
+            ``None``: that of the weights, else no dilation.
         zero_init_residual: start each block's last BN scale at 0; without effect where ``weights`` are given.
         dtype: a floating-point dtype to compute in, or its name (``"bfloat16"``, ``"bf16"``); parameters, statistics and
             logits stay float32.
@@ -79,6 +84,7 @@ def create(
     """
     chosen: dict[str, Any] = {
         "num_classes": num_classes, "in_channels": in_channels, "stem": stem, "shortcut": shortcut,
+        "output_stride": output_stride,
     }  # fmt: skip
     rngs = _rngs(seed, rngs)
     dtype = as_dtype(dtype)  # what is wrong is told before anything is fetched
@@ -140,6 +146,7 @@ class Options(TypedDict, total=False):
     in_channels: int | None
     stem: Stem | None
     shortcut: Shortcut | None
+    output_stride: int | None
     zero_init_residual: bool
     dtype: DTypeLike | None
     remat: bool

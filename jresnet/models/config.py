@@ -33,11 +33,41 @@ class ResNetConfig:
     groups: int = 1  # groups of a Bottleneck's 3x3 (ResNeXt, arXiv:1611.05431: cardinality)
     width_per_group: int = 64  # channels per group in the first stage (Wide ResNet, arXiv:1605.07146: 128)
     conv_bias: bool = False  # biased convolutions: BN makes them redundant, but resnet18_d2l's weights hold them
+    # Pixels of an image, a side, for one pixel of the last stage: from where the strides would exceed it, convolutions are
+    # dilated instead (torchvision's replace_stride_with_dilation, timm's output_stride). None: as the strides make it.
+    output_stride: int | None = None
 
     def __post_init__(self) -> None:
         """Raises :class:`jresnet.InputError` with everything that is wrong."""
         if problems := _problems(self):
             raise InputError("; ".join(problems))
+        if self.output_stride == self.full_stride:
+            object.__setattr__(self, "output_stride", None)  # one way to write a network without dilation
+
+    @property
+    def full_stride(self) -> int:
+        """The output stride without dilation: 32 with the ImageNet stem and four stages."""
+        return self.stem_stride * 2 ** (len(self.depths) - 1)
+
+    @property
+    def stem_stride(self) -> int:
+        """Pixels of an image, a side, for one pixel of the stem's output."""
+        return 1 if self.stem == "cifar" else 4
+
+    @property
+    def strides(self) -> tuple[tuple[int, int], ...]:
+        """The stride of each stage, and the dilation of its 3x3 convolutions from the first block's second one on.
+
+        The stage's first 3x3 convolution has the dilation of the stage before.
+        """
+        found, total, dilation = [], self.stem_stride, 1
+        for stage in range(len(self.depths)):
+            stride = 2 if stage else 1
+            if total * stride > (self.output_stride or self.full_stride):
+                dilation, stride = dilation * stride, 1
+            total *= stride
+            found.append((stride, dilation))
+        return tuple(found)
 
     @property
     def num_features(self) -> int:
@@ -69,6 +99,13 @@ def _problems(config: ResNetConfig) -> list[str]:
         problems.append(f"conv_bias must be True or False, got {config.conv_bias!r}")
     if problems:
         return problems
+    if config.output_stride is not None:
+        fitting = [config.stem_stride * 2**stage for stage in range(len(config.depths))]
+        if not counts(config.output_stride) or config.output_stride not in fitting:
+            problems.append(
+                f"output_stride must be {' or '.join(map(str, fitting))} for {len(fitting)} stages and the "
+                f"{config.stem} stem, got {config.output_stride!r}"
+            )
     if len(config.depths) != len(config.widths):
         problems.append(
             f"there are {len(config.depths)} depths and {len(config.widths)} widths: give both for each stage"

@@ -15,7 +15,7 @@ from typing import Any
 from jresnet.errors import InputError
 from jresnet.models.config import Block, ResNetConfig
 
-FREE = ("num_classes", "in_channels", "stem", "shortcut")  # what may be chosen apart from an architecture's row
+FREE = ("num_classes", "in_channels", "stem", "shortcut", "output_stride")  # what may be chosen apart from an architecture's row
 
 
 @dataclass(frozen=True)
@@ -107,18 +107,18 @@ def find(arch: str) -> Row:
 
 
 def name_of(config: ResNetConfig) -> str | None:
-    """The row that ``config`` is of, with its own numbers of classes and channels, stem and shortcut; None if of none."""
+    """The row that ``config`` is of, whatever those of its fields say that may be chosen; None if of none."""
 
     def row(*free: str) -> str | None:
         own = {name: getattr(config, name) for name in free}
         return next((row.name for row in ZOO.values() if dataclasses.replace(row.config, **own) == config), None)
 
     # A row is told by its shortcut where it can be: the zoo has a resnet34 of two kinds.
-    return row("num_classes", "in_channels", "stem") or row(*FREE)
+    return row(*(name for name in FREE if name != "shortcut")) or row(*FREE)
 
 
 def configure(arch: str, **chosen: Any) -> ResNetConfig:
-    """The configuration of ``arch`` with those of num_classes, in_channels, stem and shortcut that are not None replaced.
+    """The configuration of ``arch`` with those of the chosen fields (:data:`FREE`) that are not None replaced.
 
     Raises:
         InputError: for an unknown architecture or a value out of range; all of them at once.
