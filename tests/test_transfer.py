@@ -101,7 +101,7 @@ def test_labels_and_masks_of_a_state() -> None:
     assert optim.mask("a")({"a": jnp.zeros(2), "b": {"c": jnp.zeros(2)}}) == {"a": True, "b": {"c": False}}
 
 
-def trained(model: nnx.Module, tx: optax.GradientTransformation, steps: int = 3) -> nnx.Optimizer:
+def trained(model: nnx.Module, tx: optax.GradientTransformation, steps: int = 2) -> nnx.Optimizer:
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     @nnx.jit
@@ -122,7 +122,6 @@ def trained(model: nnx.Module, tx: optax.GradientTransformation, steps: int = 3)
         optim.optimizer("sgd", 0.1, weight_decay=0.1, frozen=("stem", "layer1.0", "*.bias")),
         optim.optimizer("adamw", 0.1, weight_decay={"*": 0.1}, rates={"stem": 2.0}, clip_norm=1.0,
                         frozen=("stem", "layer1.0", "*.bias")),
-        optim.freeze(optax.adamw(0.1, weight_decay=0.1), "stem", "layer1.0", "*.bias"),
         optax.multi_transform({"hold": optax.set_to_zero(), "rest": optax.adam(0.1)},
                               optim.labels({"hold": ["stem", "layer1.0", "*.bias"]})),
     ],
@@ -199,14 +198,12 @@ def test_layer_rates() -> None:
 # --- Statistics.
 
 
-@pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize(
-    ("names", "held"),
+    ("names", "held", "remat"),
     [
-        ((), ("",)),
-        (("layer1",), ("layer1.",)),
-        (("stem", "layer2"), ("bn1.", "layer2.")),
-        (("layer*.bn1", "stem"), ("bn1.", "layer1.0.bn1.", "layer1.1.bn1.", "layer2.0.bn1.")),
+        ((), ("",), False),
+        (("layer1",), ("layer1.",), True),
+        (("layer*.bn1", "stem"), ("bn1.", "layer1.0.bn1.", "layer1.1.bn1.", "layer2.0.bn1."), False),
     ],
 )
 def test_frozen_statistics_stay_and_the_rest_learns(names: tuple[str, ...], held: tuple[str, ...], remat: bool) -> None:
@@ -214,7 +211,7 @@ def test_frozen_statistics_stay_and_the_rest_learns(names: tuple[str, ...], held
     model.freeze_statistics(*names)
     before = bits(model)
     model.train()
-    trained(model, optax.sgd(0.1), steps=2)
+    trained(model, optax.sgd(0.1), steps=1)
     for path, value in bits(model).items():
         frozen = path.endswith((".mean", ".var")) and path.startswith(held)
         assert (value == before[path]) == frozen, path

@@ -39,7 +39,7 @@ def their_maps(model: nn.Module, module: nn.Module, images: torch.Tensor, classe
     return scaled(maps).detach().numpy()
 
 
-@pytest.mark.parametrize("layer", ["stem", "layer1", "layer2", "layer2.0", "layer3"])
+@pytest.mark.parametrize("layer", ["stem", "layer2.0", "layer3"])
 def test_maps_are_the_formulas(layer: str) -> None:
     torch.manual_seed(0)
     theirs = reference.CifarResNet(CONFIG)
@@ -52,7 +52,7 @@ def test_maps_are_the_formulas(layer: str) -> None:
     with jax.enable_x64(True):
         model = params.fill(found.config, found.values)
         nnx.update(model, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), nnx.state(model)))
-        predicted = np.asarray(model(X)).argmax(-1)
+        predicted = np.asarray(jax.jit(model)(X)).argmax(-1)
         for classes in (None, np.array([0, 3, 1, 4])):
             ours = jresnet.explain.grad_cam(model, X, classes, layer)
             wanted = predicted if classes is None else classes
