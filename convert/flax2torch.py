@@ -104,7 +104,7 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         for name, text in _beside(config, metadata).items():
             write_atomically(folder / name, text.encode())
     if output.suffix == ".safetensors":
-        write_atomically(output, safetensors.numpy.save(tensors, {"format": "pt"}))
+        write_atomically(output, safetensors.numpy.save(tensors, _torch_metadata(config)))
         tensors_of = f"safetensors.torch.load_file({str(output)!r})"
     else:
         torchsave.write(output, tensors)
@@ -119,6 +119,8 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     if folder:
         kind = "AutoModelForImageClassification" if config.num_classes else "AutoModel"
         load = [f"model = transformers.{kind}.from_pretrained({str(folder)!r})"]
+    if config.output_stride:
+        say("note", _DILATED.format(config=config, replaced=_replaced(config)))
     say("wrote", f"{output} ({size / 1e6:.1f} MB), read back bit by bit; load it with")
     for line in load:
         say("", line)
@@ -172,12 +174,34 @@ def _check_written(
 
 def _build(arch: str | None, config: ResNetConfig, dialect: str) -> list[str]:
     """The line that builds the PyTorch network, where that is one call of torchvision's."""
-    if arch is None:
+    if arch is None or (config.output_stride and config.block == "basic"):  # torchvision dilates bottlenecks alone
         return []
-    plain = zoo.configure(arch, num_classes=config.num_classes)
+    plain = zoo.configure(arch, num_classes=config.num_classes, output_stride=config.output_stride)
     if dialect == "torchvision" and config == plain and published.names(arch):
-        return [f"model = torchvision.models.{arch}(num_classes={config.num_classes})"]
+        how = f", replace_stride_with_dilation={_replaced(config)}" if config.output_stride else ""
+        return [f"model = torchvision.models.{arch}(num_classes={config.num_classes}{how})"]
     return []
+
+
+# The weights of a dilated network are those of one that is not: nothing but this says which is meant.
+_DILATED = (
+    "this network is dilated to output stride {config.output_stride}, which PyTorch's weights do not say: build it with "
+    "replace_stride_with_dilation={replaced} (torchvision, bottlenecks) or output_stride={config.output_stride} (timm)"
+)
+
+
+def _replaced(config: ResNetConfig) -> list[bool]:
+    """torchvision's ``replace_stride_with_dilation``."""
+    return [stride == 1 for stride, _ in config.strides[1:]]
+
+
+def _torch_metadata(config: ResNetConfig) -> dict[str, str]:
+    """That of a file of safetensors."""
+    dilated = {
+        "output_stride": str(config.output_stride),
+        "replace_stride_with_dilation": json.dumps(_replaced(config)),
+    }
+    return {"format": "pt"} | (dilated if config.output_stride else {})
 
 
 if __name__ == "__main__":

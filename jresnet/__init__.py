@@ -10,6 +10,8 @@ from jresnet.errors import DataError, DownloadError, InputError, JresnetError, W
 from jresnet.version import __version__
 
 if TYPE_CHECKING:  # the same for type checkers and editors
+    from jresnet import explain
+    from jresnet.exporting import export
     from jresnet.factory import (
         create,
         list_models,
@@ -58,6 +60,8 @@ __all__ = [
     "__version__",
     "compiler_options",
     "create",
+    "explain",
+    "export",
     "fuse",
     "get_weights",
     "list_models",
@@ -93,6 +97,7 @@ _MODULES = {  # where a public name comes from; the others from jresnet.factory
     "ResNet": "jresnet.models.resnet",
     "ResNetConfig": "jresnet.models.config",
     "compiler_options": "jresnet.kernels.compiler",
+    "export": "jresnet.exporting",
     "fuse": "jresnet.models.fuse",
     "get_weights": "jresnet.pretrained",
     "list_weights": "jresnet.pretrained",
@@ -105,8 +110,8 @@ if not TYPE_CHECKING:  # type checkers would take any name at all
     def __getattr__(name: str) -> Any:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        if name == "optim":
-            return importlib.import_module("jresnet.training.optim")
+        if name in ("explain", "optim"):
+            return importlib.import_module({"optim": "jresnet.training.optim"}.get(name, f"jresnet.{name}"))
         globals()[name] = value = getattr(importlib.import_module(_MODULES.get(name, "jresnet.factory")), name)
         return value
 

@@ -33,6 +33,7 @@ def create(
     stem: Stem | None = None,
     shortcut: Shortcut | None = None,
     stride_in: StrideIn | None = None,
+    output_stride: int | None = None,
     zero_init_residual: bool = False,
     dtype: DTypeLike | None = None,
     remat: bool = False,
@@ -66,6 +67,10 @@ def create(
         stride_in: which convolution of a Bottleneck has the stride: ``"3x3"`` (torchvision), or ``"1x1"``, the first one
             (the paper; weights of Caffe and detectron2). A PyTorch file's tensors do not tell it: where the weights do
             not say, it is ``"3x3"``.
+        output_stride: 8 or 16, say: the last stage has a pixel for so many of the image's, a side, instead of for 32, by
+            dilated convolutions (torchvision's ``replace_stride_with_dilation``, timm's ``output_stride``), for
+            segmentation and detection. The parameters are the same, so that any weights of the architecture will do.
+            ``None``: that of the weights, else no dilation.
         zero_init_residual: start each block's last BN scale at 0; without effect where ``weights`` are given.
         dtype: a floating-point dtype to compute in, or its name (``"bfloat16"``, ``"bf16"``); parameters, statistics and
             logits stay float32.
@@ -85,6 +90,7 @@ def create(
     chosen: dict[str, Any] = {
         "num_classes": num_classes, "in_channels": in_channels, "stem": stem, "shortcut": shortcut,
         "stride_in": stride_in,
+        "output_stride": output_stride,
     }  # fmt: skip
     rngs = _rngs(seed, rngs)
     dtype = as_dtype(dtype)  # what is wrong is told before anything is fetched
@@ -147,6 +153,7 @@ class Options(TypedDict, total=False):
     stem: Stem | None
     shortcut: Shortcut | None
     stride_in: StrideIn | None
+    output_stride: int | None
     zero_init_residual: bool
     dtype: DTypeLike | None
     remat: bool

@@ -19,7 +19,7 @@ RANKS = {
     "sources": 4,
     "factory": 5,
     "data": 6,
-    "evaluation": 7, "pretrained": 7,
+    "evaluation": 7, "pretrained": 7, "explain": 7, "exporting": 7,
     "reports": 8,
     "training": 9,
     "__init__": 10,  # jresnet's own, which shows what is public; it imports from anywhere below

@@ -20,6 +20,7 @@ from jresnet.errors import JresnetError
 OWN = {  # modules of this package
     "train": "train a ResNet on CIFAR-10 or digits",
     "evaluate": "accuracy and loss of weights on labelled images",
+    "export": "a model as a program for JAX or ONNX that runs without jresnet",
     "report": "compare training runs in a table and a plot",
     "info": "versions, devices, compilation cache and compiler options",
 }

@@ -5,11 +5,13 @@ they are computed in another way, which XLA's compiler runs faster; every other 
 ``jit``, ``grad``, ``jvp`` of any order, ``vmap``, ``remat`` and ``jax.export`` know nothing of it. Outside this folder
 nothing names a platform or a compiler.
 
-``conv`` has the convolutions and a table of their gradients, ``norm`` batch normalisation, ``pool`` the max-pool and the
-global average, ``scheduling`` the order in which things are computed, ``compiler`` the options that ``jax.jit`` is given.
+``conv`` has the convolutions and a table of their gradients, ``dilated`` the dilated ones, ``norm`` batch normalisation,
+``pool`` the max-pool and the global average, ``scheduling`` the order in which things are computed, ``compiler`` the options
+that ``jax.jit`` is given.
 """
 
 from jresnet.kernels.conv import convolve
+from jresnet.kernels.dilated import convolve_dilated
 from jresnet.kernels.norm import inverse_sqrt, normalise
 from jresnet.kernels.pool import every_second, global_average_pool, max_pool
 from jresnet.kernels.scheduling import add_relu, in_pieces, relu
@@ -17,6 +19,7 @@ from jresnet.kernels.scheduling import add_relu, in_pieces, relu
 __all__ = [
     "add_relu",
     "convolve",
+    "convolve_dilated",
     "every_second",
     "global_average_pool",
     "in_pieces",

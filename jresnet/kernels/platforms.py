@@ -7,9 +7,11 @@ one lowering for the CPU and one for all other platforms.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,11 +21,25 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 
+_plainly = contextvars.ContextVar("plainly", default=False)
+
+
+@contextlib.contextmanager
+def plainly() -> Iterator[None]:
+    """Within it a program is traced without primitives of jresnet's: for translators that know JAX's own alone."""
+    before = _plainly.set(True)
+    try:
+        yield
+    finally:
+        _plainly.reset(before)
+
+
 class Kernel:
     """A function of arrays and static keywords with one way to compute it for the CPU and one for the rest.
 
     Called on arrays whose axes are sharded explicitly (``jax.make_mesh``'s default) or vary over a mesh
-    (``jax.shard_map``'s), it is ``plain``: a primitive would need rules of its own for those types.
+    (``jax.shard_map``'s), it is ``plain``: a primitive would need rules of its own for those types. So it is within
+    :func:`plainly`.
 
     Args:
         name: of the primitive, as it shows in a jaxpr.
@@ -59,7 +75,7 @@ class Kernel:
 
     def __call__(self, *arrays: jax.Array, **static: Any) -> jax.Array:
         """``plain(*arrays, **static)``, as each platform does it."""
-        if any(map(_has_mesh, arrays)):
+        if _plainly.get() or any(map(_has_mesh, arrays)):
             return self.plain(*arrays, **static)
         return self.primitive.bind(*arrays, **static)
 

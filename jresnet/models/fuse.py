@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -14,7 +16,7 @@ from jaxtyping import Array, Float
 
 from jresnet.errors import InputError
 from jresnet.kernels import in_pieces
-from jresnet.models.config import EXPANSION, STEMS
+from jresnet.models.config import EXPANSION
 from jresnet.models.layers import BatchNorm, Conv, Images
 from jresnet.models.resnet import ResNet, checked
 
@@ -45,13 +47,15 @@ class FusedResNet(ResNet):
         dtype = jnp.dtype(self.conv1.dtype or jnp.promote_types(x.dtype, kernel.dtype))
         pooled = (x.shape[0], config.num_features), jnp.promote_types(dtype, jnp.float32)
         logits = jax.eval_shape(lambda pooled: self._head(pooled, train), jax.ShapeDtypeStruct(*pooled))
-        # The largest output is the first stage's.
-        _, stride, pool = STEMS[config.stem]
-        pixels = math.prod(x.shape[1:3]) // (stride * (2 if pool else 1)) ** 2
+        # The first stage's output is the largest, unless later ones are dilated.
+        strides = accumulate((stride for stride, _ in config.strides), operator.mul, initial=config.stem_stride)
+        stages = zip(list(strides)[1:], config.widths, strict=True)
+        stride, width = max(stages, key=lambda stage: stage[1] / stage[0] ** 2)
+        pixels = math.prod(x.shape[1:3]) // stride**2
         return in_pieces(
             *_as_a_function(self, x),
             outputs=(logits.shape[-1], logits.dtype),
-            bytes_an_image=pixels * config.widths[0] * EXPANSION[config.block] * dtype.itemsize,
+            bytes_an_image=pixels * width * EXPANSION[config.block] * dtype.itemsize,
         )
 
 

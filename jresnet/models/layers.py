@@ -79,7 +79,8 @@ def param(init: Init, shape: tuple[int, ...], rngs: nnx.Rngs | None) -> nnx.Para
 class Conv(nnx.Module):
     """2-D convolution (cross-correlation), as ``torch.nn.Conv2d`` with zero padding.
 
-    ``[N, H, W, in_channels] -> [N, H', W', out_channels]`` with ``H' = (H + 2 * padding - kernel_size) // stride + 1``.
+    ``[N, H, W, in_channels] -> [N, H', W', out_channels]`` with
+    ``H' = (H + 2 * padding - dilation * (kernel_size - 1) - 1) // stride + 1``.
     The kernel is ``[kernel_size, kernel_size, in_channels // groups, out_channels]``.
     """
 
@@ -93,18 +94,24 @@ class Conv(nnx.Module):
         groups: int = 1,
         bias: bool = False,
         *,
+        dilation: int = 1,
         dtype: DTypeLike | None = None,
         rngs: nnx.Rngs | None,
     ):
+        assert stride == 1 or dilation == 1, "a convolution has a stride or a dilation"
         shape = (kernel_size, kernel_size, in_channels // groups, out_channels)
         self.kernel = param(kaiming_normal, shape, rngs)
         self.bias = param(uniform_fan_in(math.prod(shape[:3])), shape[3:], rngs) if bias else None
-        self.stride, self.padding, self.groups, self.dtype = stride, padding, groups, dtype
+        self.stride, self.padding, self.groups, self.dilation, self.dtype = stride, padding, groups, dilation, dtype
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
         kernel = self.kernel[...]
         dtype = self.dtype or jnp.promote_types(x.dtype, kernel.dtype)
-        y = kernels.convolve(x.astype(dtype), kernel.astype(dtype), self.stride, self.padding, self.groups)
+        x, kernel = x.astype(dtype), kernel.astype(dtype)
+        if self.dilation > 1:
+            y = kernels.convolve_dilated(x, kernel, self.dilation, self.padding, self.groups)
+        else:
+            y = kernels.convolve(x, kernel, self.stride, self.padding, self.groups)
         return y if self.bias is None else y + jnp.expand_dims(self.bias[...].astype(dtype), (0, 1, 2))
 
 
@@ -120,7 +127,8 @@ class BatchNorm(nnx.Module):
     with the batch's biased variance and puts the unbiased one, times n / (n - 1), into the running average.
     Statistics are taken, kept and applied in float32 (float64 for float64 input), whatever the input's dtype, and the
     output has the input's dtype. ``use_running_average`` is the mode, set by ``model.train()`` and ``model.eval()`` as that
-    of ``nnx.BatchNorm``; a call's own ``train`` wins over it.
+    of ``nnx.BatchNorm``; a call's own ``train`` wins over it. ``frozen``, set by ``model.freeze_statistics()``, wins over
+    both: then the running statistics are used, and left as they are, in training too.
 
     Raises:
         ValueError: in training, for a batch with one value per channel, whose unbiased variance does not exist.
@@ -134,6 +142,7 @@ class BatchNorm(nnx.Module):
         self.var = nnx.BatchStat(jnp.array(ones))
         self.momentum, self.eps = momentum, eps
         self.use_running_average = True
+        self.frozen = False
 
     def set_view(self, use_running_average: bool | None = None) -> None:
         """What ``nnx.view`` calls to set a copy's mode."""
@@ -142,7 +151,7 @@ class BatchNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "n h w c"], train: bool | None = None) -> Float[Array, "n h w c"]:
         scale, bias = self.scale[...], self.bias[...]
-        if self.use_running_average if train is None else not train:
+        if self.frozen or (self.use_running_average if train is None else not train):
             wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
             factor = kernels.inverse_sqrt(self.var[...] + self.eps) * scale
             mean, factor, bias = (jnp.expand_dims(value, (0, 1, 2)) for value in (self.mean[...], factor, bias))

@@ -61,7 +61,8 @@ def adapt(
 
     A head for other classes is drawn anew, as PyTorch's ``nn.Linear``. A stem kernel for three channels is summed over
     them for one; for any other number C its channels are repeated in turn and scaled by 3 / C, so that the activations
-    keep their size. Of a network without a head there is nothing to draw: the weights' own is left out.
+    keep their size. Of a network without a head there is nothing to draw: the weights' own is left out. The output stride
+    is free: it changes no weight.
 
     Args:
         rngs: of a fresh head; ``None``: ``nnx.Rngs(0)``.
@@ -77,7 +78,7 @@ def adapt(
     problems = [
         f"its {field.name} is {getattr(found, field.name)!r}, not {getattr(wanted, field.name)!r}"
         for field in dataclasses.fields(ResNetConfig)
-        if field.name not in ("num_classes", "in_channels")
+        if field.name not in ("num_classes", "in_channels", "output_stride")
         and getattr(found, field.name) != getattr(wanted, field.name)
     ]
     if found.in_channels != wanted.in_channels:

@@ -7,7 +7,7 @@ Submodules carry torchvision's names, so that a weight's path differs from PyTor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import jax.numpy as jnp
@@ -16,20 +16,34 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jresnet.kernels import add_relu, every_second, global_average_pool, max_pool, relu
-from jresnet.models import zoo
+from jresnet.errors import InputError
+from jresnet.models import paths, zoo
 from jresnet.models.config import EXPANSION, STEMS, ResNetConfig
 from jresnet.models.layers import BatchNorm, Conv, Images, Linear, as_dtype
 
 
 class BasicBlock(nnx.Module):
-    """Two 3x3 convolutions; the stride is on the first. Paper: figure 5, left."""
+    """Two 3x3 convolutions; the stride is on the first. Paper: figure 5, left.
+
+    ``dilations`` are those of a block's first 3x3 convolution and of a second one, which are padded by as many pixels.
+    """
 
     expansion = EXPANSION["basic"]
 
-    def __init__(self, inplanes: int, planes: int, stride: int, config: ResNetConfig, downsample: list, conv: Callable):
-        self.conv1 = conv(inplanes, planes, 3, stride, 1)
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int,
+        dilations: tuple[int, int],
+        config: ResNetConfig,
+        downsample: list,
+        conv: Callable,
+    ):
+        first, second = dilations
+        self.conv1 = conv(inplanes, planes, 3, stride, first, dilation=first)
         self.bn1 = BatchNorm(planes)
-        self.conv2 = conv(planes, planes, 3, 1, 1)
+        self.conv2 = conv(planes, planes, 3, 1, second, dilation=second)
         self.bn2 = BatchNorm(planes)
         self.downsample = nnx.List(downsample)
 
@@ -44,12 +58,21 @@ class Bottleneck(nnx.Module):
 
     expansion = EXPANSION["bottleneck"]
 
-    def __init__(self, inplanes: int, planes: int, stride: int, config: ResNetConfig, downsample: list, conv: Callable):
+    def __init__(
+        self,
+        inplanes: int,
+        planes: int,
+        stride: int,
+        dilations: tuple[int, int],
+        config: ResNetConfig,
+        downsample: list,
+        conv: Callable,
+    ):
         width = planes * config.width_per_group // 64 * config.groups
         first, second = (stride, 1) if config.stride_in == "1x1" else (1, stride)
         self.conv1 = conv(inplanes, width, 1, first)
         self.bn1 = BatchNorm(width)
-        self.conv2 = conv(width, width, 3, second, 1, config.groups)
+        self.conv2 = conv(width, width, 3, second, dilations[0], config.groups, dilation=dilations[0])
         self.bn2 = BatchNorm(width)
         self.conv3 = conv(width, planes * self.expansion, 1)
         self.bn3 = BatchNorm(planes * self.expansion)
@@ -72,7 +95,9 @@ def shortcut(
     if x.shape == shape:
         return x
     new = shape[-1] - x.shape[-1]
-    return jnp.pad(every_second(x), ((0, 0), (0, 0), (0, 0), (new // 2, new - new // 2)))
+    if x.shape[1:3] != shape[1:3]:  # they are the same where the block is dilated instead
+        x = every_second(x)
+    return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (new // 2, new - new // 2)))
 
 
 # block(x, train), whose backward pass keeps x alone and computes the rest again
@@ -118,15 +143,20 @@ class ResNet(nnx.Module):
         for i, (depth, planes) in enumerate(zip(config.depths, config.widths, strict=True)):
             blocks = []
             for j in range(depth):
-                stride = 2 if i > 0 and j == 0 else 1
+                stride, dilation = config.strides[i]
+                first = config.strides[i - 1][1] if i > 0 and j == 0 else dilation
+                if j > 0:
+                    stride = 1
                 outplanes = planes * block.expansion
-                projects = stride > 1 or inplanes != outplanes or (config.shortcut == "projection_first" and j == 0)
+                # Of the architecture, dilated or not: a network has the same parameters at every output stride.
+                projects = (i > 0 and j == 0) or inplanes != outplanes
+                projects = projects or (config.shortcut == "projection_first" and j == 0)
                 downsample: list[nnx.Module] = []
                 if projects and config.shortcut != "pad":
                     downsample.append(conv(inplanes, outplanes, 1, stride))
                     if config.shortcut != "conv":
                         downsample.append(BatchNorm(outplanes))
-                blocks.append(block(inplanes, planes, stride, config, downsample, conv))
+                blocks.append(block(inplanes, planes, stride, (first, dilation), config, downsample, conv))
                 if zero_init_residual:
                     last = blocks[-1].bn3 if isinstance(blocks[-1], Bottleneck) else blocks[-1].bn2
                     last.scale[...] = jnp.zeros_like(last.scale[...])
@@ -149,22 +179,87 @@ class ResNet(nnx.Module):
         if deterministic is not None:
             self.deterministic = deterministic
 
-    def features(self, x: Images, train: bool | None = None) -> dict[str, Float[Array, "n _ _ _"]]:
-        """Every stage's output by its name: ``stem``, ``layer1``, ``layer2``, ...; arguments and errors as the call."""
-        remat = self.remat and self._trains(train)
+    def features(
+        self, x: Images, train: bool | None = None, names: str | Sequence[str] | None = None
+    ) -> dict[str, Float[Array, "n _ _ _"]]:
+        """The outputs of stages and blocks by name.
+
+        Args:
+            x, train: as the call's.
+            names: ``"stem"``, stages such as ``"layer2"`` and blocks such as ``"layer2.0"``; what lies behind the last of
+                them is not computed. ``None``: the stem and every stage.
+
+        Raises:
+            InputError: for another name; the message suggests the nearest. Others as the call.
+        """
+        stages = ["stem", *(f"layer{i + 1}" for i in range(len(self.config.depths)))]
+        wanted = stages if names is None else [names] if isinstance(names, str) else list(names)
+        last = max((self._position(name) for name in wanted), default=0)
+        found = {}
         y = relu(self.bn1(self.conv1(checked(x, self.config.in_channels)), train))
         if STEMS[self.config.stem][2]:
             y = max_pool(y)
-        outputs = {"stem": y}
+        found["stem"] = y
+        for name, block in list(self._blocks())[:last]:
+            y = self._apply(block, y, train)
+            found[name] = found[name.partition(".")[0]] = y
+        return {name: found[name] for name in wanted}
+
+    def logits_from(
+        self, name: str, y: Float[Array, "n _ _ _"], train: bool | None = None
+    ) -> Float[Array, "n classes"]:
+        """The logits that come of the output ``y`` of a stage or block: what lies behind it, otherwise as the call.
+
+        ``model.logits_from("layer2.0", model.features(x, names="layer2.0")["layer2.0"])`` is ``model(x)``.
+
+        Raises:
+            InputError: for a name that :meth:`features` does not know.
+        """
+        for _, block in list(self._blocks())[self._position(name) :]:
+            y = self._apply(block, y, train)
+        return self._head(global_average_pool(y), train)
+
+    def _blocks(self) -> Iterator[tuple[str, Callable]]:
+        """Every block by its name, ``layer1.0``, in order."""
         for i in range(len(self.config.depths)):
-            for block in getattr(self, f"layer{i + 1}"):
-                y = _rematerialized(block, y, train) if remat else block(y, train)
-            outputs[f"layer{i + 1}"] = y
-        return outputs
+            for j, block in enumerate(getattr(self, f"layer{i + 1}")):
+                yield f"layer{i + 1}.{j}", block
+
+    def _position(self, name: str) -> int:
+        """How many blocks come before the output of that name, its own included."""
+        known = {"stem": 0}
+        for number, (block, _) in enumerate(self._blocks(), 1):
+            known[block] = known[block.partition(".")[0]] = number
+        if name not in known:
+            raise paths.unknown(name, known, "stage or block of this network")
+        return known[name]
+
+    def _apply(self, block: Callable, y: Float[Array, "n h w c"], train: bool | None) -> Float[Array, "n h2 w2 c2"]:
+        return _rematerialized(block, y, train) if self.remat and self._trains(train) else block(y, train)
+
+    def freeze_statistics(self, *names: str, frozen: bool = True) -> None:
+        """BatchNorm of these parts uses its running statistics in training, too, and leaves them bit by bit as they are.
+
+        As ``eval()`` on these modules in PyTorch, but it outlasts ``model.train()`` and a call's ``train=True``. Scale and
+        bias go on learning: :func:`jresnet.optim.freeze` holds them. Copies keep it; native files have no place for it.
+
+        Args:
+            names: parts such as ``"stem"``, ``"layer1"``, ``"layer*.bn1"`` (:mod:`jresnet.models.paths`); none: all.
+            frozen: ``False`` lets them learn again.
+
+        Raises:
+            InputError: for a name of no part that has a BatchNorm of jresnet's; nothing is changed then.
+        """
+        norms = {".".join(map(str, path)): m for path, m in nnx.iter_modules(self) if isinstance(m, BatchNorm)}
+        if not norms:
+            raise InputError("this model has no BatchNorm whose statistics could be frozen: it is fused")
+        for path in set().union(*(paths.select(name, norms) for name in names or ("*",))):
+            norms[path].frozen = frozen
 
     def embed(self, x: Images, train: bool | None = None) -> Float[Array, "n features"]:
         """The features that the head takes: the last stage's output, averaged over its pixels; otherwise as the call."""
-        return global_average_pool(self.features(x, train)[f"layer{len(self.config.depths)}"])
+        last = f"layer{len(self.config.depths)}"
+        return global_average_pool(self.features(x, train, last)[last])
 
     def __call__(self, x: Images, train: bool | None = None) -> Float[Array, "n classes"]:
         """Logits of normalised images.

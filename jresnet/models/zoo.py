@@ -15,14 +15,8 @@ from typing import Any
 from jresnet.errors import InputError
 from jresnet.models.config import Block, ResNetConfig
 
-FREE = (
-    "num_classes",
-    "in_channels",
-    "stem",
-    "shortcut",
-    "stride_in",
-    "output_stride",
-)  # what may be chosen apart from an architecture's row
+# What may be chosen apart from an architecture's row
+FREE = ("num_classes", "in_channels", "stem", "shortcut", "stride_in", "output_stride")
 
 
 @dataclass(frozen=True)
@@ -114,7 +108,7 @@ def find(arch: str) -> Row:
 
 
 def name_of(config: ResNetConfig) -> str | None:
-    """The row that ``config`` is of, with its own numbers of classes and channels, stem and shortcut; None if of none."""
+    """The row that ``config`` is of, whatever those of its fields say that may be chosen; None if of none."""
 
     told = [field.name for field in dataclasses.fields(ResNetConfig)]
 
@@ -124,11 +118,11 @@ def name_of(config: ResNetConfig) -> str | None:
         return next(alike, None)
 
     # A row is told by its shortcut where it can be: the zoo has a resnet34 of two kinds.
-    return row("num_classes", "in_channels", "stem") or row(*FREE)
+    return row(*(name for name in FREE if name != "shortcut")) or row(*FREE)
 
 
 def configure(arch: str, **chosen: Any) -> ResNetConfig:
-    """The configuration of ``arch`` with those of ``FREE`` that are given and not None replaced.
+    """The configuration of ``arch`` with those of the chosen fields (:data:`FREE`) that are not None replaced.
 
     Raises:
         InputError: for an unknown architecture or a value out of range; all of them at once.

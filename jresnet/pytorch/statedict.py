@@ -124,6 +124,8 @@ def match(
         config = infer.configure(found, shapes, **chosen)
         layers = stated.layers(tensors.settings, found.keys, found.prefix) if isinstance(tensors, Module) else {}
         own = stated.of_layers(layers, config)
+        if not layers and config.block == "bottleneck" and _is_segmentation(found, shapes):
+            said.choose("dilated", 2, "dilation in the last 2 stages, as torchvision's segmentation networks have it")
         for statement in (own, said):
             for name, value in stated.fields(statement.chosen, config).items():
                 if chosen.get(name) is None:
@@ -190,7 +192,14 @@ def match(
         config = dataclasses.replace(config, num_classes=0)
     arch = arch or row
     known = [name for name, value in chosen.items() if value is not None]
+    known += ["stride_in", "output_stride"] if layers else []
     return Conversion(arch, config, values, found.dialect, counts, tuple(notes), infer.assumed(config, known))
+
+
+def _is_segmentation(found: infer.Found, shapes: Mapping[str, Any]) -> bool:
+    """Whether the body lies beside the head of torchvision's FCN or DeepLab, whose last layer is a 1x1 convolution."""
+    base = found.prefix.removesuffix("backbone.")
+    return base != found.prefix and len(shapes.get(f"{base}classifier.4.weight", ())) == 4
 
 
 def _a(row: str | None) -> str:

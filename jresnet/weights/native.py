@@ -91,7 +91,8 @@ def save(path: str | Path, model: ResNet, arch: str | None = None, **provenance:
     metadata = {
         "format": FORMAT,
         **({"arch": arch} if arch else {}),
-        "config": json.dumps(dataclasses.asdict(config)),
+        # What is None is left out: so a file says no more of its network than it has to.
+        "config": json.dumps({name: said for name, said in dataclasses.asdict(config).items() if said is not None}),
         "versions": json.dumps(versions),
         **metadata,
     }
@@ -141,7 +142,7 @@ def _foreign(model: ResNet, config: ResNetConfig) -> list[str]:
         elif path in expected and type(part) is not type(expected[path]):
             problems.append(f"{path} is a {type(part).__name__} of {type(part).__module__}, not jresnet's own")
         elif path in expected:
-            for name in ("stride", "padding", "groups", "eps"):
+            for name in ("stride", "padding", "groups", "dilation", "eps"):
                 own, usual = (getattr(one, name, None) for one in (part, expected[path]))
                 if own != usual:
                     problems.append(f"{path} has {name} {own}, and a network of this configuration {usual}")
@@ -250,8 +251,10 @@ def _stated(metadata: Mapping[str, str], values: Mapping[str, np.ndarray]) -> Re
     """The configuration that a file states, which anyone may have written; :class:`ValueError` and others if it is none."""
     said = json.loads(metadata["config"])
     names = {field.name for field in dataclasses.fields(ResNetConfig)}
-    if not isinstance(said, dict) or said.keys() != names:
-        raise InputError(f"its configuration must have exactly {', '.join(sorted(names))}")
+    needed = {field.name for field in dataclasses.fields(ResNetConfig) if field.default is not None}
+    if not isinstance(said, dict) or not needed <= said.keys() <= names:
+        may = ", ".join(sorted(names - needed))
+        raise InputError(f"its configuration must have {', '.join(sorted(needed))}, may have {may} and nothing else")
     known: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
     config = ResNetConfig(**known)
     # Building a network takes time and memory for every block and channel, so that the file must have as many.

@@ -204,6 +204,17 @@ def test_no_draw_decides_whether_a_conversion_is_right() -> None:
 # --- Networks of the same tensors and another function
 
 
+@pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_resnet50"])
+def test_segmentation_networks_are_dilated(name: str) -> None:
+    from jresnet.pytorch import statedict
+
+    model = getattr(networks.models.segmentation, name)(weights=None, weights_backbone=None, num_classes=2)
+    found = statedict.match(model.state_dict())
+    assert (found.arch, found.config.output_stride, found.config.num_classes) == ("resnet50", 8, 0)
+    assert any("as torchvision's segmentation networks have it" in note for note in found.notes)
+    assert statedict.match(model.state_dict(), output_stride=32).config.output_stride is None
+
+
 def bottlenecks(**options: object) -> torch.nn.Module:
     from torchvision.models.resnet import Bottleneck, ResNet
 

@@ -1,0 +1,241 @@
+"""A model as a program that runs without jresnet: :func:`export`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+
+from jresnet import factory, sources
+from jresnet.errors import InputError
+from jresnet.files import write_atomically
+from jresnet.kernels.platforms import plainly
+from jresnet.models import zoo
+from jresnet.models.fuse import FusedResNet, fuse
+from jresnet.models.resnet import ResNet
+from jresnet.version import __version__
+from jresnet.weights.preprocessing import Preprocessing, normalise
+
+FORMATS = ("jax", "onnx")
+PLATFORMS = ("cpu", "cuda", "tpu")
+_FILTERS = {"bilinear": "linear", "bicubic": "cubic"}  # what jax.image calls them
+
+
+def export(
+    model: ResNet | sources.Weights,
+    path: str | os.PathLike[str],
+    format: str = "jax",
+    *,
+    image_size: int | tuple[int, int] | None = None,
+    preprocess: bool = False,
+    preprocessing: Preprocessing | None = None,
+    categories: Sequence[str] | None = None,
+    platforms: Sequence[str] = PLATFORMS,
+    force: bool = False,
+) -> dict[str, Any]:
+    """Writes a model as a program for any number of images of one size, with its weights inside.
+
+    >>> jresnet.export(jresnet.get_weights("resnet50"), "resnet50.jaxexport", preprocess=True)      # doctest: +SKIP
+    >>> program = jax.export.deserialize(open("resnet50.jaxexport", "rb").read())                  # doctest: +SKIP
+    >>> logits = program.call(images)                        # uint8 [N, 256, 256, 3]              # doctest: +SKIP
+
+    Beside the file, ``PATH.json`` says what it takes and gives: shapes, dtypes, the classes' names and the preprocessing,
+    whether it is inside or left to the caller. The program evaluates; BatchNorm is folded (:func:`jresnet.fuse`).
+
+    Args:
+        model: a model, or weights of :func:`jresnet.get_weights`, which bring their preprocessing and categories.
+        path: the file to write.
+        format: ``"jax"``, for ``jax.export.deserialize``: StableHLO, which programs of newer versions of JAX read, too (JAX
+            promises six months). ``"onnx"``, for ONNX runtimes, through jax2onnx (the extra ``onnx``).
+        image_size: pixels of the images that the program takes: height and width, or one number for both. ``None``: those
+            of the preprocessing, else those that the architecture was designed for.
+        preprocess: the program takes uint8 pixels ``[N, H, W, C]`` and prepares them as the preprocessing says; otherwise
+            it takes normalised float32 images.
+        preprocessing: how images are prepared; ``None``: as the weights say.
+        categories: the classes' names; ``None``: as the weights say.
+        platforms: of a program for JAX, ``"cpu"``, ``"cuda"``, ``"rocm"`` or ``"tpu"``.
+        force: replace files that exist.
+
+    Returns:
+        What ``PATH.json`` says.
+
+    Raises:
+        InputError: for a value that cannot be used, a file that exists, or a library that is missing.
+        WeightsError: what the weights say of preprocessing or categories cannot be used.
+    """
+    if format not in FORMATS:
+        raise InputError(f"`format` must be {' or '.join(map(repr, FORMATS))}, got {format!r}")
+    path = Path(path)
+    beside = path.with_name(f"{path.name}.json")
+    for file in (path, beside):
+        _check_free(file, force)
+    write = _to_onnx if format == "onnx" else _to_jax
+    if format == "onnx":
+        _jax2onnx()  # what is missing is told before anything is computed
+    if isinstance(model, sources.Weights):
+        preprocessing, categories = preprocessing or model.preprocessing, categories or model.categories
+        model = factory.create(weights=model)
+    if preprocessing is not None:
+        preprocessing.check()
+    config = model.config
+    height, width = _size(image_size, model, preprocessing, preprocess)
+    program = _program(model)
+    if preprocess:
+        if preprocessing is None:
+            raise InputError(
+                "the weights do not say how images are prepared: give `preprocessing`, or leave out `preprocess`"
+            )
+        if len(preprocessing.mean) not in (1, config.in_channels):
+            raise InputError(
+                f"the preprocessing gives {len(preprocessing.mean)} channels, and the network takes {config.in_channels}"
+            )
+        program = _with(program, preparation(height, width, preprocessing))
+    dtype = np.uint8 if preprocess else np.float32
+    classes = jax.eval_shape(program, jax.ShapeDtypeStruct((1, height, width, config.in_channels), dtype)).shape[-1]
+    if categories is not None and len(categories) != classes:
+        raise InputError(f"there are {len(categories):,} categories for {classes:,} classes")
+    shape = (height, width, config.in_channels)
+    content, said = write(program, shape, dtype, platforms)
+    metadata = {
+        "format": format,
+        "jresnet": __version__,
+        "jax": jax.__version__,
+        **said,
+        "arch": zoo.name_of(config),
+        "input": {"name": "images", "shape": ["batch", *shape], "dtype": np.dtype(dtype).name},
+        "output": {"name": "logits", "shape": ["batch", classes], "dtype": "float32"},
+        "categories": list(categories) if categories is not None else None,
+        "preprocessing": dataclasses.asdict(preprocessing) if preprocessing else None,
+        "preprocessing_inside": preprocess,
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    write_atomically(path, content)
+    write_atomically(beside, (json.dumps(metadata, indent=1) + "\n").encode())
+    return metadata
+
+
+def _check_free(path: Path, force: bool) -> None:
+    if not path.parent.is_dir():
+        raise InputError(f"there is no folder {path.parent} to write {path.name} into: make it first")
+    if path.is_dir() or (os.path.lexists(path) and not path.is_file()):
+        raise InputError(f"{path} is a folder, a device or a broken link: choose another place")
+    if path.exists() and not force:
+        raise InputError(f"{path} exists: choose another place, or replace it with `force`")
+
+
+def _size(
+    wanted: int | tuple[int, int] | None, model: ResNet, preprocessing: Preprocessing | None, preprocess: bool
+) -> tuple[int, int]:
+    if wanted is None:
+        arch = zoo.name_of(model.config)
+        if preprocessing:
+            wanted = (preprocessing.resize if preprocess else None) or preprocessing.crop
+        elif arch:
+            wanted = zoo.find(arch).image_size
+        else:
+            raise InputError("the architecture has no name to tell the images' size by: give `image_size`")
+    found = wanted if isinstance(wanted, tuple) else (wanted, wanted)
+    if len(found) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= 2**14 for n in found):
+        raise InputError(f"`image_size` must be 1 to 16384 pixels, or two such numbers, got {wanted!r}")
+    return found
+
+
+def _program(model: ResNet) -> Callable[[jax.Array], jax.Array]:
+    """The logits, or features, in evaluation, in float32."""
+    if not isinstance(model, FusedResNet):
+        with contextlib.suppress(InputError):  # a BatchNorm of the user's own stays one
+            model = fuse(model)
+    return lambda images: model(images, train=False).astype(jnp.float32)
+
+
+def _with(program: Callable[[Any], jax.Array], prepare: Callable[[Any], Any]) -> Callable[[jax.Array], jax.Array]:
+    return lambda pixels: program(prepare(pixels))
+
+
+def preparation(
+    height: int, width: int, how: Preprocessing
+) -> Callable[[UInt8[Array, "n h w c"]], Float[Array, "n s s c2"]]:
+    """A function of JAX's that prepares pixels of one size as Pillow does for :func:`jresnet.get_weights`' ``preprocess``.
+
+    As there each of the two passes rounds to whole grey levels; Pillow's own fixed-point weights may differ by one level.
+    """
+    size = height, width
+    if how.resize is not None:
+        longer = int(how.resize * max(size) / min(size))
+        size = (longer, how.resize) if width <= height else (how.resize, longer)
+    rows, columns = (
+        _resized_and_cut(old, new, how.crop, how.interpolation)
+        for old, new in zip((height, width), size, strict=True)
+    )
+
+    def levels(x: jax.Array) -> jax.Array:
+        return jnp.clip(jnp.floor(x + 0.5), 0, 255)
+
+    def prepare(pixels: jax.Array) -> jax.Array:
+        x = pixels.astype(jnp.float32)
+        if len(how.mean) == 1 and x.shape[-1] == 3:  # Pillow's grey: ITU-R 601-2 in 16 bits
+            x = jnp.floor((x @ jnp.array([[19595.0], [38470.0], [7471.0]])) / 65536 + 0.5)
+        exact = jax.lax.Precision.HIGHEST
+        x = levels(jnp.einsum("nhwc,Ww->nhWc", x, columns, precision=exact))
+        x = levels(jnp.einsum("nhwc,Hh->nHwc", x, rows, precision=exact))
+        return normalise(x, how.mean, how.std)
+
+    return prepare
+
+
+def _resized_and_cut(old: int, new: int, crop: int, interpolation: str) -> np.ndarray:
+    """[crop, old]: what each pixel behind the resizing and cutting along an axis is of those before; 0 outside."""
+    whole = np.eye(old, dtype=np.float32)
+    if new != old:
+        whole = np.asarray(jax.image.resize(whole, (new, old), _FILTERS[interpolation], antialias=True))
+    lacking = max(crop - new, 0)
+    whole = np.pad(whole, ((lacking // 2, (lacking + 1) // 2), (0, 0)))
+    first = round((len(whole) - crop) / 2)  # halves to even, as torchvision
+    return whole[first : first + crop]
+
+
+def _to_jax(
+    program: Callable[[jax.Array], jax.Array], shape: tuple[int, ...], dtype: Any, platforms: Sequence[str]
+) -> tuple[bytes, dict[str, Any]]:
+    platforms = [platforms] if isinstance(platforms, str) else list(platforms)
+    known = (*PLATFORMS, "rocm")
+    if not platforms or not set(platforms) <= set(known):
+        raise InputError(f"`platforms` must be some of {', '.join(known)}, got {platforms!r}")
+    dimensions = jax.export.symbolic_shape(", ".join(["batch", *map(str, shape)]))
+    exported = jax.export.export(jax.jit(program), platforms=platforms)(jax.ShapeDtypeStruct(dimensions, dtype))
+    said = {"platforms": platforms, "calling_convention_version": exported.calling_convention_version}
+    return bytes(exported.serialize()), said
+
+
+def _to_onnx(
+    program: Callable[[jax.Array], jax.Array], shape: tuple[int, ...], dtype: Any, platforms: Sequence[str]
+) -> tuple[bytes, dict[str, Any]]:
+    jax2onnx = _jax2onnx()
+    with plainly(), tempfile.TemporaryDirectory() as folder:
+        file = jax2onnx.to_onnx(
+            program, [("batch", *shape)], input_names=["images"], output_names=["logits"], model_name="jresnet",
+            return_mode="file", output_path=Path(folder) / "model.onnx", export_mode="web",
+        )  # fmt: skip
+        return Path(file).read_bytes(), {}
+
+
+def _jax2onnx() -> Any:
+    try:
+        import jax2onnx
+    except ImportError as error:
+        raise InputError(
+            f"ONNX files are written by jax2onnx, which cannot be imported ({error}): pip install 'jresnet[onnx]'"
+        ) from error
+    return jax2onnx

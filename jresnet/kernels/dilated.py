@@ -1,0 +1,155 @@
+"""Dilated convolution at stride 1, and its two gradients.
+
+A CPU computes one of dilation d, padded by a multiple of d, as d x d ordinary ones: each of the pixels of one phase (row and
+column modulo d), since these meet no others. The phases lie side by side as images of one batch, so that all that
+:mod:`jresnet.kernels.conv` does is done for them and for their gradients. XLA's CPU compiler runs a dilated convolution's
+gradient of the kernel pixel by pixel. Every other platform gets XLA's own.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jresnet.kernels import conv
+from jresnet.kernels.platforms import Kernel, known
+
+
+def convolve_plainly(
+    x: jax.Array, kernel: jax.Array, *, dilation: int, padding: int, groups: int, precision: str | None = None
+) -> jax.Array:
+    """NHWC by HWIO, with ``padding`` zeros on every side and ``dilation - 1`` pixels between the kernel's taps."""
+    return lax.conv_general_dilated(
+        x,
+        kernel,
+        window_strides=(1, 1),
+        padding=((padding, padding), (padding, padding)),
+        rhs_dilation=(dilation, dilation),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+        precision=precision,
+    )
+
+
+def _input_gradient(dy: jax.Array, kernel: jax.Array, *, shape: tuple[int, ...], **how: Any) -> jax.Array:
+    """The gradient in images of ``shape``."""
+    x = jax.ShapeDtypeStruct(shape, dy.dtype)
+    return jax.linear_transpose(lambda x: convolve_plainly(x, kernel, **how), x)(dy)[0]
+
+
+def _kernel_gradient(x: jax.Array, dy: jax.Array, *, shape: tuple[int, ...], **how: Any) -> jax.Array:
+    """The gradient in a kernel of ``shape``."""
+    kernel = jax.ShapeDtypeStruct(shape, dy.dtype)
+    return jax.linear_transpose(lambda kernel: convolve_plainly(x, kernel, **how), kernel)(dy)[0]
+
+
+# By phases -----------------------------------------------------------------------------------------------------------
+
+
+def _convolve_on_cpu(x: jax.Array, kernel: jax.Array, *, devices: int, **how: Any) -> jax.Array:
+    if not _by_phases(x.shape, kernel.shape, devices, **how):
+        return convolve_plainly(x, kernel, **how)
+    d = how["dilation"]
+    y = conv.convolution(_phases(x, d), kernel, **_of_a_phase(**how))
+    return _together(y, d, _output(x.shape, kernel.shape, how))
+
+
+def _input_gradient_on_cpu(
+    dy: jax.Array, kernel: jax.Array, *, shape: tuple[int, ...], devices: int, **how: Any
+) -> jax.Array:
+    if not _by_phases(shape, kernel.shape, devices, **how):
+        return _input_gradient(dy, kernel, shape=shape, **how)
+    d = how["dilation"]
+    phases = jax.eval_shape(lambda x: _phases(x, d), jax.ShapeDtypeStruct(shape, dy.dtype)).shape
+    dx = conv.input_gradient(_gradients(dy, shape, kernel.shape, how), kernel, shape=phases, **_of_a_phase(**how))
+    return _together(dx, d, shape[1:3])
+
+
+def _kernel_gradient_on_cpu(
+    x: jax.Array, dy: jax.Array, *, shape: tuple[int, ...], devices: int, **how: Any
+) -> jax.Array:
+    if not _by_phases(x.shape, shape, devices, **how):
+        return _kernel_gradient(x, dy, shape=shape, **how)
+    phases = _phases(x, how["dilation"]), _gradients(dy, x.shape, shape, how)
+    return conv.kernel_gradient(*phases, shape=shape, **_of_a_phase(**how))
+
+
+def _by_phases(
+    shape: tuple[int, ...], kernel: tuple[int, ...], devices: int, *, dilation: int, padding: int, **_: Any
+) -> bool:
+    # Over several devices XLA shares out the batch as it lies.
+    if devices > 1 or not known(*shape) or padding % dilation:
+        return False
+    # A phase's output has at least a pixel, also that of a phase whose pixels are all of the filling.
+    return all(-(-size // dilation) + 2 * (padding // dilation) >= kernel[0] for size in shape[1:3])
+
+
+def _of_a_phase(*, dilation: int, padding: int, **how: Any) -> dict[str, Any]:
+    return how | {"stride": 1, "padding": padding // dilation}
+
+
+def _output(shape: tuple[int, ...], kernel: tuple[int, ...], how: dict[str, Any]) -> tuple[int, ...]:
+    """Height and width of the output."""
+    return tuple(size + 2 * how["padding"] - how["dilation"] * (kernel[0] - 1) for size in shape[1:3])
+
+
+def _phases(x: jax.Array, d: int) -> jax.Array:
+    """[N, H, W, C] -> [d d N, ceil(H / d), ceil(W / d), C], filled up by zeros, one phase's images after the other's."""
+    n, height, width, channels = x.shape
+    x = jnp.pad(x, ((0, 0), (0, -height % d), (0, -width % d), (0, 0)))
+    x = x.reshape(n, x.shape[1] // d, d, x.shape[2] // d, d, channels)
+    return x.transpose(2, 4, 0, 1, 3, 5).reshape(n * d * d, x.shape[1], x.shape[3], channels)
+
+
+def _together(x: jax.Array, d: int, size: tuple[int, ...]) -> jax.Array:
+    """:func:`_phases` undone, and cut to ``size``."""
+    n, height, width, channels = x.shape
+    x = x.reshape(d, d, n // d**2, height, width, channels).transpose(2, 3, 0, 4, 1, 5)
+    return x.reshape(n // d**2, height * d, width * d, channels)[:, : size[0], : size[1]]
+
+
+def _gradients(dy: jax.Array, shape: tuple[int, ...], kernel: tuple[int, ...], how: dict[str, Any]) -> jax.Array:
+    """The output's gradients by phases, as many a phase as :func:`_convolve_on_cpu` has pixels before it cuts."""
+    d = how["dilation"]
+    whole = [d * (-(-size // d) + 2 * (how["padding"] // d) - kernel[0] + 1) for size in shape[1:3]]
+    lacking = [length - size for length, size in zip(whole, dy.shape[1:3], strict=True)]
+    return _phases(jnp.pad(dy, ((0, 0), (0, lacking[0]), (0, lacking[1]), (0, 0))), d)
+
+
+# The kernels ---------------------------------------------------------------------------------------------------------
+
+
+def _of_a_larger_batch(how: dict[str, Any], size: int) -> dict[str, Any]:
+    return how | {"shape": (size * how["shape"][0], *how["shape"][1:])}
+
+
+convolution = Kernel("dilated_convolution", convolve_plainly, _convolve_on_cpu, images=(0,))
+input_gradient = Kernel(
+    "dilated_input_gradient", _input_gradient, _input_gradient_on_cpu, images=(0,), resized=_of_a_larger_batch
+)
+kernel_gradient = Kernel("dilated_kernel_gradient", _kernel_gradient, _kernel_gradient_on_cpu)
+
+convolution.multilinear(
+    lambda dy, kernel, *, argument, **how: input_gradient(dy, kernel, shape=argument, **how),
+    lambda dy, x, *, argument, **how: kernel_gradient(x, dy, shape=argument, **how),
+)
+input_gradient.multilinear(
+    lambda dx, kernel, *, argument, shape, **how: convolution(dx, kernel, **how),
+    lambda dx, dy, *, argument, shape, **how: kernel_gradient(dx, dy, shape=argument, **how),
+)
+kernel_gradient.multilinear(
+    lambda dk, dy, *, argument, shape, **how: input_gradient(dy, dk, shape=argument, **how),
+    lambda dk, x, *, argument, shape, **how: convolution(x, dk, **how),
+)
+
+
+def convolve_dilated(x: jax.Array, kernel: jax.Array, dilation: int, padding: int, groups: int = 1) -> jax.Array:
+    """``[N, H, W, C]`` by ``[k, k, C // groups, D]`` -> ``[N, H', W', D]`` with ``H' = H + 2 padding - dilation (k - 1)``.
+
+    Both are of one dtype, and so is the result. As PyTorch's ``conv2d`` with ``dilation`` at stride 1.
+    """
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    return convolution(x, kernel, dilation=dilation, padding=padding, groups=groups, precision=precision)
