@@ -225,6 +225,23 @@ def test_parts_of_other_networks_are_named(deep: dict[str, np.ndarray], keys: li
         statedict.match(deep | {key: np.ones(4, np.float32) for key in keys})
 
 
+def test_whole_kinds_of_missing_tensors_are_named(deep: dict[str, np.ndarray]) -> None:
+    parameters = {key: value for key, value in deep.items() if "running" not in key}
+    with pytest.raises(
+        WeightsError, match=r"no running statistics: it is of parameters alone, where model\.state_dict"
+    ):
+        statedict.match(parameters)
+    with pytest.raises(WeightsError, match="has no BatchNorm: convert it from before that was folded"):
+        statedict.match(
+            {key: value for key, value in parameters.items() if "bn" not in key and "downsample.1" not in key}
+        )
+    pruned = {key.replace("conv1.weight", "conv1.weight_orig"): value for key, value in deep.items()}
+    with pytest.raises(WeightsError, match=r"has pruning masks \(torch\.nn\.utils\.prune\.remove"):
+        statedict.match(pruned)
+    with pytest.raises(WeightsError, match="but holds nothing"):
+        statedict.match({})
+
+
 @pytest.mark.parametrize(
     ("key", "what"),
     [("stages.0.blocks.1.norm1.weight", "resnetv2"), ("blocks.3.attn.qkv.weight", "a Vision Transformer")],

@@ -42,6 +42,9 @@ OTHER_PARTS = (
     ),
     (r"\.convs\.\d|\.bns\.\d", "blocks of several scales (Res2Net)"),
     (r"(^|\.)gn\d?\.", "GroupNorm"),
+    (r"\.weight_(orig|mask)$", "pruning masks (torch.nn.utils.prune.remove makes weights of them)"),
+    (r"\.parametrizations\.|\.weight_[guv]$", "reparametrised weights (remove_parametrizations makes weights of them)"),
+    (r"(^|\.)attnpool\.", "an attention pool (CLIP's ResNet)"),
     (r"\.(zero_point|_packed_params)|\.scale$", "quantised layers"),
     (r"\.(IN|BN)\.(weight|bias)", "InstanceNorm beside BatchNorm (IBN-Net)"),
 )

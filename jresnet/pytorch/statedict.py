@@ -155,7 +155,7 @@ def match(
     elif f"{found.head}.bias" not in got:
         del expected[f"{found.head}.bias"]
         notes.append(f"{found.head} has no bias: zeros are taken")
-    beside = _beside(got.keys() - expected.keys(), found)
+    beside = _beside(got.keys() - expected.keys(), found, expected)
     problems += params.differences(expected, {name: shape for name, shape in got.items() if name not in beside})
     if beside:
         notes.append(f"passed over beside the network: {few([name for name in got if name in beside])}")
@@ -179,10 +179,20 @@ def match(
     if said.name and said.name not in (arch, row):
         notes.append(f"the file calls its network {said.name!r}; its tensors are those of {_a(row)}")
     if problems:
-        strange = [name for name in got if name not in expected and name not in beside]
+        strange = [name for name in got if name not in expected]
         parts = [what for pattern, what in keymap.OTHER_PARTS if any(re.search(pattern, name) for name in strange)]
         if parts:
             problems.insert(0, f"it has {' and '.join(parts)}, which jresnet's networks have not")
+        norms = [name for name, path in paths.items() if path.endswith(".var")]
+        if not any(name in got for name in norms):
+            folded = not any(path.endswith(".scale") and name in got for name, path in paths.items())
+            problems.insert(
+                0,
+                "it has no BatchNorm: convert it from before that was folded into the convolutions"
+                if folded
+                else "it has no running statistics: it is of parameters alone, where model.state_dict() has the buffers too, "
+                "or its normalisation is not BatchNorm",
+            )
         what = f"a whole {arch or row or 'ResNet'}"
         raise WeightsError(f"{source} does not hold {what} ({found.dialect} naming): {'; '.join(problems)}")
     if "fc.kernel" in values and "fc.bias" not in values:
@@ -252,6 +262,8 @@ def _network(
         what = type(saved).__name__
         if isinstance(saved, Mapping) and saved:
             what = f"entries that are no tensors: {few(map(str, saved))}"
+        elif isinstance(saved, Mapping):
+            what = "nothing"
         raise WeightsError(f"{source} should hold a state_dict, names to tensors, but holds {what}")
     networks = {}
     for name, tensors in boxes.items():
@@ -300,9 +312,10 @@ def _boxes(saved: Any) -> dict[str, dict[str, Any]]:
     return boxes
 
 
-def _beside(names: Collection[str], found: infer.Found) -> set[str]:
+def _beside(names: Collection[str], found: infer.Found, expected: Collection[str]) -> set[str]:
     """Those of ``names`` that are no part of the network's modules: a loss's weights, a queue, another head."""
-    own = {key[len(found.prefix) :].partition(".")[0] for key in found.keys.values()}
+    body = [key for key in expected if key.startswith(found.prefix) and not key.startswith(f"{found.head}.")]
+    own = {key[len(found.prefix) :].partition(".")[0] for key in body}
 
     def is_part(name: str) -> bool:
         module = name[len(found.prefix) :].partition(".")[0]

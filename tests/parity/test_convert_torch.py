@@ -171,7 +171,7 @@ def test_the_command_needs_a_file_alone(
     line = "basic blocks 2-2-2-2, widths 64-128-256-512, 7x7 stem for 3 channels, projection shortcuts, 10 classes"
     assert f"found    resnet18: {line}\n" in printed
     assert "assumed  no dilation (else --output-stride), ReLU behind each block's sum\n" in printed
-    assert "verified as PyTorch's resnet18: relative distance" in printed
+    assert "verified as PyTorch's resnet18, with what is assumed: relative distance" in printed
     assert Path("resnet18-model.safetensors").exists()
 
 
