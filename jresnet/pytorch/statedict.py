@@ -190,8 +190,8 @@ def match(
                 0,
                 "it has no BatchNorm: convert it from before that was folded into the convolutions"
                 if folded
-                else "it has no running statistics: it is of parameters alone, where model.state_dict() has the buffers too, "
-                "or its normalisation is not BatchNorm",
+                else "it has no running statistics: it is of parameters alone, where model.state_dict() has the buffers "
+                "too, or its normalisation is not BatchNorm",
             )
         what = f"a whole {arch or row or 'ResNet'}"
         raise WeightsError(f"{source} does not hold {what} ({found.dialect} naming): {'; '.join(problems)}")
