@@ -18,8 +18,10 @@ import numpy as np
 import safetensors.numpy
 
 from convert import verify
-from convert.torch2flax import Say, check_output, report, with_common_options
+from convert.torch2flax import Say, check_other, report, with_common_options
 from jresnet import sources
+from jresnet.commands import guarded
+from jresnet.commands.flags import Parser, check_output
 from jresnet.errors import InputError, WeightsError
 from jresnet.files import write_atomically
 from jresnet.models import params, zoo
@@ -34,7 +36,7 @@ SUFFIXES = (".pth", ".pt", ".safetensors")
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The command line's options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description="Convert a native jresnet file into PyTorch weights. Needs no torch; where torch and torchvision "
         "are installed, the logits of PyTorch's network with these weights are compared with jresnet's.",
@@ -66,7 +68,8 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         raise InputError(f"{path} is PyTorch's already: give a native file, such as training writes (*.safetensors)")
     if args.output and args.output.suffix not in ("", *SUFFIXES):
         raise InputError(f"--output {args.output} should end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
-    arch, config, values, metadata = native.read(path)
+    if not path.name:
+        raise InputError(f"cannot read {path}: it is a folder or a device; name the file itself")
     output = args.output or path.with_suffix(".pth")
     folder = output if not output.suffix else None  # of files as transformers' from_pretrained takes them
     if folder:
@@ -75,8 +78,11 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
             raise InputError(
                 f"--output {folder} should end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, or be a folder"
             )
-    for name in (output.name, hub.CONFIG, hub.PREPROCESSOR) if folder else (output.name,):
-        check_output(output.with_name(name), path, args.force)
+    written = (output.name, hub.CONFIG, hub.PREPROCESSOR) if folder else (output.name,)
+    for name in written if folder is None or folder.exists() else ():  # a folder is made where there is none
+        check_other(output.with_name(name), path)
+        check_output(output.with_name(name), args.force)
+    arch, config, values, metadata = native.read(path)
     say("source", f"{path}, a {arch or 'ResNet that has no name'}, digest {metadata['digest']}")
     if other := {value.dtype.name for value in values.values()} - {"float32"}:
         say(
@@ -205,4 +211,4 @@ def _torch_metadata(config: ResNetConfig) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main, "export-torch"))

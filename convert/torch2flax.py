@@ -19,8 +19,10 @@ from flax import nnx
 
 from convert import verify
 from jresnet import sources
+from jresnet.commands import failed, guarded
+from jresnet.commands.flags import Parser, check_output
 from jresnet.errors import InputError, JresnetError, WeightsError
-from jresnet.files import sha256_of
+from jresnet.files import sha256_of, shown
 from jresnet.models import params, zoo
 from jresnet.models.config import KINDS, ResNetConfig, Shortcut, Stem, StrideIn
 from jresnet.models.resnet import ResNet
@@ -73,7 +75,7 @@ def convert(
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The command line's options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description="Convert PyTorch weights into a native jresnet file. Needs no torch; where torch and torchvision "
         "are installed, the converted model's logits are compared with theirs.",
@@ -104,6 +106,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--key",
+        type=named,
         help="of the dict of tensors in a checkpoint, for example state_dict_ema or model.teacher (default: the one with "
         "the largest network, averaged weights first)",
     )
@@ -146,6 +149,13 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     return with_common_options(parser)
 
 
+def named(text: str) -> str:
+    """An argument that names something."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a name, got ''")
+    return text
+
+
 def with_common_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Adds what converting in both directions has in common."""
     parser.add_argument(
@@ -160,16 +170,10 @@ def with_common_options(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     return parser
 
 
-def check_output(output: Path, source: Path | None, force: bool) -> None:
-    """Raises :class:`InputError` where a file must not be written to ``output``: nothing of the user's is lost unasked."""
+def check_other(output: Path, source: Path | None) -> None:
+    """Raises :class:`InputError` where the file to write is the one to convert, by whatever name."""
     if source and output.exists() and source.exists() and output.samefile(source):
         raise InputError(f"--output {output} is the file to convert: name another one")
-    if not os.path.lexists(output):
-        return
-    if output.is_symlink() or not output.is_file():
-        raise InputError(f"{output} is a link, a folder, a device or a pipe: name another file with --output")
-    if not force:
-        raise InputError(f"{output} exists: --force replaces it, or name another file with --output")
 
 
 def report(run: Callable[[argparse.Namespace, Say], dict[str, Any]], args: argparse.Namespace) -> int:
@@ -177,13 +181,14 @@ def report(run: Callable[[argparse.Namespace, Say], dict[str, Any]], args: argpa
 
     def say(title: str, text: str) -> None:
         if not args.json:
-            print(f"{title:<8} {text}", flush=True)
+            print(f"{title:<8} {shown(text)}", flush=True)
 
     try:
         found = run(args, say)
+    except BrokenPipeError:  # told by no one, since nobody listens
+        raise
     except (JresnetError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return failed(str(error))
     if args.json:
         print(json.dumps(found))
     return 0
@@ -209,7 +214,8 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     if output and output.suffix in sources.TORCH_SUFFIXES:
         raise InputError(f"--output {output} has the ending of a PyTorch file: name the native file *.safetensors")
     if output:
-        check_output(output, source.path, args.force)
+        check_other(output, source.path)
+        check_output(output, args.force)
 
     source = sources.fetch(source, progress=not args.json)
     if source.repository:
@@ -231,7 +237,8 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     arch = found.arch
     if output is None:
         output = Path(f"{arch or 'resnet'}-{source.label}.safetensors")
-        check_output(output, source.path, args.force)
+        check_other(output, source.path)
+        check_output(output, args.force)
     dropped = len(conversion.counters)
     counters = f"; {dropped} num_batches_tracked kept aside: only PyTorch's momentum=None reads them" if dropped else ""
     say("mapped", f"{len(found.values)} tensors, each used once ({conversion.dialect} naming){counters}")
@@ -300,4 +307,4 @@ def _arch_and_spec(what: str, weights: str | None) -> tuple[str | None, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main, "convert"))

@@ -6,7 +6,6 @@ distance of its own float32 logits to its float64 ones, which is 2e-7 to 7e-7 fo
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import platform
@@ -21,6 +20,8 @@ import numpy as np
 from flax import nnx
 
 from convert.installed import import_torchvision
+from jresnet.commands import guarded
+from jresnet.commands.flags import Parser
 from jresnet.errors import InputError, WeightsError
 from jresnet.models import params, zoo
 from jresnet.models.resnet import ResNet, ResNetConfig
@@ -270,7 +271,7 @@ def line(row: Row) -> str:
 
 def main(argv: list[str] | None = None, prog: str = PROG) -> int:
     """Runs the command, called ``prog``; returns its exit code."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description="Compare the logits of random networks with PyTorch's of the same weights: relative L2 distances to "
         "PyTorch's float64, root mean square over several networks. Exit code 1 where jresnet's float32 is more than "
@@ -284,8 +285,10 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> int:
     parser.add_argument("--networks", type=int, default=3, metavar="N", help="random networks a row (default: 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a Markdown table")
     args = parser.parse_args(argv)
-    if args.networks < 1 or args.size < 32:
-        parser.error(f"--networks must be at least 1 and --size 32, got {args.networks} and {args.size}")
+    if not 1 <= args.networks <= 1000 or not 32 <= args.size <= 4096:
+        parser.error(
+            f"--networks must be from 1 to 1000 and --size from 32 to 4096, got {args.networks} and {args.size}"
+        )
     wanted = [*((arch, {}) for arch in zoo.ZOO), *VARIANTS] if args.all else [(arch, {}) for arch in args.arch]
     rows = []
     try:
@@ -316,4 +319,4 @@ def _versions() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main, "verify"))

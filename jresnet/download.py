@@ -1,14 +1,16 @@
 """Fetch one file: mirrors in order, resumed, checked by its SHA-256, moved into place in one step.
 
+A server may be anyone's: what it sends is bounded in size (``most``) and in time (``SLOWEST``), whatever it announces.
+
 Standard library only; tqdm draws the bar where it is installed and the output is a terminal.
 """
 
 import contextlib
 import errno
 import hashlib
-import http.client
 import io
 import os
+import queue
 import re
 import sys
 import threading
@@ -16,13 +18,13 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent import futures
 from pathlib import Path
 from typing import Any
 
 from jresnet.errors import DownloadError
-from jresnet.files import sha256_of
+from jresnet.files import printable, sha256_of
 
 try:
     import fcntl
@@ -30,13 +32,15 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 CONNECT_SECONDS = 2.5  # for the first answer from any of the mirrors: a command without network must end within 5 s
-STALL_SECONDS = 30.0  # without a byte, after which the next mirror goes on from there
+STALL_SECONDS = 30.0  # without a byte, or with too few, after which the next mirror goes on from there
+SLOWEST = 4096  # bytes a second, over STALL_SECONDS; CIFAR-10's home server gives 50,000
+MOST = 1 << 30  # bytes of a file, where its size is not known; the largest of torchvision's ResNets has 0.5 GB
 TURNS = 3  # how often one address may be asked to go on after a transfer that broke off
 _CHUNK = 1 << 18  # bytes read at most at once
 _LOOPBACK = {None, "", "localhost", "127.0.0.1", "::1"}
 
 
-def fetch(urls: Sequence[str], path: Path, *, sha256: str, progress: bool = True) -> Path:
+def fetch(urls: Sequence[str], path: Path, *, sha256: str, most: int = MOST, progress: bool = True) -> Path:
     """Download a file from the first address that gives it, unless it is there already.
 
     Bytes arrive in ``path`` + ``.part``, which a later call, or another mirror, resumes; the file appears under its own
@@ -47,6 +51,7 @@ def fetch(urls: Sequence[str], path: Path, *, sha256: str, progress: bool = True
         urls: addresses of the same bytes, best first; https only (see ``_check_address``).
         path: where the file is to lie; missing folders are made.
         sha256: its digest, 64 hex digits, or at least the first 8, as torchvision publishes them.
+        most: its size in bytes where that is known, else the most that it can have.
         progress: show bytes, rate and time left on stderr.
 
     Returns:
@@ -54,7 +59,8 @@ def fetch(urls: Sequence[str], path: Path, *, sha256: str, progress: bool = True
 
     Raises:
         DownloadError: no address gave the file (each is listed with its reason, within ``CONNECT_SECONDS`` where there
-            is no network), the disk is full, the folder cannot be written, or another file already lies at ``path``.
+            is no network), the disk is full, the folder cannot be written, or another file already lies at ``path``,
+            or a pipe or a device there or at the partial file.
     """
     path, digest = Path(path), sha256.lower()
     if not re.fullmatch("[0-9a-f]{8,64}", digest):
@@ -64,13 +70,16 @@ def fetch(urls: Sequence[str], path: Path, *, sha256: str, progress: bool = True
     for url in urls:
         _check_address(url)
     try:
+        for place in (path, path.with_name(path.name + ".part")):
+            if place.exists() and not place.is_file():  # a pipe would never answer
+                raise DownloadError(f"{place} is no ordinary file: move or delete it")
         if path.exists():
             return _checked(path, digest)
         path.parent.mkdir(parents=True, exist_ok=True)
         part, part_path, locked = _open_part(path, progress)
         with part:
             # Another process may have fetched it while this one waited for the lock.
-            failures = {} if path.exists() else _collect(urls, part, path.name, digest, progress)
+            failures = {} if path.exists() else _collect(urls, part, path.name, digest, most, progress)
             kept = _size(part) if failures and locked else 0  # a part without a lock has a name of its own: no resuming
             if os.name == "nt":  # Windows renames and removes only closed files; elsewhere the lock is held to the end
                 part.close()
@@ -97,22 +106,30 @@ def fetch(urls: Sequence[str], path: Path, *, sha256: str, progress: bool = True
 def _check_address(url: str, loopback: bool = True) -> None:
     """Refuse what anyone between here and the server could change: another file with the same 8 digits is found within
     minutes, so the connection has to be trusted too. Plain http and files on this very machine serve the tests."""
-    parts = urllib.parse.urlsplit(url)
+    try:
+        parts = urllib.parse.urlsplit(url)
+    except ValueError as error:  # "https://[::1/x"
+        raise DownloadError(f"{printable(url)} is no address: {error}") from error
     local = loopback and parts.scheme in ("http", "file") and parts.hostname in _LOOPBACK
     if parts.scheme != "https" and not local:
-        raise DownloadError(f"only https addresses are downloaded from, not {url}")
+        raise DownloadError(f"only https addresses are downloaded from, not {printable(url)}")
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows redirections only to addresses that would be accepted in the first place."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        _check_address(newurl, loopback=req.type != "https")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+    def http_error_302(self, req: Any, fp: Any, code: int, msg: str, headers: Any) -> Any:
         try:
-            _check_address(newurl, loopback=req.type != "https")
-        except DownloadError:
+            return super().http_error_302(req, fp, code, msg, headers)
+        except BaseException:
             fp.close()  # urllib would leave the connection open
             raise
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
 def _checked(path: Path, digest: str) -> Path:
@@ -154,29 +171,28 @@ def _open_part(path: Path, progress: bool) -> tuple[io.FileIO, Path, bool]:
     return open(part, "wb+", buffering=0), part, False
 
 
-def _collect(urls: Sequence[str], part: io.FileIO, name: str, digest: str, progress: bool) -> dict[str, str]:
+def _collect(urls: Sequence[str], part: io.FileIO, name: str, digest: str, most: int, progress: bool) -> dict[str, str]:
     """Fill ``part`` until its digest is right; else return for each address why it is not."""
     failures: dict[str, str] = {}
-    queue = list(dict.fromkeys(urls))
-    turns = dict.fromkeys(queue, TURNS)
-    while queue:
+    waiting = list(dict.fromkeys(urls))
+    turns = dict.fromkeys(waiting, TURNS)
+    while waiting:
         resumed = _size(part)
-        url, response, silent = _first_answer(queue, resumed)
+        url, response, silent = _first_answer(waiting, resumed)
         failures |= silent
-        queue = [other for other in queue if other != url and other not in silent]
+        waiting = [other for other in waiting if other != url and other not in silent]
         if response is None:
             continue
         if progress:
             print(f"downloading {url}", file=sys.stderr)
-        with response:
-            try:
-                fits = _receive(response, part, name, progress)
-            except _BrokenError as error:
-                failures[url] = str(error)
-                turns[url] -= 1
-                if _size(part) > resumed and turns[url]:
-                    queue.append(url)  # after the other mirrors
-                continue
+        try:
+            fits = _receive(response, part, name, most, progress)
+        except _BrokenError as error:
+            failures[url] = str(error)
+            turns[url] -= 1
+            if _size(part) > resumed and turns[url]:
+                waiting.append(url)  # after the other mirrors
+            continue
         part.seek(0)
         actual = hashlib.file_digest(part, "sha256").hexdigest()
         if actual.startswith(digest):
@@ -184,7 +200,7 @@ def _collect(urls: Sequence[str], part: io.FileIO, name: str, digest: str, progr
         failures[url] = f"what it gave has {_size(part):,} bytes and SHA-256 {actual}"
         part.truncate(0)
         if resumed and (not fits or response.status == 206):
-            queue.insert(0, url)  # the older bytes may be the wrong ones: once more, from the start
+            waiting.insert(0, url)  # the older bytes may be the wrong ones: once more, from the start
     return failures
 
 
@@ -253,53 +269,102 @@ class _BrokenError(Exception):
     """A transfer that broke off, and how; what has arrived is kept."""
 
 
-def _receive(response: Any, part: io.FileIO, name: str, progress: bool) -> bool:
-    """Append what arrives to ``part``, or write it from the start if the server does not resume.
+def _receive(response: Any, part: io.FileIO, name: str, most: int, progress: bool) -> bool:
+    """Append what arrives to ``part``, or write it from the start if the server does not resume; ``response`` is closed.
 
     Returns:
         whether the answer fits the request; if not, nothing was written.
+
+    Raises:
+        _BrokenError: it broke off, came too slowly, or is more than was announced or than ``most``; then nothing is kept.
     """
     offset = _size(part)
-    if response.status == 416:
+    misfit = response.status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {offset}-")
+    if response.status == 416 or misfit:
+        response.close()
         return False
-    if response.status == 206:
-        if not response.headers.get("Content-Range", "").startswith(f"bytes {offset}-"):
-            return False
-    elif offset:
+    if response.status != 206 and offset:
         part.truncate(0)
         offset = 0
     length = response.headers.get("Content-Length", "")
-    total = offset + int(length) if length.isdigit() else None
+    total = offset + int(length[:20]) if length.isascii() and length.isdecimal() else None  # beyond 20 digits: too many
+    if (total or 0) > most:
+        response.close()
+        part.truncate(0)
+        raise _BrokenError(f"it announces more than the {most:,} bytes that {name} can have")
     bar = _bar(name, total, offset, progress)
+    limit = most if total is None else total
+    pieces = _pieces(response)
     try:
-        for piece in _pieces(response):
+        for piece in pieces:
+            if _size(part) + len(piece) > limit:
+                part.truncate(0)
+                raise _BrokenError(f"it sent more than the {limit:,} bytes that {name} can have")
             bar.update(len(piece))
             while piece:  # a disk that fills up takes a part of it
                 piece = piece[os.write(part.fileno(), piece) :]
     finally:
+        pieces.close()
         bar.close()
     if total is not None and _size(part) < total:
         raise _BrokenError(f"the connection was cut after {_size(part):,} of {total:,} bytes")
     return True
 
 
-def _pieces(response: Any) -> Iterator[memoryview]:
-    """The body as it comes: read1, because read would lose what had arrived before a stall."""
+def _pieces(response: Any) -> Generator[memoryview]:
+    """The body as it comes; the response is closed in the end.
+
+    It is read in a thread of its own: a chunk's head or a trailer that arrives in drops hangs beyond any socket timeout,
+    and while the main thread waits for the queue it hears Ctrl-C.
+    """
+    arrived: queue.Queue[bytes | Exception] = queue.Queue(4)
+    over = threading.Event()
+
+    def read() -> None:
+        with response:
+            try:
+                # read1, because read would lose what had arrived before a stall
+                while (piece := response.read1(_CHUNK)) and not over.is_set():
+                    arrived.put(piece)
+                arrived.put(b"")
+            except Exception as error:
+                arrived.put(error)
+
+    threading.Thread(target=read, daemon=True).start()
+    began, count = time.monotonic(), 0
     try:
-        while piece := response.read1(_CHUNK):
-            yield memoryview(piece)
-    except TimeoutError as error:
-        raise _BrokenError(f"no byte for {STALL_SECONDS:g} s") from error
-    except (OSError, http.client.HTTPException) as error:
-        raise _BrokenError(_reason(error)) from error
+        while True:
+            try:
+                piece = arrived.get(timeout=max(began + STALL_SECONDS - time.monotonic(), 0.0))
+            except queue.Empty:
+                piece = TimeoutError()
+            if isinstance(piece, bytes):
+                if not piece:
+                    return
+                count += len(piece)
+                yield memoryview(piece)
+            elif not isinstance(piece, TimeoutError):
+                raise _BrokenError(_reason(piece)) from piece
+            if time.monotonic() - began >= STALL_SECONDS or isinstance(piece, TimeoutError):
+                if count < SLOWEST * STALL_SECONDS:
+                    slow = (
+                        f"only {count:,} bytes in {STALL_SECONDS:g} s" if count else f"no byte for {STALL_SECONDS:g} s"
+                    )
+                    raise _BrokenError(slow)
+                began, count = time.monotonic(), 0
+    finally:
+        over.set()
+        with contextlib.suppress(queue.Empty):  # the thread may wait for room
+            while True:
+                arrived.get_nowait()
 
 
 def _reason(error: BaseException) -> str:
-    """Why an address failed, in a few words."""
+    """Why an address failed, in a few words, of which some are the server's."""
     if isinstance(error, urllib.error.HTTPError):
-        return f"HTTP {error.code} {error.reason}"
+        return f"HTTP {error.code} {printable(str(error.reason))}"
     cause = error.reason if isinstance(error, urllib.error.URLError) else error
-    return str(cause) or type(cause).__name__
+    return printable(str(cause) or type(cause).__name__)
 
 
 def _bar(name: str, total: int | None, done: int, progress: bool) -> Any:

@@ -218,6 +218,8 @@ def read(
     if chosen.get("num_classes") == 0:  # a network without a head is made of one with: the file's own
         chosen["num_classes"] = None
     notes: tuple[str, ...] = ()
+    if chosen.get("output_stride") is None and metadata.get("output_stride", "").isdecimal():
+        chosen["output_stride"] = int(metadata["output_stride"][:9])  # as convert.flax2torch writes it into safetensors
     if source.repository:
         if chosen.get("num_classes") is None:
             chosen["num_classes"] = source.repository.num_classes

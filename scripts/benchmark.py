@@ -4,6 +4,8 @@ import sys
 
 from benchmark import driver
 
+from jresnet.commands import guarded
+
 if __name__ == "__main__":
     driver.handle_signals()
-    sys.exit(driver.main())
+    sys.exit(guarded(driver.main, "benchmark.py"))

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 
 from benchmark import table
 
+from jresnet.commands import failed, guarded
+from jresnet.commands.flags import Parser, folder
 from jresnet.errors import InputError
 from jresnet.files import write_atomically
 from jresnet.reports.compare import Entry, percent, plus_minus, read_entry, read_json, spread, summarise
@@ -29,6 +31,7 @@ from jresnet.reports.compare import Entry, percent, plus_minus, read_entry, read
 ROOT = Path(__file__).resolve().parent.parent
 SEED_FILES = ("config.json", "metrics.jsonl", "summary.json")
 VERSIONS = {"jresnet": ("jax", "flax"), "PyTorch": ("torch",)}  # what decides a framework's figures
+MAX_WORDS = 1000  # letters of a cell; commands are the longest
 METRICS = ("val_accuracy", "test_accuracy")
 
 
@@ -60,7 +63,7 @@ class Row(NamedTuple):
 
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Write the tables of accuracies and of speeds between their marks in README.md and docs/ from results/.",
         epilog="Exit code: 0; 1 where a row cannot be read or a document differs; 2 for bad options.",
     )
@@ -70,22 +73,29 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_subparsers(dest="verb", metavar="add").add_parser(
         "add", help="copy the small files of a finished run into results/ (add --help)"
     )
-    add.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run, or of a run's finished seeds")
+    add.add_argument("run", type=folder, metavar="RUN", help="folder of a finished run, or of a run's finished seeds")
     add.add_argument("name", metavar="NAME", help="of the folder in results/")
-    add.add_argument("--title", required=True, help='such as "ResNet-20, fast, 10 epochs"')
+    add.add_argument("--title", required=True, type=words, help='such as "ResNet-20, fast, 10 epochs"')
     add.add_argument("--framework", required=True, choices=VERSIONS)
     add.add_argument(
         "--metric", required=True, action="append", choices=METRICS, help="what the row shows; may be given again"
     )
     add.add_argument(
-        "--images", required=True, action="append", metavar="WORDS",
+        "--images", required=True, action="append", metavar="WORDS", type=words,
         help='which images that is of, exactly, such as "CIFAR-10, 45k/5k, validation"; once for each --metric',
     )  # fmt: skip
-    add.add_argument("--hardware", required=True, help='such as "2-core AMD EPYC (AVX2)"')
-    add.add_argument("--command", help="what made it (default: the one in the run's files)")
-    add.add_argument("--peer", metavar="NAME", help="the row it is compared with")
+    add.add_argument("--hardware", required=True, type=words, help='such as "2-core AMD EPYC (AVX2)"')
+    add.add_argument("--command", type=words, help="what made it (default: the one in the run's files)")
+    add.add_argument("--peer", metavar="NAME", type=words, help="the row it is compared with")
     add.add_argument("--force", action="store_true", help="replace results/NAME")
     return parser
+
+
+def words(text: str) -> str:
+    """An argument that becomes a cell of a table."""
+    if not text.strip() or not text.isprintable() or len(text) > MAX_WORDS:
+        raise argparse.ArgumentTypeError(f"expected a line of 1 to {MAX_WORDS:,} printable letters, got {text!r:.80}")
+    return text
 
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
@@ -101,7 +111,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         return update(root, args.check)
     except InputError as error:
         for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+            failed(line)
         return 1
 
 
@@ -272,8 +282,8 @@ def add(args: argparse.Namespace, results: Path) -> None:
         InputError: where the run is not finished, or the name is taken.
     """
     target = results / args.name
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", args.name, re.ASCII):
-        raise InputError(f"NAME must be letters, digits, '.', '_' and '-', got {args.name!r}")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]{,99}", args.name, re.ASCII):
+        raise InputError(f"NAME must be letters, digits, '.', '_' and '-', at most 100, got {args.name!r:.80}")
     if target.exists() and not args.force:
         raise InputError(f"{target} exists: --force replaces it")
     entry = read_entry(args.run)
@@ -307,4 +317,4 @@ def add(args: argparse.Namespace, results: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main, "results.py"))

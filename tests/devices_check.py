@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 
 import jax
@@ -52,6 +53,7 @@ def check(settings: dict) -> dict:
     key = where.replicate(jax.random.key(1))
     loop.compile(state, split, np.zeros((4, 16), np.int32), key)
     text = loop._compiled.as_text()  # type: ignore[attr-defined]
+    exchanged = re.findall(r"= (.*?) (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(", text)
     devices.meet(f"compiled {settings}")
     losses: list[float] = []
     for epoch in range(2):
@@ -67,7 +69,11 @@ def check(settings: dict) -> dict:
         "devices": where.count,
         "losses": losses,
         "state": [np.asarray(leaf).astype(np.float64).ravel().tolist() for leaf in jax.tree.leaves(state)],
-        "sums": "all-reduce" in text,  # over the devices
+        "exchanges": len(exchanged),  # between the devices
+        "kernels": sum("f32[3,3," in types for types in exchanged),  # those with gradients of kernels in them
+        "channels": sum(
+            set(re.findall(r"\[([\d,]*)\]", types)) <= {"4", "8"} for types in exchanged
+        ),  # of BN's sums alone
         "parts": f"[{16 // where.count},8,8,4]" in text,  # activations of a device's part of the batch
         "eval_loss": found.loss,
         "predictions": found.predictions.tolist(),

@@ -66,6 +66,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     worker.write_text(FAKE)
     monkeypatch.setattr(driver, "WORKERS", dict.fromkeys(driver.WORKERS, worker))
     monkeypatch.setattr(driver, "versions", lambda python: {"torch": "1"})  # whether torch is there or not
+    monkeypatch.setattr(driver.zoo, "find", str)  # made-up architectures too
     return tmp_path
 
 
@@ -187,13 +188,13 @@ def test_all_mistakes_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert out == ""
     expected = [
         "unknown peer 'keras'",
-        "--rounds must be at least 1, got 0",
-        "--size must be at least 32, got 8",
+        "--rounds must be from 1 to 1000, got 0",
+        "--size must be from 32 to 4096, got 8",
         "--minutes",
+        "unknown architecture",
         "--json",
         "--data-dir",
         "--plots",
-        "unknown architecture",
     ]
     for complaint, beginning in zip(complaints.splitlines(), expected, strict=True):
         assert complaint.startswith(f"error: {beginning}")
@@ -370,6 +371,29 @@ def test_the_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(found["jresnet"]) == 1  # of the rounds only the first
 
 
+@pytest.mark.usefixtures("fake")
+def test_outputs_that_exist(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They are replaced when that is allowed, and a link or a pipe never."""
+    argv = ["--suite", "train", "--minutes", "1e-9", "--json"]
+    (tmp_path / "mine.json").write_text("mine")
+    (tmp_path / "link.json").symlink_to("mine.json")
+    os.mkfifo(tmp_path / "pipe.json")
+    for name, options, why in (
+        ("mine", [], "exists: --force"),
+        ("link", ["--force"], "is a link"),
+        ("pipe", ["--force"], "is a"),
+    ):
+        assert driver.main([*argv, str(tmp_path / f"{name}.json"), *options]) == 1
+        assert f"error: {tmp_path / name}.json {why}" in capsys.readouterr().err
+    assert (tmp_path / "mine.json").read_text() == "mine"
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots/scaling-depth.png").write_text("mine")
+    assert driver.main(["--suite", "scaling", "--plots", str(tmp_path / "plots")]) == 1
+    assert "scaling-depth.png exists: --force replaces it, or name another file with --plots" in capsys.readouterr().err
+    assert driver.main([*argv, str(tmp_path / "mine.json"), "--force"]) == 0
+    assert "left_out" in json.loads((tmp_path / "mine.json").read_text())
+
+
 def test_without_torch(fake: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(driver, "versions", lambda python: {"jax": "1"})
     assert driver.main(["--suite", "train", "--arch", "x", "--rounds", "1", "--peer", "torch"]) == 0
@@ -460,7 +484,7 @@ def test_interrupted(fake: Path, sent: signal.Signals, code: int) -> None:
         "import pathlib, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "sys.path.insert(0, 'scripts'); from benchmark import driver; "
         "driver.WORKERS.update(dict.fromkeys(driver.WORKERS, pathlib.Path(sys.argv.pop(1)))); "
-        "driver.handle_signals(); sys.exit(driver.main())"
+        "driver.zoo.find = str; driver.handle_signals(); sys.exit(driver.main())"
     )
     file, pid = fake / "speed.json", fake / "pid"
     argv = ["--arch", "hang", "--rounds", "1", "--peer", "none", "--json", str(file)]

@@ -69,7 +69,8 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "def greet(argv, prog):\n    print(prog, argv)\n    return 7\n"
         "def fail(argv, prog):\n    raise {'net': DownloadError('no network'), 'pipe': BrokenPipeError(),\n"
         "        'disk': OSError(28, 'No space left on device'), 'key': KeyboardInterrupt(),\n"
-        "        'import': ImportError('No module named x')}[argv[0]]\n"
+        "        'import': ModuleNotFoundError('No module named x'),\n"
+        "        'library': ImportError('a.so:\\n cannot be mapped'), 'memory': MemoryError()}[argv[0]]\n"
         "def train(argv, prog):\n    raise AssertionError\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -90,6 +91,12 @@ def test_commands_of_other_packages(elsewhere: None, capfd: pytest.CaptureFixtur
         ("net", 1, "error: no network\n"),
         ("disk", 1, "error: [Errno 28] No space left on device\n"),
         ("import", 1, "error: No module named x: install what fail needs with pip install -e '.[train]'\n"),
+        ("library", 1, "error: fail cannot be started: a.so: cannot be mapped\n"),
+        (
+            "memory",
+            1,
+            "error: the memory is used up: give more of it (ulimit -v), or take a smaller batch or network\n",
+        ),
         ("key", 130, "interrupted\n"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def fields_of(*kinds: str) -> list[str]:
 
 
 @pytest.mark.parametrize("name", fields_of("int", "float", "int | None"))
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -1, 10**400, True, "1", [1]])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), -1, 10**400, 1e308, True, "1", [1]])
 def test_every_number_is_checked(name: str, value: Any) -> None:
     config = dataclasses.replace(default_config(), **{name: value})
     with pytest.raises(InputError, match=f"`{name}` must be "):
@@ -115,6 +116,12 @@ def test_every_other_field_is_checked(name: str, value: Any) -> None:
     config = dataclasses.replace(default_config(), **{name: value})
     with pytest.raises(InputError, match=f"`{name}` must be "):
         config.check()
+
+
+@pytest.mark.parametrize("name", fields_of("int", "int | None"))
+def test_whole_numbers_are_such_that_jax_counts_to(name: str) -> None:
+    with pytest.raises(InputError, match=f"`{name}` must be "):
+        dataclasses.replace(default_config(), **{name: 10**12}).check()
 
 
 def test_options_are_checked() -> None:
@@ -161,6 +168,15 @@ def test_a_damaged_configuration(tmp_path: Path, content: str) -> None:
     for read in (read_config, read_runs):
         with pytest.raises(InputError, match=r"config\.json is no run's configuration"):
             read(tmp_path)
+
+
+def test_a_configuration_that_is_a_pipe(tmp_path: Path) -> None:
+    """It would never answer."""
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(
+        InputError, match=r"config\.json is no run's configuration \(it is a folder, a device or a pipe\)"
+    ):
+        read_config(tmp_path)
 
 
 @pytest.mark.parametrize("runs", ["3", 0, -1, 2.0, True, [3]])

@@ -75,7 +75,15 @@ def test_the_batch_is_cut_over_the_devices(simulated: dict[str, dict[str, Any]])
     for name, expected in (("one", 1), ("eight", 8), ("loop", 8), ("per-device", 8)):
         assert simulated[name]["devices"] == expected
         assert simulated[name]["parts"]
-        assert simulated[name]["sums"] == (expected > 1)
+        assert bool(simulated[name]["exchanges"]) == (expected > 1)
+
+
+def test_all_gradients_go_in_one_exchange(simulated: dict[str, dict[str, Any]]) -> None:
+    """Beside it BN over all devices exchanges its sums, forward and backward; mixup takes images from other devices."""
+    norms = 5  # of the stem and two blocks
+    for name, channels in (("eight", 4 * norms), ("loop", 4 * norms), ("per-device", 0)):
+        assert simulated[name]["kernels"] == 1, name
+        assert simulated[name]["channels"] <= channels, name
 
 
 @pytest.mark.parametrize(

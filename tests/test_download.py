@@ -1,9 +1,12 @@
 """Downloads from a server on this machine: mirrors, resuming, damage, silence, and two at once."""
 
+import contextlib
+import errno
 import hashlib
 import http.server
 import io
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -33,7 +36,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         body = bytes(len(BODY)) if what == "wrong" else BODY
         if what == "missing":
             self.send_error(404)
-        elif what == "elsewhere":
+        elif what in RAW:
+            self.raw(*RAW[what])
+        elif what == "redirect":
             self.send_response(302)
             self.send_header("Location", self.server.target)
             self.end_headers()
@@ -57,8 +62,33 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             if what == "stall":
                 self.server.over.wait(10)
 
+    def raw(self, head: bytes, again: bytes, seconds: float) -> None:
+        """Sends bytes, then others again and again, until the client is gone."""
+        with contextlib.suppress(OSError):
+            self.wfile.write(head)
+            while again and not self.server.over.wait(seconds):
+                self.wfile.write(again)
+
     def log_message(self, format: str, *args: object) -> None:
         pass
+
+
+# What a server sends that is up to no good: at first, then again and again, every so many seconds.
+_OK = b"HTTP/1.1 200 OK\r\n"
+_CHUNKED = _OK + b"Transfer-Encoding: chunked\r\n\r\n"
+RAW = {
+    "flood": (_OK + b"\r\n", bytes(1 << 16), 0.0),  # no length, no end
+    "flood-of-chunks": (_CHUNKED, b"10000\r\n" + bytes(1 << 16) + b"\r\n", 0.0),
+    "chunks-beyond-the-length": (_OK + b"Content-Length: 9\r\n" + _CHUNKED[len(_OK) :], b"a\r\n0123456789\r\n", 0.0),
+    "liar": (_OK + b"Content-Length: 1000000000000\r\n\r\n", bytes(1 << 16), 0.0),
+    "digits": (_OK + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", bytes(1 << 16), 0.0),
+    "drip": (_OK + b"\r\n", b"x", 0.02),
+    "drip-of-a-chunk-head": (_CHUNKED, b"0", 0.02),
+    "trailers": (_CHUNKED + b"0\r\n", b"a: b\r\n", 0.02),
+    "codes": (b"HTTP/1.1 404 \x1b[2Jgone\x9b\x07\r\n\r\n", b"", 0.0),
+    "no-status": (b"\x1b[2J" + b"x" * 5000 + b"\r\n\r\n", b"", 0.0),
+    "elsewhere": (b"HTTP/1.1 302 Found\r\nLocation: https://[::1/x\r\n\r\n", b"", 0.0),
+}  # fmt: skip
 
 
 class _Server(http.server.ThreadingHTTPServer):
@@ -173,6 +203,89 @@ def test_stalled_transfer_goes_to_the_next_mirror(server, tmp_path, monkeypatch)
         fetch(f"{server.url}/stall", tmp_path / "g")
 
 
+MOST = 4 << 20  # bytes
+
+
+@pytest.mark.parametrize(
+    ("what", "reason"),
+    [
+        ("flood", "it sent more than the 4,194,304 bytes"),
+        ("flood-of-chunks", "it sent more than the 4,194,304 bytes"),
+        ("chunks-beyond-the-length", "it sent more than the 9 bytes"),
+        ("liar", "it announces more than the 4,194,304 bytes that f can have"),
+        ("digits", "it announces more than the 4,194,304 bytes that f can have"),
+        ("drip", r"only \d+ bytes? in 0\.3 s"),
+        ("drip-of-a-chunk-head", "no byte for 0\\.3 s"),
+        ("trailers", "no byte for 0\\.3 s"),
+        ("codes", r"HTTP 404 '\\x1b\[2Jgone"),
+        ("no-status", r"'\\x1b\[2Jx+"),
+        ("elsewhere", "/elsewhere: Invalid IPv6 URL"),
+    ],
+)
+def test_servers_that_mean_no_good(server, tmp_path, monkeypatch, what, reason):
+    """Neither the disk nor a day is used up, and nothing but words reaches the terminal."""
+    monkeypatch.setattr(download, "STALL_SECONDS", 0.3)
+    written = 0
+    write = os.write
+
+    def count(descriptor: int, piece: bytes) -> int:
+        nonlocal written
+        written += len(piece)
+        return write(descriptor, piece)
+
+    monkeypatch.setattr(download.os, "write", count)
+    with pytest.raises(DownloadError, match=reason) as caught:
+        download.fetch([f"{server.url}/{what}"], tmp_path / "f", sha256=SHA256, most=MOST, progress=False)
+    assert written <= MOST
+    message = str(caught.value)
+    assert len(message) < 1500
+    assert message.replace("\n", "").isprintable()
+    assert left(tmp_path / "f") == (["f.part"] if what == "drip" else [])
+
+
+def test_a_file_of_the_size_that_is_known(server, tmp_path):
+    for what in ("good", "endless"):
+        assert download.fetch([f"{server.url}/{what}"], tmp_path / what, sha256=SHA256, most=len(BODY)).exists()
+        with pytest.raises(DownloadError, match=f"more than the {len(BODY) - 1:,} bytes"):
+            download.fetch([f"{server.url}/{what}"], tmp_path / "f", sha256=SHA256, most=len(BODY) - 1)
+    assert not (tmp_path / "f.part").exists()
+
+
+def test_an_address_that_is_none(tmp_path):
+    with pytest.raises(DownloadError, match=r"^https://\[::1/x is no address: Invalid IPv6 URL$"):
+        fetch("https://[::1/x", tmp_path / "f")
+    assert left(tmp_path / "f") == []
+
+
+@pytest.mark.parametrize("name", ["f", "f.part"])
+def test_pipes_in_the_place_of_files(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DownloadError, match=f"{name} is no ordinary file: move or delete it"):
+        fetch("https://a.invalid/f", tmp_path / "f")
+    assert left(tmp_path / "f") == [name]
+
+
+def test_ctrl_c_is_heard_in_a_stalled_transfer(server, tmp_path, monkeypatch):
+    """At once: the main thread waits for nothing but a queue."""
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    write = os.write
+
+    def begin(descriptor: int, piece: bytes) -> int:
+        if not timer.is_alive():
+            timer.start()
+        return write(descriptor, piece)
+
+    monkeypatch.setattr(download.os, "write", begin)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        start = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            fetch(f"{server.url}/stall", tmp_path / "f")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert time.monotonic() - start < 5  # where the server would go on after 10
+
+
 def test_failure_lists_every_address_with_its_reason(server, tmp_path):
     path = tmp_path / "f"
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -254,9 +367,9 @@ def test_only_trusted_connections(server, tmp_path):
     assert server.log == []
     server.target = "http://example.org/f"
     with pytest.raises(DownloadError, match=r"only https .* not http://example.org/f"):
-        fetch(f"{server.url}/elsewhere", tmp_path / "f")
+        fetch(f"{server.url}/redirect", tmp_path / "f")
     server.target = f"{server.url}/good"
-    assert fetch(f"{server.url}/elsewhere", tmp_path / "f").read_bytes() == BODY
+    assert fetch(f"{server.url}/redirect", tmp_path / "f").read_bytes() == BODY
     with pytest.raises(DownloadError, match="only https"):
         download._check_address(server.target, loopback=False)  # as for a redirection that leaves https
 
@@ -302,10 +415,13 @@ def test_folder_that_cannot_be_written(server, tmp_path):
     assert server.log == []
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no /dev/full")
-def test_full_disk(server, tmp_path):
+def test_full_disk(server, tmp_path, monkeypatch):
     path = tmp_path / "f"
-    path.with_name("f.part").symlink_to("/dev/full")
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(download.os, "write", full)
     with pytest.raises(DownloadError, match="No space left on device; free some space"):
         fetch(f"{server.url}/good", path)
     assert not path.exists()

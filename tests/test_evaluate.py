@@ -321,7 +321,7 @@ def test_bfloat16_and_limit(file: Path, folder: Path, capsys: pytest.CaptureFixt
         ({"--weights": "net.pth"}, 1, "error: net.pth cannot be read (No such file"),
         ({"--data": "nowhere"}, 1, "error: there is no folder nowhere: expected FOLDER/CLASS/*.JPEG"),
         ({"--data": "cifar10"}, 1, "error: CIFAR-10 has 10 classes, but the network 7\n"),
-        ({"--mean": "1,2,3"}, 1, "error: mean must be one or three numbers from 0 to 1, got (1.0, 2.0, 3.0)"),
+        ({"--mean": "1,2,3"}, 2, "argument --mean: expected one or three numbers from 0 to 1, got '1,2,3'"),
         ({"--mean": "red"}, 2, "argument --mean: expected R,G,B, got 'red'"),
         ({"--limit": "0"}, 2, "argument --limit: expected a whole number of at least 1, got '0'"),
         ({"--batch-size": "x"}, 2, "argument --batch-size: expected a whole number of at least 1, got 'x'"),

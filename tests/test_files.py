@@ -48,6 +48,60 @@ def test_only_a_file_is_replaced(tmp_path: Path, kind: str) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_link_stays_and_its_target_is_written(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    target, link = tmp_path / "there" / "file", tmp_path / "link"
+    link.symlink_to(target)
+    for content in (b"new", b"newer"):  # at first there is no file
+        files.write_atomically(link, content)
+        assert link.is_symlink()
+        assert target.read_bytes() == content
+
+
+@pytest.mark.parametrize("target", ["/dev/full", "self"])
+def test_links_that_lead_to_no_file(tmp_path: Path, target: str) -> None:
+    link = tmp_path / "self"
+    link.symlink_to(target)
+    with pytest.raises(InputError, match=r"it is a device or a pipe|it is a link that leads nowhere"):
+        files.write_atomically(link, b"new")
+    assert link.is_symlink()
+    assert list(tmp_path.iterdir()) == [link]
+
+
+def test_a_path_that_no_file_can_have() -> None:
+    with pytest.raises(InputError, match="embedded null"):
+        files.write_atomically("a\0b", b"")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "large", "none"])
+def test_only_ordinary_files_are_read(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "file"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "large":
+        path.write_bytes(bytes(11))
+    with pytest.raises(OSError, match=r"folder, a device or a pipe|it has 11 bytes, where 10 are|No such file"):
+        files.read_ordinary(path, 10)
+    if kind in ("pipe", "device", "folder"):
+        with pytest.raises(OSError, match="is a folder, a device or a pipe"):
+            files.sha256_of(path)
+
+
+def test_what_is_read_is_all_of_it(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(bytes(10))
+    assert files.read_ordinary(tmp_path / "file", 10) == bytes(10)
+
+
+def test_messages_for_a_terminal() -> None:
+    assert files.shown("größer als 4 €\n  a: b") == "größer als 4 €\n  a: b"
+    assert files.shown("a\x1b[2J\x9b\r\udcff\u202e") == r"a\x1b[2J\x9b\r\udcff\u202e"
+    assert len(files.shown("x" * 10**6)) < 1.1 * files.LONGEST
+
+
 def test_the_permissions_are_an_ordinary_files(tmp_path: Path) -> None:
     """Of the umask at the start. To ask for it later is to change it, for other threads' files too."""
     code = (

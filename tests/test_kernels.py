@@ -12,7 +12,8 @@ from conftest import randomise
 from flax import nnx
 
 import jresnet
-from jresnet.kernels import add_relu, conv, convolve, global_average_pool, max_pool, normalise, relu, scheduling
+from jresnet import kernels
+from jresnet.kernels import add_relu, conv, convolve, global_average_pool, max_pool, norm, relu, scheduling
 from jresnet.models import resnet
 
 
@@ -296,6 +297,13 @@ def plain(x, scale, bias, eps):
     return (x - mean) / jnp.sqrt(var + eps) * scale + bias, mean, var
 
 
+ABOUT = 0.1  # the guess at the mean of those that have one near 0
+
+
+def normalise(x, scale, bias, eps, about=ABOUT):
+    return kernels.normalise(x, scale, bias, jnp.full(x.shape[-1], about, jnp.float32), eps)
+
+
 def test_a_normalisation_and_its_gradients() -> None:
     with jax.enable_x64(True):
         draw = np.random.default_rng(0)
@@ -307,6 +315,17 @@ def test_a_normalisation_and_its_gradients() -> None:
         gradients = [jax.vjp(lambda *a, f=f: f(*a, 1e-5)[0], x, scale, bias)[1](upstream) for f in (normalise, plain)]
         for ours, wanted in zip(*gradients, strict=True):
             np.testing.assert_allclose(ours, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("about", [0.0, 999.0])
+def test_a_variance_in_one_pass_is_right_about_a_mean_that_is_near(about: float) -> None:
+    """What an accelerator computes, in float32; the mean is 1,000 deviations from 0, as no BatchNorm's input is."""
+    draw = np.random.default_rng(0)
+    x = (draw.standard_normal((8, 14, 14, 16)) + 1000).astype(np.float32)
+    wanted = x.astype(np.float64).var((0, 1, 2))
+    found = np.asarray(norm._variance(jnp.asarray(x), jnp.asarray(x), jnp.full(16, about, jnp.float32), narrow=False))
+    error = np.abs(found / wanted - 1).max()
+    assert error < 1e-4 if about else error > 1e-4, "about 0 it cancels"
 
 
 def test_a_normalisation_of_bfloat16_takes_its_statistics_in_float32() -> None:

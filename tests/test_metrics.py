@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import struct
 import sys
 from pathlib import Path
@@ -134,12 +135,35 @@ def test_a_damaged_line(tmp_path: Path, line: str) -> None:
     assert Metrics(tmp_path, 1).rows == [row(1)]  # what the checkpoint does not count on is not looked at
 
 
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        ({"test_accuracy": "x"}, "test_accuracy is no figure"),
+        ({"test_accuracy": 1.5}, "test_accuracy is no figure"),
+        ({"train_loss": -1, "seconds": [1]}, "train_loss, seconds is no figure"),
+        ({"images_per_second": 10**400}, "images_per_second is no figure"),
+        ({"epoch": 3}, "it is epoch 3, step 20"),
+        ({"step": -1}, "it is epoch 2, step -1"),
+    ],
+)
+def test_figures_that_cannot_be(tmp_path: Path, more: dict[str, Any], match: str) -> None:
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (row(1), row(2) | more)))
+    with pytest.raises(InputError, match=rf"metrics\.jsonl is damaged: line 2: {match}"):
+        Metrics(tmp_path, 2)
+
+
+def test_a_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(InputError, match="it is a folder, a device or a pipe"):
+        Metrics(tmp_path, 0)
+
+
 def test_missing_and_too_large_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(InputError, match="has 0 whole lines, but 1 epochs"):
         Metrics(tmp_path, 1)
     run(tmp_path, 0, 1)
     monkeypatch.setattr(metrics_file, "LARGEST", 10)
-    with pytest.raises(InputError, match="more than 10 bytes"):
+    with pytest.raises(InputError, match="bytes, where 10 are the most that can be"):
         Metrics(tmp_path, 1)
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import REPOSITORY, command
 
 from jresnet.errors import InputError
+from jresnet.training import outputs
+from jresnet.training.config import default_config
 from jresnet.training.outputs import Lock
 
 HOLDER = """
@@ -96,3 +100,51 @@ def test_a_filesystem_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(fcntl, "flock", refuse)
     with Lock(tmp_path) as lock:
         assert lock.note == f"the filesystem of {tmp_path} has no locks, so nothing keeps a second run out of it"
+
+
+SUMMARY = {"seed": 0, "final": {"test_accuracy": 0.5, "test_loss": None}, "best": {}, "seconds": 1.5}
+
+
+def test_a_summary_comes_back(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text(json.dumps(SUMMARY))
+    assert outputs.read_summary(tmp_path / "summary.json") == SUMMARY
+
+
+@pytest.mark.parametrize(
+    ("damage", "match"),
+    [
+        ("{", "Expecting property name"), ("[]", "no JSON object"), ("[" * 10**5, "recursion"), ("\x00", "Expecting value"),
+        ({"final": None}, "the objects final and best"), ({"best": []}, "the objects final and best"),
+        ({"seed": "0"}, "seed is not what it should be"), ({"seed": True}, "seed is not"),
+        ({"final": {"test_accuracy": "x"}}, "test_accuracy is not"), 
+        ({"final": {"test_accuracy": 2}}, "test_accuracy is not"),
+        ({"best": {"val_loss": -1}}, "val_loss is not"), ({"seconds": 10**400}, "seconds is not"),
+        (None, "it is a folder, a device or a pipe"),
+    ],
+)  # fmt: skip
+def test_a_damaged_summary(tmp_path: Path, damage: Any, match: str) -> None:
+    path = tmp_path / "summary.json"
+    if damage is None:
+        os.mkfifo(path)
+    else:
+        path.write_text(damage if isinstance(damage, str) else json.dumps(SUMMARY | damage))
+    with pytest.raises(InputError, match=rf"summary\.json cannot be used \(.*{match}.*\): delete it"):
+        outputs.read_summary(path)
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_data_are_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name, why in (("file", "is no folder"), ("file/x/y", "Not a directory"), ("link", "a link that leads nowhere"),
+                      ("x" * 300, "File name too long"), ("a\0b", "embedded null byte")):  # fmt: skip
+        with pytest.raises(InputError, match=rf"cannot use `out` .*{why}; choose another folder"):
+            outputs.check(default_config(), tmp_path / name, False)
+    outputs.check(default_config(), tmp_path / "new" / "folder", False)
+    assert sorted(os.listdir(tmp_path)) == ["file", "link"]
+
+
+@pytest.mark.parametrize("name", ["curves.png", "metrics.jsonl"])
+def test_files_of_others_are_not_written_over(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(InputError, match=f"already holds a run \\({name}\\)"):
+        outputs.check(default_config(), tmp_path, False)

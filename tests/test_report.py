@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import statistics
 from pathlib import Path
@@ -153,6 +154,27 @@ def test_json(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert Path("comparison.png").exists()
 
 
+def test_a_plot_that_exists_is_replaced_when_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plot = tmp_path / "x.png"
+    plot.write_text("mine")
+    arguments = [str(make_run(tmp_path / "a", [0.3, 0.5, 0.7])), "--plot", str(plot)]
+    assert main(arguments) == 1
+    assert capsys.readouterr() == ("", f"error: {plot} exists: --force replaces it, or name another file with --plot\n")
+    assert plot.read_text() == "mine"
+    assert main([*arguments, "--force"]) == 0
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_pipes_in_the_place_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("config.json", "metrics.jsonl", "summary.json"):
+        run = make_run(tmp_path / name, [0.3, 0.5, 0.7])
+        (run / name).unlink()
+        os.mkfifo(run / name)
+        assert main([str(run), "--plot", str(tmp_path / "x.png")]) == 1
+        error = f"error: cannot read {run / name}: it is a folder, a device or a pipe\n"
+        assert capsys.readouterr().err == error
+
+
 def test_nothing_to_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path / "a", [], finished=False)
     assert main([str(tmp_path / "a"), "--plot", str(tmp_path / "x.png")]) == 0
@@ -211,7 +233,7 @@ def test_everything_that_is_wrong_is_said(tmp_path: Path, capsys: pytest.Capture
         "norun": 'config.json is no run\'s configuration: it has no "run"',
         "types": "config.json is no run's configuration: arch, lr missing or of another type",
         "line": "metrics.jsonl is damaged: line 1 is not a JSON object",
-        "number": "metrics.jsonl is damaged: line 1: val_loss is no number",
+        "number": "metrics.jsonl is damaged: line 1: val_loss is no figure",
         "epoch": "metrics.jsonl is damaged: line 2: it is epoch 3",
         "short": "metrics.jsonl has 3 whole lines, but the run is finished after 4 epochs",
         "summary": "summary.json is damaged: it is not a JSON object",

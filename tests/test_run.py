@@ -451,7 +451,7 @@ def test_seeds_end_where_numpys_do(tmp_path: Path) -> None:
             1,
             "--label-smoothing must be at least 0 and below 1, got 2.0; --ema must be at least 0 and below 1, got 1.0",
         ),
-        (["--runs", "0"], 2, "--runs must be at least 1, got 0"),
+        (["--runs", "0"], 2, "--runs must be from 1 to 10000, got 0"),
         (["--checkpoint-minutes", "-1"], 1, "--checkpoint-minutes must be at least 0, got -1.0"),
         (["--checkpoint-minutes", "nan"], 1, "--checkpoint-minutes must be finite, got nan"),
         (["--milestones", "nan"], 1, "--milestones must be finite, got [nan]"),

@@ -178,8 +178,8 @@ def survive(folder: Path, kills: int, epochs: int) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_run_that_is_killed_three_times(tmp_path: Path) -> None:
-    print("\n".join(survive(tmp_path, kills=3, epochs=8)))
+def test_a_run_that_is_killed_twice(tmp_path: Path) -> None:
+    print("\n".join(survive(tmp_path, kills=2, epochs=6)))
 
 
 @pytest.mark.long

@@ -15,7 +15,9 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 
 from jresnet.commands import huge_pages
+from jresnet.commands.flags import Parser
 from jresnet.errors import JresnetError
+from jresnet.files import shown
 
 OWN = {  # modules of this package
     "train": "train a ResNet on CIFAR-10 or digits",
@@ -60,7 +62,7 @@ def dispatch(arguments: Sequence[str]) -> int:
     found = _registered()
     names = OWN | {name: OTHERS.get(name, entry.value) for name, entry in found.items()}
     width = max(map(len, names))
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="jresnet",
         description="ResNets in JAX: training, evaluation, and weights from and for PyTorch.",
         epilog="commands:\n"
@@ -87,10 +89,15 @@ def run(name: str, arguments: Sequence[str] | None, prog: str) -> int:
     Returns:
         The exit code: 0, 1 for what cannot be used, 2 for bad options, 128 + signal.
     """
+    return guarded(lambda: _command(name)(arguments, prog=prog), name)
+
+
+def guarded(command: Callable[[], int], name: str) -> int:
+    """What ``command`` returns, or the exit code for what it raises, which is told in one line; ``name`` is what it is."""
     if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     try:
-        return _command(name)(arguments, prog=prog)
+        return command()
     except SystemExit as end:  # of argparse
         return end.code if isinstance(end.code, int) else 1
     except BrokenPipeError:  # as with "| head"
@@ -99,8 +106,12 @@ def run(name: str, arguments: Sequence[str] | None, prog: str) -> int:
         return 141
     except (JresnetError, OSError) as error:  # OSError: a disk that fills up, for example
         return failed(str(error))
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         return failed(f"{error}: install what {name} needs with pip install -e '.[train]'")
+    except ImportError as error:  # it is there and does not load: too little memory, or a library of another version
+        return failed(f"{name} cannot be started: {' '.join(str(error).split())}")
+    except MemoryError:
+        return failed("the memory is used up: give more of it (ulimit -v), or take a smaller batch or network")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -108,7 +119,8 @@ def run(name: str, arguments: Sequence[str] | None, prog: str) -> int:
 
 def failed(message: str) -> int:
     """Tells an error; returns the exit code 1."""
-    print(f"error: {message}", file=sys.stderr)
+    if sys.stderr is not None:  # closed: print would take stdout
+        print(f"error: {shown(message)}", file=sys.stderr)
     return 1
 
 

@@ -10,7 +10,6 @@ import shlex
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,14 +17,14 @@ import jax.numpy as jnp
 
 import jresnet
 from jresnet import cache, evaluation
-from jresnet.commands.flags import naming_flags
+from jresnet.commands.flags import Parser, folder, naming_flags
 from jresnet.data import images
-from jresnet.files import printable
+from jresnet.files import printable, shown
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """The command line's options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description="Evaluate weights: top-1, top-5, loss and images per second, every image once.",
         epilog="Exit code: 0; 1 for what cannot be used, also for a single bad image unless --skip-bad; 2 for bad options.",
@@ -41,7 +40,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "that name); class names sorted are the logits in order, unless all are categories that the weights name",
     )  # fmt: skip
     parser.add_argument(
-        "--data-dir", type=Path, metavar="DIR",
+        "--data-dir", type=folder, metavar="DIR",
         help="where CIFAR-10 lies, as for training (default: TFDS_DATA_DIR, else ~/tensorflow_datasets, else ./data)",
     )  # fmt: skip
     parser.add_argument(
@@ -70,11 +69,14 @@ def positive(text: str) -> int:
 
 
 def numbers(text: str) -> tuple[float, ...]:
-    """``0.5,0.5,0.5``."""
+    """``0.5,0.5,0.5``, shares of the brightest value."""
     try:
-        return tuple(float(part) for part in text.split(","))
+        found = tuple(float(part) for part in text.split(","))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"expected R,G,B, got {text!r}") from error
+    if len(found) not in (1, 3) or not all(0 <= number <= 1 for number in found):
+        raise argparse.ArgumentTypeError(f"expected one or three numbers from 0 to 1, got {text!r}")
+    return found
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "jresnet evaluate") -> int:
@@ -83,6 +85,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "jresnet evaluate") -> i
     args = options.parse_args(argv)
     if args.data_dir and args.data != "cifar10":
         options.error("--data-dir says where CIFAR-10 lies, but --data names a folder")
+    if args.std and 0 in args.std:
+        options.error("--std must be above 0: pixels are divided by it")
     with naming_flags(options):
         report = evaluate(args)
     if args.json:
@@ -100,7 +104,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
     def say(title: str, text: str) -> None:
         if not args.json:
-            print(f"{title:<8} {text}", flush=True)
+            print(f"{title:<8} {shown(text)}", flush=True)
 
     cache.keep_compiled()
     cifar10 = args.data == "cifar10"

@@ -1,16 +1,61 @@
-"""Command-line flags made from the fields of a dataclass, and errors that name them."""
+"""What command lines share: a parser, flags made from the fields of a dataclass, errors that name them, outputs."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 import dataclasses
+import os
 import re
+import stat
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
+from jresnet.errors import InputError
+from jresnet.files import shown
+from jresnet.training.fields import hints_of
 from jresnet.training.recipes import DATASETS, RECIPES, in_words, value_in_words
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose complaints show what was typed without its control codes, and not for pages."""
+
+    def error(self, message: str) -> NoReturn:
+        """Tells what is wrong with the arguments, and ends the process with code 2."""
+        super().error(shown(message))
+
+
+def folder(text: str) -> Path:
+    """An argument that names a folder; an empty one, as of an unset variable, is not the working directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a folder, got ''")
+    return Path(text)
+
+
+def check_output(path: Path, force: bool, flag: str = "--output") -> None:
+    """Raises :class:`InputError` where a file must not be written: nothing of the user's is lost unasked.
+
+    Called before anything is read, fetched or computed for it.
+
+    Args:
+        path: the file.
+        force: whether the user allowed it to be replaced.
+        flag: that names it.
+    """
+    try:
+        kind = stat.S_IFMT(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        if not path.parent.is_dir():
+            raise InputError(f"{flag} {path}: there is no folder {path.parent}") from None
+        return
+    except (OSError, ValueError) as error:  # ValueError: a NUL
+        raise InputError(f"{flag} {path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
+    if kind != stat.S_IFREG:
+        raise InputError(f"{path} is a link, a folder, a device or a pipe: name another file with {flag}")
+    if not force:
+        raise InputError(f"{path} exists: --force replaces it, or name another file with {flag}")
 
 
 def add_flags(groups: Mapping[str, Any], record: type) -> None:
@@ -23,7 +68,7 @@ def add_flags(groups: Mapping[str, Any], record: type) -> None:
 def add_flag(group: Any, record: type, name: str) -> None:
     """Adds the flag of one field: --batch-size for ``batch_size``."""
     (field,) = (field for field in dataclasses.fields(record) if field.name == name)
-    option, hint = field.metadata["option"], typing.get_type_hints(record)[name]
+    option, hint = field.metadata["option"], hints_of(record)[name]
     text = f"{option.help} ({_default(field, hint)})".replace("%", "%%")
     given: dict[str, Any] = {"help": text, "default": None}
     if hint is bool:

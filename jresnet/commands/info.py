@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -11,12 +10,13 @@ import jax
 
 import jresnet
 from jresnet import cache
+from jresnet.commands.flags import Parser
 from jresnet.kernels import compiler
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "jresnet info") -> int:
     """Prints versions, devices, the compilation cache and the compiler options in force; returns the exit code."""
-    argparse.ArgumentParser(
+    Parser(
         prog=prog, description="Versions, devices, compilation cache, and the compiler options in force."
     ).parse_args(argv)
     print(f"versions python {platform.python_version()}, jresnet {jresnet.__version__}", end="")

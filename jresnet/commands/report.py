@@ -8,14 +8,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from jresnet.commands.flags import Parser, check_output, folder
 from jresnet.errors import InputError
+from jresnet.files import shown
 from jresnet.reports import plots
 from jresnet.reports.compare import cells, figures, read_entries, text_table
 
 
 def parser(prog: str = "jresnet report") -> argparse.ArgumentParser:
     """The command line's options; ``prog`` is what the command calls itself."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description="Compare training runs in a table and a plot.",
         epilog="Figures are those of the last epoch; of several seeds mean ± sample standard deviation over the finished "
@@ -23,12 +25,13 @@ def parser(prog: str = "jresnet report") -> argparse.ArgumentParser:
         "for folders that are no run's or have a damaged file; 2 for bad options.",
     )
     parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="folder of a run, finished or not, or of a run's seeds"
+        "runs", nargs="+", type=folder, metavar="RUN", help="folder of a run, finished or not, or of a run's seeds"
     )
     parser.add_argument(
         "--plot", type=Path, default=Path("comparison.png"), metavar="FILE.png",
-        help="training loss and accuracy by epoch; a file that exists is replaced (default: comparison.png)",
+        help="training loss and accuracy by epoch (default: comparison.png)",
     )  # fmt: skip
+    parser.add_argument("--force", action="store_true", help="replace the plot where it exists")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="of the table (text)")
     return parser
 
@@ -40,13 +43,15 @@ def main(argv: Sequence[str] | None = None, prog: str = "jresnet report") -> int
     if args.plot.suffix.lower() != ".png":
         options.error(f"--plot writes PNG, so its file's name must end in .png, got {str(args.plot)!r}")
     try:
+        check_output(args.plot, args.force, "--plot")
         entries = read_entries(args.runs)
         found = [figures(entry) for entry in entries]
         if args.format == "json":
             print(json.dumps(found, indent=1))
         else:
             print(text_table([cells(row) for row in found]))
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         if not any(run.rows for entry in entries for run in entry.runs):
             print("no plot: no run has an epoch behind it yet", file=sys.stderr)
             return 0
@@ -54,7 +59,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "jresnet report") -> int
         print(f"plot     {args.plot}", file=sys.stderr)  # not among the lines of a table that goes to a file
     except InputError as error:
         for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+            print(f"error: {shown(line)}", file=sys.stderr)
         return 1
     except ImportError as error:
         print(f"error: {error}: install what plots need with pip install 'jresnet[train]'", file=sys.stderr)

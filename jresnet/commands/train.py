@@ -8,6 +8,7 @@ import os
 import shlex
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import jax
 
 from jresnet import cache
 from jresnet.commands import failed
-from jresnet.commands.flags import add_flag, add_flags, naming_flags
+from jresnet.commands.flags import Parser, add_flag, add_flags, folder, naming_flags
 from jresnet.training import devices, outputs, program, recipes
 from jresnet.training.config import RunConfig, default_config, read_config, read_runs
 from jresnet.training.guard import NonFiniteLoss
@@ -28,10 +29,12 @@ DEPTHS = {depth: f"resnet{depth}" for depth in (18, 34, 50, 101, 152)} | {
     depth: f"resnet{depth}_cifar" for depth in (20, 32, 44, 56, 110, 1202)
 }
 
+MAX_RUNS, MAX_PROCESSES = 10_000, 1_000_000  # more than anybody has
+
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """The command line's options. What is not given is None: the recipe's value, or the resumed run's."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description="Train a ResNet on CIFAR-10.",
         epilog="With neither --data-dir nor a prepared dataset, CIFAR-10 (163 MiB) is downloaded.",
@@ -65,7 +68,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
         help="runs of N seeds, from --seed on, into OUT/seed-*, with mean and deviation",
     )
     groups["data"].add_argument(
-        "--data-dir", type=Path, metavar="DIR",
+        "--data-dir", type=folder, metavar="DIR",
         help="folder with a TFDS store, or CIFAR-10's archive or extracted folder, python or binary; the download goes "
         "there (default: TFDS_DATA_DIR, else ~/tensorflow_datasets, else ./data)",
     )  # fmt: skip
@@ -117,7 +120,7 @@ def _train(args: argparse.Namespace) -> int:
     if session.deterministic:  # XLA reads it once, when its first device is asked for
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
     cache.keep_compiled()
-    if args.coordinator or args.distributed:
+    if args.coordinator is not None or args.distributed:
         devices.connect(args.coordinator, args.num_processes, args.process_id)
     given = _given(args, RunConfig)
     if args.depth is not None:
@@ -126,6 +129,7 @@ def _train(args: argparse.Namespace) -> int:
     config = dataclasses.replace(before, **given) if before else default_config(**given)
     config.check()
     runs = args.runs or (read_runs(args.out) if before else None)
+    dataclasses.replace(config, seed=config.seed + (runs or 1) - 1).check()
     out = args.out or Path("runs") / f"{config.arch}-{config.dataset}-{time.strftime('%Y%m%d-%H%M%S')}"
     if devices.is_first():
         outputs.check(config, out, args.resume, runs)
@@ -144,13 +148,6 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
-def folder(text: str) -> Path:
-    """An argument that names a folder; an empty one, as of an unset variable, is not the working directory."""
-    if not text:
-        raise argparse.ArgumentTypeError("expected a folder, got ''")
-    return Path(text)
-
-
 def mistakes(args: argparse.Namespace) -> list[str]:
     """What does not go together in the options."""
     by_hand = (args.coordinator, args.num_processes, args.process_id)
@@ -159,14 +156,23 @@ def mistakes(args: argparse.Namespace) -> list[str]:
         found.append("--resume needs --out, the folder of the run to go on with")
     if args.depth is not None and args.depth not in DEPTHS:
         found.append(f"unknown --depth {args.depth}: there are {', '.join(map(str, sorted(DEPTHS)))}")
-    if args.runs is not None and args.runs < 1:
-        found.append(f"--runs must be at least 1, got {args.runs}")
+    if args.runs is not None and not 1 <= args.runs <= MAX_RUNS:
+        found.append(f"--runs must be from 1 to {MAX_RUNS}, got {args.runs}")
     if args.distributed and any(value is not None for value in by_hand):
         found.append("--distributed auto finds --coordinator, --num-processes and --process-id by itself")
     elif any(value is not None for value in by_hand) and any(value is None for value in by_hand):
         found.append("--coordinator, --num-processes and --process-id belong together")
-    if (args.distributed or args.coordinator) and args.out is None:
+    elif args.coordinator is not None and not 0 <= args.process_id < args.num_processes <= MAX_PROCESSES:
+        found.append(
+            f"--process-id must be from 0 to below --num-processes, and that at most {MAX_PROCESSES:,}: "
+            f"got {args.process_id} of {args.num_processes}"
+        )
+    if (args.distributed or args.coordinator is not None) and args.out is None:
         found.append("several processes need --out: each would name a folder of its own")
+    if args.wandb == "":
+        found.append("--wandb needs a project's name, got ''")
+    elif args.wandb is not None and not find_spec("wandb"):  # else this is told when all is compiled
+        found.append("--wandb needs the package wandb: pip install wandb")
     return found
 
 

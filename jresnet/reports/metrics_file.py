@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jresnet.errors import InputError
+from jresnet.files import read_ordinary
 
 LARGEST = 2**26  # bytes of a metrics.jsonl that is read; 200 epochs are some 60 kB
+TIMINGS = ("seconds", "compile_seconds", "images_per_second")
+MOST = 1e15  # of a figure; beyond 1e308 a whole number is no float
 
 
 def finite(value: Any) -> Any:
@@ -35,20 +39,32 @@ def duration(seconds: float) -> str:
     return " ".join(part for part in parts if not part.startswith("0 ")) or "0 s"
 
 
+def no_figures(row: Mapping[str, Any]) -> list[str]:
+    """Which losses, accuracies and timings are neither a number that can be one nor null."""
+
+    def figure(name: str, value: Any) -> bool:
+        if value is None:
+            return True
+        # NaN is one, in files of other programs.
+        least, most = 0, 1 if name.endswith("_accuracy") else MOST
+        return type(value) in (int, float) and not (value < least or value > most)
+
+    named = ("_loss", "_accuracy", *TIMINGS)
+    return [name for name, value in row.items() if name.endswith(named) and not figure(name, value)]
+
+
 def read_metrics(path: Path, epochs: int | None = None) -> list[dict[str, Any]]:
     """The rows of a ``metrics.jsonl``: all, or the first ``epochs``; none where there is no file.
 
     A last line that ends before its end, as a killed process leaves it, is not among them.
 
     Raises:
-        InputError: where the file cannot be read, or another line is no row.
+        InputError: where the file cannot be read, or another line is no row, or not that of its epoch.
     """
     try:
         if not path.exists():
             return []
-        if path.stat().st_size > LARGEST:
-            raise InputError(f"{path} has more than {LARGEST:,} bytes: it is no run's metrics.jsonl")
-        *lines, tail = path.read_bytes().split(b"\n")
+        *lines, tail = read_ordinary(path, LARGEST).split(b"\n")
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror or error}") from error
     rows: list[dict[str, Any]] = []
@@ -62,5 +78,9 @@ def read_metrics(path: Path, epochs: int | None = None) -> list[dict[str, Any]]:
                 break
             expected = "a JSON object with whole numbers for epoch and step"
             raise InputError(f"{path} is damaged: line {number} is not {expected}") from error
+        bad = no_figures(row)
+        if row["epoch"] != number or row["step"] < 0 or bad:
+            what = f"{', '.join(bad)} is no figure" if bad else f"it is epoch {row['epoch']}, step {row['step']}"
+            raise InputError(f"{path} is damaged: line {number}: {what}")
         rows.append(row)
     return rows

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import jax
 
 from jresnet.errors import InputError
+from jresnet.files import read_ordinary
 from jresnet.models import zoo
 from jresnet.models.config import Stem
 from jresnet.training import recipes
@@ -19,6 +20,7 @@ from jresnet.training.fields import option, problems
 from jresnet.training.recipes import Hyperparameters
 from jresnet.weights.preprocessing import STATISTICS
 
+MAX_CONFIG = 2**20  # bytes of a config.json that is read; they have some 2,000
 IMAGE = 32  # pixels, height and width of the datasets' images
 
 
@@ -121,7 +123,7 @@ def default_config(
     smaller = recipes.DATASETS[dataset]
     row["lr"] *= smaller.get("batch_size", row["batch_size"]) / row["batch_size"]
     values = row | smaller | given
-    values["arch"] = arch or row["arch"] or recipes.ARCH
+    values["arch"] = (row["arch"] or recipes.ARCH) if arch is None else arch
     if zoo.find(values["arch"]).config.stem == "cifar":
         values["stem"] = "cifar"
     if "milestones" not in given and type(values["epochs"]) is int:
@@ -158,7 +160,7 @@ def _read(out: Path) -> tuple[RunConfig, int | None] | None:
     try:
         if not path.exists():
             return None
-        content = json.loads(path.read_text())
+        content = json.loads(read_ordinary(path, MAX_CONFIG))
         values, runs = content["run"], content.get("runs")
         config = RunConfig(**{**values, "milestones": tuple(values["milestones"])})
         config.check()

@@ -100,8 +100,10 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
     Raises:
         InputError: where they do not come together.
     """
-    if coordinator is not None and not re.fullmatch(r".+:\d{1,5}", coordinator):
-        raise InputError(f"`coordinator` must be HOST:PORT, got {coordinator!r}")
+    if coordinator is not None and not (
+        re.fullmatch(r"[\w.:%\[\]-]{1,255}:[0-9]{1,5}", coordinator) and int(coordinator.rpartition(":")[2]) < 2**16
+    ):
+        raise InputError(f"`coordinator` must be HOST:PORT, got {coordinator[:80]!r}")
     try:
         jax.distributed.initialize(
             coordinator,

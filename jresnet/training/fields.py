@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from dataclasses import dataclass
 from typing import Any
 
 LARGEST = 3.4e38  # of float32, in which training computes
+LARGEST_WHOLE = 2**31 - 1  # in which JAX counts, where a field does not allow more
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"}
 
 
@@ -51,12 +53,18 @@ def option(help: str, group: str, default: Any = dataclasses.MISSING, **more: An
     return dataclasses.field(default=default, metadata={"option": Option(help=help, group=group, **more)})
 
 
+@functools.cache
+def hints_of(record: type) -> dict[str, Any]:
+    """The types of a dataclass's fields; to find them takes longer than all that is done with them."""
+    return typing.get_type_hints(record)
+
+
 def problems(record: Any) -> list[str]:
     """What is wrong with the values of a dataclass whose fields are made by :func:`option`: a line each.
 
     Types count too, since the values may come from a damaged file. NaN and infinity are never allowed.
     """
-    hints = typing.get_type_hints(type(record))
+    hints = hints_of(type(record))  # type: ignore[arg-type] # a class is hashable
     found = []
     for field in dataclasses.fields(record):
         option, value, hint = field.metadata["option"], getattr(record, field.name), hints[field.name]
@@ -70,6 +78,8 @@ def problems(record: Any) -> list[str]:
             expected = "finite"
         elif not all(map(option.admits, numbers)):
             expected = option.range
+        elif option.most is None and not _is(0.5, hint) and any(number > LARGEST_WHOLE for number in numbers):
+            expected = f"at most {LARGEST_WHOLE:,}"
         if expected:
             text = repr(list(value) if isinstance(value, tuple) else value)
             found.append(f"`{field.name}` must be {expected}, got {text if len(text) < 60 else text[:60] + '...'}")

@@ -22,9 +22,9 @@ import jax
 import numpy as np
 
 from jresnet.errors import InputError
-from jresnet.files import printable, write_atomically
+from jresnet.files import printable, read_ordinary, write_atomically
 from jresnet.reports import plots
-from jresnet.reports.metrics_file import finite
+from jresnet.reports.metrics_file import finite, no_figures
 from jresnet.training import devices
 from jresnet.training import step as train
 from jresnet.training.checkpoint import Checkpoints
@@ -36,7 +36,11 @@ from jresnet.version import __version__
 from jresnet.weights import native as weights
 from jresnet.weights.preprocessing import Preprocessing
 
-FILES = ("config.json", "metrics.jsonl", "summary.json", "last.safetensors", "best.safetensors", "checkpoints")
+FILES = (
+    "config.json", "metrics.jsonl", "summary.json", "last.safetensors", "best.safetensors", "checkpoints", "curves.png",
+    "confusion.png", "worst.png",
+)  # fmt: skip
+MAX_SUMMARY = 2**24  # bytes of a summary.json that is read; they have some 3,000
 PROGRESS = 4096  # bytes for a checkpoint's progress on its way to the other processes
 
 
@@ -250,6 +254,8 @@ def check(config: RunConfig, out: Path, resume: bool, runs: int | None = None) -
     Raises:
         InputError: otherwise; a difference in the configuration is listed field by field.
     """
+    if why := unusable(out):
+        raise InputError(f"cannot use `out` {out}: {why}; choose another folder")
     before = read_config(out)
     taken = [name for name in FILES if (out / name).exists()]
     if taken and not resume:
@@ -259,6 +265,19 @@ def check(config: RunConfig, out: Path, resume: bool, runs: int | None = None) -
         changed.append(f"`runs` was {read_runs(out) or 'not given'}, now {runs or 'not given'}")
     if changed:
         raise InputError(f"`resume` goes on with the run in {out} as it was begun, but {'; '.join(changed)}")
+
+
+def unusable(out: Path) -> str | None:
+    """Why a folder cannot be made or written in, as far as can be told without trying; None: it can."""
+    try:
+        out.stat()
+    except FileNotFoundError:
+        return f"{out} is a link that leads nowhere" if out.is_symlink() else unusable(out.parent)
+    except (OSError, ValueError) as error:
+        return getattr(error, "strerror", None) or str(error)
+    if not out.is_dir():
+        return f"{out} is no folder"
+    return None if os.access(out, os.W_OK | os.X_OK) else f"{out} may not be written in"
 
 
 def write_config(out: Path, config: RunConfig, **more: Any) -> None:
@@ -280,9 +299,13 @@ def read_summary(path: Path) -> dict[str, Any]:
         InputError: where it cannot be read or is damaged.
     """
     try:
-        summary = json.loads(path.read_text())
-        if not isinstance(summary, dict):
-            raise TypeError("it is no JSON object")
+        summary = json.loads(read_ordinary(path, MAX_SUMMARY))
+        if not isinstance(summary, dict) or not all(isinstance(summary.get(part), dict) for part in ("final", "best")):
+            raise TypeError("it is no JSON object with the objects final and best")
+        bad = [name for part in (summary, summary["final"], summary["best"]) for name in no_figures(part)]
+        bad += ["seed"] if type(summary.get("seed")) is not int else []
+        if bad:
+            raise TypeError(f"{', '.join(bad)} is not what it should be")
     except (OSError, RecursionError, TypeError, ValueError) as error:
         raise InputError(f"{path} cannot be used ({error}): delete it, and the run's end writes it anew") from error
     return summary

@@ -76,7 +76,7 @@ def fit_seeds(
         try:
             result = compare.summarise(summaries)
             accuracy = result["final"]["test_accuracy"]
-        except (AttributeError, KeyError, TypeError) as error:
+        except (AttributeError, KeyError, OverflowError, TypeError) as error:
             raise InputError(f"a summary.json in {out} is damaged ({error!r}): delete it and resume") from error
         write_json(out / "summary.json", result)
     spread = f" ± {100 * accuracy['std']:.2f}" if runs > 1 else ""

@@ -158,7 +158,9 @@ def _on_each_device(gradients: Callable, devices: Devices) -> Callable:
 
     def on_one(*args: Any):
         (loss, logits, batch_stats), grads = gradients(*args)
-        batch_stats = jax.tree.map(lambda value: lax.all_gather(value, "data")[0], batch_stats)
+        # The first device's, as a sum with nothing: XLA then exchanges them together with the gradients.
+        mine = lax.axis_index("data") == 0
+        batch_stats = lax.psum(jax.tree.map(lambda value: jnp.where(mine, value, 0), batch_stats), "data")
         return (lax.pmean(loss, "data"), logits, batch_stats), lax.pmean(grads, "data")
 
     whole, cut = PartitionSpec(), PartitionSpec("data")

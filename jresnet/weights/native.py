@@ -25,7 +25,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jresnet.errors import InputError, WeightsError
-from jresnet.files import write_atomically
+from jresnet.files import printable, write_atomically
 from jresnet.models.config import ResNetConfig
 from jresnet.models.fuse import FusedResNet
 from jresnet.models.layers import Linear
@@ -37,6 +37,10 @@ from jresnet.weights.preprocessing import Preprocessing
 FORMAT = "jresnet-1"
 RESERVED = ("format", "arch", "config", "digest", "metadata_digest", "versions")  # entries of the metadata
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+# Of a safetensors header, which becomes Python objects of many times its size. A resnet1202_cifar has 1 MB and 30,000
+# texts, the categories of ImageNet-21k are 1 MB more.
+MAX_HEADER = 8 << 20  # bytes
+MAX_TEXTS = 200_000  # in quotes: five a tensor, two an entry of the metadata
 
 
 def digest(values: Mapping[str, np.ndarray]) -> str:
@@ -188,12 +192,24 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str,
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would never answer
             raise OSError("it is a folder or a device; name the file itself")
+        _check_header(path)
         with safetensors.safe_open(path, framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
     except OSError as error:
         raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
     except (safetensors.SafetensorError, AttributeError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path} is no whole safetensors file ({error}): fetch or convert it again") from error
+        reason = printable(str(error))
+        raise WeightsError(f"{path} is no whole safetensors file ({reason}): fetch or convert it again") from error
+
+
+def _check_header(path: str | Path) -> None:
+    """Raises ValueError where the header of a safetensors file is so large that no network can need it."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if MAX_HEADER < length < os.fstat(file.fileno()).st_size:  # a longer one is damage, which safetensors tells
+            raise ValueError(f"its header has {length:,} bytes; expected at most {MAX_HEADER:,}")
+        if (texts := file.read(min(length, MAX_HEADER)).count(b'"') // 2) > MAX_TEXTS:
+            raise ValueError(f"its header has {texts:,} texts; expected at most {MAX_TEXTS:,}")
 
 
 def read(path: str | Path) -> tuple[str | None, ResNetConfig, dict[str, np.ndarray], dict[str, str]]:

@@ -32,8 +32,12 @@ from typing import Any
 
 from benchmark.common import CHECKED_IMAGES, ROOT
 from benchmark.suites import LEVELS, SMALL, SUITES, Row, choose
-from benchmark.table import PEERS, evaluate, footer, head, line, plot
-from jresnet.commands import huge_pages
+from benchmark.table import PEERS, PLOTS, evaluate, footer, head, line, plot
+from jresnet.commands import failed, huge_pages
+from jresnet.commands.flags import Parser, check_output, folder
+from jresnet.errors import InputError
+from jresnet.files import write_atomically
+from jresnet.models import zoo
 
 WORKERS = {name: ROOT / "scripts" / "benchmark" / f"{name}_worker.py" for name in ("jresnet", "torch")}
 RUNS = {"jresnet": "scripts/train_cifar10.py", "torch": "tests/parity/train_torch.py"}  # for the accuracy suite
@@ -43,6 +47,7 @@ INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # as Linux names 
 SECONDS = 3.0  # of steps a measurement, at least
 CHECKED_GFLOP = 2000  # up to which a row is computed in float64 too: that takes minutes on two cores
 EPOCH = 50_000  # images, CIFAR-10's
+BOUNDS = {"batch": (1, 1_000_000), "rounds": (1, 1000), "size": (32, 4096)}  # of options
 GPU_MINUTES = 7.0  # budget; a round that has begun is finished
 
 
@@ -94,7 +99,7 @@ class Workplace:
 
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Measure jresnet's speed and that of PyTorch's networks with the same weights and images, in turn, each "
         "in a process of its own. Prints a Markdown table; progress goes to stderr.",
         epilog="Exit code: 0; 1 where something cannot be used or jresnet has no figures (a peer may have none); 2 for bad "
@@ -116,8 +121,9 @@ def parser() -> argparse.ArgumentParser:
     add("--device", choices=("cpu", "gpu"), default="cpu", help="(default: %(default)s)")
     add("--rounds", type=int, metavar="N", help="measurements of each framework (cpu: 5, gpu: 2)")
     add("--json", type=Path, metavar="FILE", help="every round's figures, written after each row (default: none)")
-    add("--plots", type=Path, metavar="DIR", help="folder for the scaling suite's plots, PNG (default: none)")
-    add("--data-dir", type=Path, metavar="DIR", help="CIFAR-10, for the suites data and accuracy (default: digits)")
+    add("--force", action="store_true", help="replace the file of --json and the plots where they exist")
+    add("--plots", type=folder, metavar="DIR", help="folder for the scaling suite's plots, PNG (default: none)")
+    add("--data-dir", type=folder, metavar="DIR", help="CIFAR-10, for the suites data and accuracy (default: digits)")
     add(
         "--minutes", type=float, metavar="M",
         help=f"rows and rounds begin while these last; the rest is named (cpu: no limit, gpu: {GPU_MINUTES:g})",
@@ -134,7 +140,7 @@ def main(argv: list[str] | None = None) -> int:
             return run(args, command, Path(folder))
     except Problem as problem:
         for complaint in str(problem).splitlines():
-            print(f"error: {complaint}", file=sys.stderr)
+            failed(complaint)
         return 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -145,16 +151,18 @@ def run(args: argparse.Namespace, command: str, folder: Path) -> int:
     """Measures, prints and writes all rows."""
     gpu, load = args.device == "gpu", os.getloadavg()[0]  # before anything runs here
     minutes = (GPU_MINUTES if gpu else math.inf) if args.minutes is None else args.minutes
+    rows, peers = choose(args), [] if args.peer == "none" else args.peer.split(",")
+    if problems := check(args, peers):
+        raise Problem("\n".join(problems))
     packages = versions(args.peer_python)
     no_torch = "" if "torch" in packages else "torch is not installed: pip install 'jresnet[torch]'"
     deadline, rounds = time.monotonic() + 60 * minutes, args.rounds or (2 if gpu else 5)
     place = Workplace(folder, args.device, rounds, args.data_dir, no_torch, args.peer_python, deadline)
-    rows, peers = choose(args), [] if args.peer == "none" else args.peer.split(",")
     try:
         known = place.ask("jresnet", "survey", rows=[dataclasses.asdict(row) | {"chosen": row.chosen} for row in rows])
     except WorkerError as error:
         raise Problem(f"jresnet does not start: {error}") from error
-    problems = check(args, peers) + known["problems"]
+    problems = known["problems"]
     if gpu and known["platform"] != "gpu":
         print("would measure:", *rows, sep="\n  ")
         problems.append("--device gpu: JAX finds none; it needs the driver and pip install 'jax[cuda12]'")
@@ -193,14 +201,24 @@ def run(args: argparse.Namespace, command: str, folder: Path) -> int:
 def check(args: argparse.Namespace, peers: Sequence[str]) -> list[str]:
     """What is wrong with the options, as far as can be told without JAX."""
     problems = [f"unknown peer {name!r}: there are {', '.join(PEERS)}, or none" for name in peers if name not in PEERS]
-    for name, least in (("batch", 1), ("rounds", 1), ("size", 32)):
+    for name, (least, most) in BOUNDS.items():
         given = getattr(args, name)
-        if given is not None and given < least:
-            problems.append(f"--{name} must be at least {least}, got {given}")
-    if args.minutes is not None and not args.minutes > 0:
-        problems.append(f"--minutes must be more than 0, got {args.minutes:g}")
-    if args.json and (args.json.is_dir() or not args.json.absolute().parent.is_dir()):
-        problems.append(f"--json {args.json} must name a file in a folder that exists")
+        if given is not None and not least <= given <= most:
+            problems.append(f"--{name} must be from {least} to {most}, got {given}")
+    if args.minutes is not None and not 0 < args.minutes < math.inf:
+        problems.append(f"--minutes must be more than 0, and finite, got {args.minutes:g}")
+    try:
+        if args.arch is not None:
+            zoo.find(args.arch)
+    except InputError as error:
+        problems.append(str(error))
+    outputs = [(args.json, "--json")] if args.json else []
+    outputs += [(args.plots / name, "--plots") for name in PLOTS] if args.plots and args.plots.is_dir() else []
+    for path, flag in outputs:
+        try:
+            check_output(path, args.force, flag)
+        except InputError as error:
+            problems.append(str(error))
     if args.data_dir and not args.data_dir.exists():
         problems.append(f"--data-dir {args.data_dir} is not there")
     if args.plots and args.suite not in ("scaling", "all"):
@@ -370,14 +388,10 @@ def versions(peer_python: str) -> dict[str, str]:
 
 def write(path: Path, report: Mapping[str, Any]) -> None:
     """The old file or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise Problem(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        write_atomically(path, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
+    except InputError as error:
+        raise Problem(str(error)) from error
 
 
 def handle_signals() -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 PEERS = ("torch", "torch-compile", "timm")
+SERIES = ("batch", "depth", "devices")  # of the scaling suite
+PLOTS = tuple(f"scaling-{series}.png" for series in SERIES)
 COLUMNS = "what", "framework", "images/s", "seconds", "ratio", "GEMM", "compile s", "memory MiB", "error", "n", "note"
 NOTES = """
 images/s, seconds (of a step, of an epoch, or until what was named was done), ratio (jresnet's speed over this one's, round
@@ -139,7 +141,7 @@ def plot(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
     from matplotlib.figure import Figure  # which draws with Agg, where pyplot chooses
 
     folder.mkdir(parents=True, exist_ok=True)
-    for series in ("batch", "depth", "devices"):
+    for series, file in zip(SERIES, PLOTS, strict=True):
         figure = Figure((6, 4), layout="constrained")
         axes = figure.subplots()
         for name in ("jresnet", "torch"):
@@ -160,4 +162,4 @@ def plot(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
                 xlabel=series, ylabel="training, images/s", ylim=(0, 1.05 * axes.dataLim.ymax), title=title.strip()
             )
             axes.legend()
-            figure.savefig(folder / f"scaling-{series}.png", dpi=120)
+            figure.savefig(folder / file, dpi=120)

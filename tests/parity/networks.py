@@ -26,9 +26,17 @@ def CifarResNet(depth: int, num_classes: int = 10) -> nn.Module:
     return reference.network(arch, zoo.configure(arch, num_classes=num_classes))
 
 
-def build(arch: str, **chosen: Any) -> nn.Module:
-    """The PyTorch network of a row of the zoo, with random BN parameters and statistics: default ones hide swaps."""
+def build(arch: str, shallow: bool = False, **chosen: Any) -> nn.Module:
+    """The PyTorch network of a row of the zoo, with random BN parameters and statistics: default ones hide swaps.
+
+    ``shallow`` leaves two blocks of the first stage and one of each other: every kind of layer, compiled in a fraction
+    of the time.
+    """
     torch.manual_seed(0)
-    model = reference.network(arch, zoo.configure(arch, **chosen))
+    model: Any = reference.network(arch, zoo.configure(arch, **chosen))
+    if shallow:
+        model.layer1 = model.layer1[:2]
+        for name in ("layer2", "layer3", "layer4"):
+            setattr(model, name, getattr(model, name)[:1])
     randomise(model)
     return model.eval()

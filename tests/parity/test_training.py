@@ -34,14 +34,18 @@ LR, MOMENTUM, WEIGHT_DECAY = 0.01, 0.9, 5e-4
 # strided layers inputs of even size and of odd. convolve_to_train cuts 20 CIFAR images into pieces of 8, 8 and 4.
 SIZES = {"imagenet": (4, 40), "cifar": (20, 32)}  # images a batch, pixels
 
-LARGE = ("resnet50", "resnext50_32x4d", "wide_resnet50_2")
-TRAINED = ("resnet18", "resnet34_projection", "resnet18_d2l", "resnet20_cifar", *LARGE)
+WHOLE = ("resnet18", "resnet20_cifar", "resnet50")
+SHALLOW = ("resnet34_projection", "resnet18_d2l", "resnext50_32x4d", "wide_resnet50_2")  # whole ones: pytest -m long
+TRAINED = (*WHOLE, *SHALLOW)
 OTHERS = tuple(arch for arch in zoo.ZOO if arch not in TRAINED)
 
 
-def case(arch: str, nesterov: bool = True) -> Any:
-    """A parameter set of pytest's."""
-    return pytest.param(arch, nesterov, marks=[pytest.mark.slow] if arch in LARGE else [])
+def cases() -> list[Any]:
+    """Architecture, whether shallow, whether with Nesterov's momentum."""
+    whole = [pytest.param(arch, False, True, marks=[pytest.mark.slow] if arch == "resnet50" else []) for arch in WHOLE]
+    shallow = [pytest.param(arch, True, True) for arch in SHALLOW]
+    long = [pytest.param(arch, False, True, marks=[pytest.mark.long]) for arch in SHALLOW]
+    return [*whole, *shallow, *long, pytest.param("resnet20_cifar", False, False)]
 
 
 class Unchanged(Pipeline):
@@ -74,11 +78,11 @@ class Errors(dict[str, dict[str, float]]):
         return ", ".join(f"{kind} {self[kind][name]:.1e} ({name})" for kind, name in names.items())
 
 
-def pair(arch: str) -> tuple[Any, Any]:
+def pair(arch: str, shallow: bool = False) -> tuple[Any, Any]:
     """jresnet's and PyTorch's network of the same float64 parameters. Call it where 64 bits are enabled."""
-    reference = networks.build(arch)
+    reference = networks.build(arch, shallow)
     calm(reference)
-    model = torch2flax.convert(reference.state_dict(), arch)
+    model = torch2flax.convert(reference.state_dict(), None if shallow else arch)
     nnx.update(model, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), nnx.state(model)))
     return model, reference.double()
 
@@ -169,13 +173,13 @@ def scale_of_gradient(arch: str, path: str, gradients: dict[str, np.ndarray]) ->
     return gradients[f"{convolution}.kernel"] if cancels else None
 
 
-@pytest.mark.parametrize(("arch", "nesterov"), [*map(case, TRAINED), case("resnet20_cifar", nesterov=False)])
-def test_ten_training_steps(arch: str, nesterov: bool) -> None:
+@pytest.mark.parametrize(("arch", "shallow", "nesterov"), cases())
+def test_ten_training_steps(arch: str, shallow: bool, nesterov: bool) -> None:
     """Logits and stages in both modes, ten losses, gradients, SGD with step decay, momenta, running statistics."""
     images, labels = draw_batches(arch, STEPS)
     errors = Errors()
     with jax.enable_x64(True):
-        model, reference = pair(arch)
+        model, reference = pair(arch, shallow)
         for training in (False, True):
             add_outputs(errors, model, reference, images[0], training)
 
@@ -216,7 +220,7 @@ def test_ten_training_steps(arch: str, nesterov: bool) -> None:
             errors.add("parameters", path, value, wanted(path, reference.state_dict()))
         for path, value in by_path(state.batch_stats).items():
             errors.add("running statistics", path, value, wanted(path, reference.state_dict()))
-    print(f"\n{arch}{'' if nesterov else ' without Nesterov'}: {errors}")
+    print(f"\n{arch}{', shallow' if shallow else ''}{'' if nesterov else ' without Nesterov'}: {errors}")
     assert len(errors["gradients"]) == len(errors["momenta"]) == len(errors["parameters"]) == len(parameters)
     assert len(errors["running statistics"]) == 2 * sum("running_mean" in key for key in reference.state_dict())
     assert errors.worst() < EXACT, str(errors)

@@ -1,0 +1,145 @@
+"""Accuracy and the time to it on an accelerator: ``python scripts/gpu_accuracy.py --data-dir DIR --out OUT``.
+
+Runs the training command for each row below, as long as the minutes last, and collects what the runs wrote: the summary,
+the rows of metrics, the curves, and ResNet-20's weights. PyTorch's row is that recipe by ``tests/parity/train_torch.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+JRESNET, TORCH = "scripts/train_cifar10.py", "tests/parity/train_torch.py"
+KEPT = ("config.json", "metrics.jsonl", "summary.json", "curves.png", "confusion.png")  # of a run's folder
+LARGEST = 2**20  # bytes of weights that are kept
+
+
+@dataclass(frozen=True)
+class Run:
+    """One command, and what is asked of it."""
+
+    name: str
+    script: str
+    options: tuple[str, ...]
+    seeds: int
+    asked: float | None  # test accuracy after the last epoch, least mean
+    minutes: float  # that it is expected to take at most, all seeds
+
+
+RUNS = (  # in the order in which the minutes shall reach them
+    Run("resnet18-fast", JRESNET, ("--depth", "18", "--recipe", "fast", "--epochs", "20"), 5, 0.94, 3.0),
+    Run("resnet20-step", JRESNET, ("--depth", "20", "--recipe", "step", "--epochs", "200"), 2, 0.92, 3.0),
+    Run("resnet18-fast-torch", TORCH, ("--arch", "resnet18", "--recipe", "fast", "--epochs", "20"), 2, None, 2.0),
+    Run("resnet18-step", JRESNET, ("--depth", "18", "--recipe", "step", "--epochs", "200"), 1, 0.955, 2.5),
+    Run("resnet56-step", JRESNET, ("--depth", "56", "--recipe", "step", "--epochs", "200"), 1, 0.939, 4.0),
+    Run("resnet34-step", JRESNET, ("--depth", "34", "--recipe", "step", "--epochs", "200"), 1, 0.957, 5.0),
+)
+
+
+def command(run: Run, args: argparse.Namespace, out: Path) -> list[str]:
+    """What is typed for a run."""
+    found = [sys.executable, "-u", str(ROOT / run.script), *run.options, "--runs", str(run.seeds), "--out", str(out)]
+    found += ["--data-dir", str(args.data_dir)] if args.data_dir else ["--dataset", "digits"]
+    if args.small:
+        found += ["--epochs", "1", "--limit-train", "64", "--limit-test", "40", "--batch-size", "16", "--runs", "1"]
+        found += ["--milestones"] if "step" in run.options else []
+    return [*found, "--precision", args.precision]
+
+
+def execute(run: Run, args: argparse.Namespace, out: Path, until: float) -> dict[str, Any]:
+    """Runs a command, which is ended when the time is over, and collects what it wrote."""
+    began, line = time.monotonic(), command(run, args, out)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "parity")])}
+    log = out.with_suffix(".log")
+    with log.open("w") as file:
+        process = subprocess.Popen(line, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
+        try:
+            code = process.wait(timeout=max(1.0, until - began))
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            code = process.wait(timeout=30)
+    found: dict[str, Any] = {
+        "command": " ".join(["python", *(str(part) for part in line[2:])]).replace(f"{ROOT}/", ""), "code": code,
+        "seconds": round(time.monotonic() - began, 1), "asked": run.asked,
+    }  # fmt: skip
+    summaries = [json.loads(path.read_text()) for path in sorted(out.glob("seed-*/summary.json"))]
+    summaries = summaries or [json.loads(path.read_text()) for path in out.glob("summary.json")]
+    accuracies = [s["final"]["test_accuracy"] for s in summaries if s.get("final")]
+    if accuracies:
+        found |= {
+            "n": len(accuracies), "test accuracies": accuracies, "mean": statistics.fmean(accuracies),
+            "standard deviation": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+            "seconds of training and evaluation": [s.get("seconds") for s in summaries],
+            "seconds of compilation": [s.get("compile_seconds") for s in summaries],
+            "images a second": [s.get("images_per_second") for s in summaries],
+            "device": summaries[0].get("device"), "versions": summaries[0].get("versions"),
+        }  # fmt: skip
+    else:
+        found["said"] = log.read_text()[-2000:]
+    keep(out)
+    return found
+
+
+def keep(out: Path) -> None:
+    """Deletes from a run's folder what need not come back: checkpoints, and weights that are large."""
+    for folder in [*out.rglob("checkpoints"), *out.rglob("tensorboard")]:
+        shutil.rmtree(folder, ignore_errors=True)
+    for path in [path for path in out.rglob("*") if path.is_file()]:
+        small = path.name == "last.safetensors" and path.stat().st_size <= LARGEST
+        if path.name not in KEPT and not small:
+            path.unlink()
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(
+        description="Train to the accuracies that are asked of CIFAR-10, and collect accuracies and times.",
+        epilog="Exit code: 0; 1 where a run failed, fell short or was not reached; 2 for bad options.",
+    )
+    add = parser.add_argument
+    add("--data-dir", type=Path, metavar="DIR", help="CIFAR-10 (default: the digits, to rehearse)")
+    add("--out", type=Path, required=True, metavar="OUT", help="where accuracy.json and the runs' folders go")
+    add("--runs", nargs="+", choices=[run.name for run in RUNS], metavar="NAME", help="some of: %(choices)s")
+    add("--minutes", type=float, default=5.0, metavar="M", help="a run begins while these last (default: %(default)s)")
+    add("--precision", choices=("float32", "bfloat16"), default="bfloat16", help="(default: %(default)s)")
+    add("--small", action="store_true", help="an epoch of 64 images each, to rehearse on a CPU")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
+    args = parser().parse_args(argv)
+    until = time.monotonic() + 60 * args.minutes
+    args.out.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {"runs": {}, "not reached": []}
+    right = True
+    for run in RUNS:
+        if args.runs and run.name not in args.runs:
+            continue
+        if time.monotonic() > until:
+            report["not reached"].append(run.name)
+            continue
+        found = execute(run, args, args.out / run.name, until)
+        report["runs"][run.name] = found
+        (args.out / "accuracy.json").write_text(json.dumps(report, indent=1) + "\n")
+        short = run.asked is not None and not args.small and found.get("mean", 0.0) < run.asked
+        right = right and found["code"] == 0 and not short
+        said = f"{found['mean']:.2%} (n={found['n']})" if "mean" in found else found.get("said", "")[-200:]
+        print(f"{'FELL SHORT' if short else 'ok' if found['code'] == 0 else 'FAILED'} {run.name}: {said}", flush=True)
+    (args.out / "accuracy.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(f"not reached: {', '.join(report['not reached']) or 'none'}")
+    return 0 if right and not report["not reached"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

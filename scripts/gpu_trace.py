@@ -1,0 +1,8 @@
+"""Where a training step's time goes: ``python scripts/gpu_trace.py --arch resnet50 --out DIR``. See :mod:`gpu.trace`."""
+
+import sys
+
+from gpu import trace
+
+if __name__ == "__main__":
+    sys.exit(trace.main())
