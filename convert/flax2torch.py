@@ -103,6 +103,8 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     tensors = statedict.state_dict(model, dialect, counts)
     counters = sum(key.endswith(keymap.COUNTER) for key in tensors)
     say("mapped", f"{len(tensors) - counters} tensors and {counters} {keymap.COUNTER} ({dialect} naming)")
+    if args.verify != "never":
+        say("verify", "computing two images with PyTorch too, where it is installed (some seconds)")
     check = verify.check(model, arch, statedict.state_dict(model), args.verify)
     say("verified", str(check))
     if folder:

@@ -249,6 +249,8 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         with_head, _ = params.adapt(found.values, found.config, full)
         conversion = dataclasses.replace(conversion, config=full, values=with_head)
     model = params.fill(conversion.config, conversion.values)
+    if args.verify != "never":
+        say("verify", "computing two images with PyTorch too, where it is installed (some seconds)")
     check = verify.check(model, arch, conversion.torchvision(), args.verify)
     what = arch or "network of this configuration"
     say("verified", f"as PyTorch's {what}, with what is assumed: {check}" if check.done else str(check))

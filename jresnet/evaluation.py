@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +22,18 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 from tqdm import tqdm
 
+import jresnet.data
 from jresnet import cache, sources
 from jresnet.data import images
-from jresnet.data.cifar10 import load_cifar10
 from jresnet.errors import DataError, InputError, WeightsError
+from jresnet.files import few, printable, read_ordinary
 from jresnet.kernels.compiler import compiler_options
 from jresnet.models import params
 from jresnet.models.resnet import ResNet
+from jresnet.weights import published
 from jresnet.weights.preprocessing import STATISTICS, Preprocessing, normalise
+
+MAX_NAMES = 2**20  # bytes of a file of class names; ImageNet's have some 20,000
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,18 +80,18 @@ def resolve(weights: str, dtype: DTypeLike | None = None) -> Resolved:
 def choose_preprocessing(
     resolved: Resolved,
     *,
-    cifar10: bool,
+    dataset: str | None = None,
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> tuple[Preprocessing, str]:
     """The weights' own preprocessing, or where they do not say a usual one, and which of the two it is.
 
-    The usual one is, for CIFAR-10, the image as it is with that dataset's statistics. For a folder it depends on the
+    The usual one is, for a data set, the image as it is with that data set's statistics. For a folder it depends on the
     stem: shorter side 256, crop 224 and ImageNet's statistics, or for the CIFAR stem 32, 32 and CIFAR-10's.
 
     Args:
         resolved: of :func:`resolve`.
-        cifar10: the images are CIFAR-10's, not a folder's.
+        dataset: the name of the one that the images are of; ``None``: they are a folder's.
         mean, std: these instead, by channel, of pixels in [0, 1].
 
     Raises:
@@ -95,8 +100,8 @@ def choose_preprocessing(
     chosen, origin = resolved.preprocessing, "as the weights say"
     if chosen is None:
         origin = "a guess: the weights do not say"
-        if cifar10:
-            chosen = Preprocessing(None, 32, *STATISTICS["cifar10"])
+        if dataset:
+            chosen = Preprocessing(None, 32, *STATISTICS[dataset])
         elif resolved.model.config.stem in ("cifar", "cifar_pool"):
             chosen = Preprocessing(32, 32, *STATISTICS["cifar10"])
         else:
@@ -116,70 +121,207 @@ def choose_preprocessing(
     return chosen, origin
 
 
-def cifar10(resolved: Resolved, data_dir: Path | None, limit: int | None) -> Labelled:
-    """The first ``limit`` of CIFAR-10's test images, in the official order.
+def dataset(
+    resolved: Resolved, name: str, data_dir: Path | None, limit: int | None, class_names: Sequence[str] | None = None
+) -> Labelled:
+    """The first ``limit`` test images of a data set of :mod:`jresnet.data`, of CIFAR's in the official order.
+
+    Args:
+        resolved: of :func:`resolve`.
+        name: of the data set.
+        data_dir: as for :func:`jresnet.data.load`.
+        limit: how many; ``None``: all.
+        class_names: as for :func:`folder`.
 
     Raises:
-        DataError: as :func:`jresnet.data.cifar10.load_cifar10`, or the network is not one for ten classes.
+        DataError: as :func:`jresnet.data.load`, or the network is not one for these classes.
     """
-    if resolved.model.config.num_classes != 10:
-        raise DataError(f"CIFAR-10 has 10 classes, but the network {resolved.model.config.num_classes:,}")
-    data = load_cifar10(data_dir)
-    pixels, labels = data.test.images[:limit], data.test.labels[:limit]
-    official = data.verified["test_batch.bin"]
+    classes = jresnet.data.CLASSES[name]  # before a download
+    logits, names = resolved.model.config.num_classes, class_names or resolved.categories
+    _check_names(class_names, logits)
+    if logits != len(classes):
+        raise DataError(f"{name} has {len(classes)} classes, but the network {logits:,}")
+    if names and set(names) != set(classes):
+        raise DataError(
+            f"the network's classes are {few(names)}, those of {name} are {few(classes)}: evaluate weights that were "
+            f"trained on {name}; if they are the same classes under other names, {_HOW_TO_NAME}"
+        )
+    found = jresnet.data.load(name, data_dir)
+    position = np.array([names.index(label) if names else i for i, label in enumerate(classes)], np.int32)
+    pixels, labels = found.test.images[:limit], position[found.test.labels[:limit]]
+    official = any(same for batch, same in found.verified.items() if batch.startswith("test"))
     description = (
-        f"cifar10: {_portion(len(labels), len(data.test.labels))} {'official ' if official else ''}test images, "
-        f"from {data.source}"
+        f"{name}: {_portion(len(labels), len(found.test.labels))} {'official ' if official else ''}test images, "
+        f"from {found.source}"
     )
-    return Labelled(pixels, labels, description, () if official else data.notes)
+    return Labelled(pixels, labels, description, () if official else found.notes)
 
 
-def folder(resolved: Resolved, found: images.Folder, limit: int | None) -> Labelled:
+_HOW_TO_NAME = "give `class_names`, a file with a name a line in the order of the logits"
+
+
+def read_names(path: str | Path) -> tuple[str, ...]:
+    """Names of classes from a text file, one a line in the order of the logits; an empty line: none.
+
+    Raises:
+        DataError: it cannot be read, or is no text.
+    """
+    try:
+        text = read_ordinary(path, MAX_NAMES).decode("utf-8-sig")
+    except (OSError, ValueError) as error:  # the latter of a NUL in the path too
+        reason = (error.strerror if isinstance(error, OSError) else None) or error
+        raise DataError(f"cannot read the class names in {path}: {reason}") from error
+    if not text.strip():
+        raise DataError(f"cannot read the class names in {path}: there are none")
+    return tuple(line.strip() for line in text.rstrip().split("\n"))
+
+
+def _check_names(class_names: Sequence[str] | None, logits: int) -> None:
+    if class_names is not None and len(class_names) != logits:
+        raise DataError(
+            f"`class_names` has {len(class_names):,} names, but the network {logits:,} classes: write a line for each, in "
+            "the order of the logits, and an empty one for a class without a folder"
+        )
+
+
+def folder(
+    resolved: Resolved, found: images.Folder, limit: int | None, class_names: Sequence[str] | None = None
+) -> Labelled:
     """The images of a folder with the position of their label among the logits.
 
-    Where every folder's name is one of the weights' categories, that category is the label; some may be absent.
-    Otherwise there must be as many folders as logits, in the same order once sorted, as in torchvision's ``ImageFolder``.
+    A folder's name says which class it is:
+
+    * a name of ``class_names``, or else of the weights' categories; some may be absent;
+    * a WordNet id of ImageNet's thousand, where the weights' categories are of these or number as many;
+    * a number, as in ``7`` or ``class_7``: the position itself.
+
+    Only of weights that name no categories, as many folders as logits may have any names: they are taken in sorted order,
+    as by torchvision's ``ImageFolder``.
 
     Args:
         resolved: of :func:`resolve`.
         found: of :func:`jresnet.data.images.list_folder`.
         limit: only so many images: the first of every class, then the second of every class, and so on.
+        class_names: of the folders, in the order of the logits.
 
     Raises:
         DataError: the folders' names or number do not fit the network.
     """
-    classes, categories = found.classes, resolved.categories or ()
-    logits = resolved.model.config.num_classes
-    named = set(classes) <= set(categories)
-    if not named and len(classes) != logits:
-        names = f"their names must be of the weights' categories ({_some(categories)})"
-        raise DataError(
-            f"{found.root} has {len(classes):,} class folders ({_some(classes)}), but the network {logits:,} classes: there "
-            f"must be one folder for each, or {names if categories else 'a weights file that names its categories'}"
-        )
-    position = {name: categories.index(name) if named else i for i, name in enumerate(classes)}
-    labels = np.array([position[classes[label]] for label in found.labels], np.int32)
+    classes = found.classes
+    _check_names(class_names, resolved.model.config.num_classes)
+    try:
+        position, how, note = _positions(classes, resolved.model.config.num_classes, resolved.categories, class_names)
+    except DataError as error:
+        raise DataError(f"{printable(str(found.root))} {error}") from None
+    labels = np.array([position[label] for label in found.labels], np.int32)
     order = images.in_turn(found.labels)[:limit]
     spread = ", evenly from all classes" if len(order) < len(labels) else ""
     description = (
-        f"{found.root}: {_portion(len(order), len(labels))} images in {len(classes):,} class folders{spread}, "
-        f"{'matched to the categories by name' if named else 'class = position in the sorted list'}"
+        f"{found.root}: {_portion(len(order), len(labels))} images in {len(classes):,} class folders{spread}, {how}"
     )
-    notes = [f"{found.ignored:,} other files were ignored"] if found.ignored else []
+    notes = [note] if note else []
+    notes += [f"{found.ignored:,} other files were ignored"] if found.ignored else []
     if empty := len(classes) - len(set(found.labels)):
         notes.append(f"{empty:,} of the class folders hold no image")
     return Labelled([found.paths[i] for i in order], labels[order], description.replace("\n", "\\n"), tuple(notes))
+
+
+def _positions(
+    classes: Sequence[str], logits: int, categories: Sequence[str] | None, class_names: Sequence[str] | None
+) -> tuple[list[int], str, str | None]:
+    """Each folder's position among the logits, how it was found, and a note on what was assumed."""
+    names = class_names or categories
+    if names and set(classes) <= set(names):
+        twice = [name for name in classes if names.count(name) > 1]
+        if twice:
+            raise DataError(
+                f"has folders of names that several classes bear ({few(twice)}): {_HOW_TO_NAME}, all different"
+            )
+        how = "by the names given" if class_names else "to the categories by name"
+        return [names.index(name) for name in classes], f"matched {how}", None
+    if class_names:
+        raise _unmatched(classes, class_names, "names given")
+    if found := _by_wordnet(classes, logits, categories):
+        return found, "matched to ImageNet's classes by WordNet id", None
+    if found := _by_number(classes, logits, bool(categories)):
+        note = None
+        if found != list(range(len(classes))):  # where the sorted order would have been another
+            note = "the folders' numbers are the classes' positions, not their sorted order"
+        if not categories and min(_numbers(classes)) == 1 and max(_numbers(classes)) == logits:
+            note = "the folders are numbered from 1: the first class is 1"
+        return found, "class = the number in the folder's name", note
+    if categories:
+        raise _unmatched(classes, categories, "categories that the weights name")
+    if len(classes) != logits:
+        raise DataError(
+            f"has {len(classes):,} class folders ({few(classes)}), but the network {logits:,} classes: there must be one "
+            f"folder for each; or {_HOW_TO_NAME}"
+        )
+    return list(range(logits)), "class = position in the sorted list", None
+
+
+def _unmatched(classes: Sequence[str], names: Sequence[str], what: str) -> DataError:
+    """The error for folders of which not all bear a class's name."""
+    strange = [name for name in classes if name not in set(names)]
+    absent = [name for name in names if name and name not in set(classes)]
+    without = f" (without a folder: {few(absent)})" if absent else ""
+    return DataError(
+        f"has {len(strange):,} of {len(classes):,} class folders ({few(strange)}) that bear none of the {len(names):,} "
+        f"{what}{without}: rename them, or {_HOW_TO_NAME}"
+    )
+
+
+def _by_wordnet(classes: Sequence[str], logits: int, categories: Sequence[str] | None) -> list[int] | None:
+    """Positions of folders that are called by WordNet ids; None where they, or the network's classes, are others."""
+    english = dict(zip(published.wnids(), published.categories(), strict=True))
+    if not set(classes) <= english.keys():
+        return None
+    if tuple(categories or published.categories()) == published.categories() and logits == len(english):
+        return [published.wnids().index(name) for name in classes]
+    wanted = [english[name] for name in classes]
+    if categories is None or not all(categories.count(name) == 1 for name in wanted):
+        return None
+    return [categories.index(name) for name in wanted]
+
+
+def _numbers(classes: Sequence[str]) -> list[int]:
+    """The numbers in names that differ in nothing else, as ``class_7``; empty where some do."""
+    found = [re.fullmatch(r"(.*?)([0-9]{1,9})", name, re.DOTALL) for name in classes]
+    matches = [match for match in found if match]
+    if len(matches) < len(classes) or len({match[1] for match in matches}) != 1:
+        return []
+    numbers = [int(match[2]) for match in matches]
+    return numbers if len(set(numbers)) == len(numbers) else []
+
+
+def _by_number(classes: Sequence[str], logits: int, named: bool) -> list[int] | None:
+    """Positions of folders that are called by numbers; None where these are none, or cannot be meant as positions.
+
+    Numbers alone or behind "class" may be those of some classes. ``site1`` and ``site2`` are hardly classes 1 and 2, unless
+    the classes have no other names and there is a folder for each.
+    """
+    numbers = _numbers(classes)
+    if not numbers:
+        return None
+    plain = re.fullmatch(r"(class(es)?|label)?[ _-]?[0-9]+", classes[0], re.IGNORECASE)
+    if plain and max(numbers) < logits:
+        return numbers
+    if named or len(numbers) != logits or max(numbers) - min(numbers) >= logits or min(numbers) > 1:
+        return None
+    return [number - min(numbers) for number in numbers]
 
 
 def _portion(count: int, total: int) -> str:
     return f"{total:,}" if count == total else f"{count:,} of {total:,}"
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def score(model: ResNet, preprocessing: Preprocessing, data: Labelled, batch_size: int) -> Scores:
+def score(
+    model: ResNet,
+    preprocessing: Preprocessing,
+    data: Labelled,
+    batch_size: int,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Scores:
     """Evaluates a model on every image exactly once; a bar on stderr where that is a terminal.
 
     Float32 is computed as such, also where the device would take TF32. Of equal logits the first counts as larger.
@@ -189,6 +331,7 @@ def score(model: ResNet, preprocessing: Preprocessing, data: Labelled, batch_siz
         preprocessing: of as many channels as the model takes.
         data: the images and their labels.
         batch_size: images at a time; the last batch is filled up with black images that are not counted.
+        progress: told after each batch how many images are done.
 
     Raises:
         DataError: not one image could be decoded.
@@ -217,7 +360,7 @@ def score(model: ResNet, preprocessing: Preprocessing, data: Labelled, batch_siz
         losses.append(np.asarray(loss, np.float64)[:count])
         ranks.append(np.asarray(place)[:count])
 
-    began = time.perf_counter()
+    done, began = 0, time.perf_counter()
     with tqdm(total=len(data.labels), unit="image", leave=False, dynamic_ncols=True, disable=None) as bar:
         for batch in images.batches(data.sources, preprocessing, batch_size):
             bad += [(str(data.sources[position]), reason) for position, reason in batch.bad]
@@ -227,6 +370,8 @@ def score(model: ResNet, preprocessing: Preprocessing, data: Labelled, batch_siz
             if len(waiting) > 1:  # the device computes one batch while the next is decoded
                 fetch()
             bar.update(len(batch.positions) + len(batch.bad))
+            done += len(batch.positions) + len(batch.bad)
+            progress(done)
         while waiting:
             fetch()
     seconds = time.perf_counter() - began

@@ -97,7 +97,9 @@ def _pictures(images: Any) -> list[Image]:
     from PIL import Image
 
     if isinstance(images, Image.Image):
-        return [images.convert("RGB")]
+        from jresnet.data.images import as_rgb
+
+        return [as_rgb(images)]
     if isinstance(images, list | tuple):
         return [picture for image in images for picture in _pictures(image)]
     pixels = np.asarray(images)  # JAX's arrays too

@@ -11,9 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import REPOSITORY, command
 
+import jresnet
 from jresnet import commands
 from jresnet.commands import flags
 from jresnet.commands.train import mistakes, parser
@@ -21,6 +23,7 @@ from jresnet.errors import InputError
 from jresnet.training import recipes
 from jresnet.training.config import RunConfig
 from jresnet.training.trainer import Options
+from jresnet.version import installed
 
 
 def test_help_lists_the_commands() -> None:
@@ -145,7 +148,7 @@ sys.exit(run("train", ["--dataset", "digits"], "x"))
         [sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "reading\n"
+        assert [process.stdout.readline() for _ in range(3)][1:] == ["reading  the data set digits\n", "reading\n"]
         process.send_signal(number)
         _, said = process.communicate(timeout=20)
     assert process.returncode == code
@@ -222,3 +225,29 @@ def test_standard_output_may_be_closed() -> None:
     assert done.returncode == 1
     assert done.stderr == "error: --limit-train must be at least 1, got 0\n"
     assert sys.stdout is not None
+
+
+def test_the_first_line_comes_before_jax() -> None:
+    program = "import sys; from jresnet import commands; commands.greet('train', []); print('jax' in sys.modules)"
+    done = command("-c", program)
+    assert done.stdout == f"jresnet  {jresnet.__version__}, starting JAX ...\nFalse\n"
+
+
+def test_commands_that_are_asked_for_help_or_json_greet_nobody(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, arguments in (("train", ["--help"]), ("evaluate", ["--json"]), ("report", ["x"]), ("info", [])):
+        commands.greet(name, arguments)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_platform_that_is_not_there_is_one_line() -> None:
+    environment = os.environ | {"JAX_PLATFORMS": "cuda"}
+    done = command("scripts/train_cifar10.py", "--dataset", "digits", env=environment)
+    assert done.returncode == 1, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: JAX has no device to compute on (")
+    assert "JAX_PLATFORMS is cuda: install jax for this device, or set JAX_PLATFORMS=cpu" in line
+
+
+def test_versions_need_no_installation() -> None:
+    found = installed("numpy", "no-such-distribution")
+    assert found == {"numpy": np.__version__, "no-such-distribution": "unknown"}

@@ -74,7 +74,7 @@ def test_statistics_are_the_datas() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dataset": "mnist"}, "unknown `dataset` 'mnist': there are cifar10, digits"),
+        ({"dataset": "mnist"}, "unknown `dataset` 'mnist': there are cifar10, cifar100, digits"),
         ({"recipe": "fasst"}, "unknown `recipe` 'fasst': there are step, fast, blog"),
         ({"arch": "resnet35"}, "unknown architecture 'resnet35'"),
         ({"precision": "float16"}, "`precision` must be one of float32, bfloat16, got 'float16'"),

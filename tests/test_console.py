@@ -13,13 +13,17 @@ import sys
 import termios
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from jresnet.reports import metrics_file
 from jresnet.training import console
+from jresnet.training.config import default_config
 from jresnet.training.console import Console
 
 
@@ -45,17 +49,54 @@ def test_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> No
         shown.step()
         shown.show(*FIGURES)
         printed.append(len(stream.getvalue().splitlines()))
-    assert printed == [0, 1, 1, 2]
+    assert printed == [0, 2, 2, 4]  # a line in two of 80 columns
     shown.show(*FIGURES[:4])
     shown.end()
     shown.say("the end")
     line = (
         "epoch 2/9: loss 0.2500, accuracy 45.6 %, 21346 images/s, 0.021 epochs/s, 23 h 53 min left, host memory 3.0 GiB"
     )
-    assert stream.getvalue().splitlines() == [line, line, "the end"]
+    lines = console.wrapped(line, 80).split("\n")
+    assert stream.getvalue().splitlines() == [*lines, *lines, "the end"]
+    assert lines[0] == line[: line.index(" 23 h")]  # after a comma
     clock.now = 300
     shown.show(*FIGURES[:4])
-    assert stream.getvalue().splitlines()[3] == line.split(", 0.021")[0] + ", 23 h 53 min left"
+    again = stream.getvalue().split("the end\n")[1]
+    assert " ".join(again.split()) == line.split(", 0.021")[0] + ", 23 h 53 min left"
+
+
+@given(st.text("ab ,;", max_size=300), st.integers(20, 90))
+def test_lines_break_between_words(text: str, width: int) -> None:
+    text = "title    " + text
+    lines = console.wrapped(text, width).split("\n")
+    assert " ".join(text.split()) == " ".join(" ".join(lines).split())
+    for number, line in enumerate(lines):
+        assert len(line) <= width or " " not in line[console.INDENT :].strip()
+        assert not number or line.startswith(" " * console.INDENT)
+
+
+def test_advice_never_repeats_what_was_chosen() -> None:
+
+    def said(parameters: int = 21_282_122, **changes: Any) -> str:
+        program: Any = SimpleNamespace(devices=SimpleNamespace(platform="cpu"), parameters=parameters)
+        pace: Any = SimpleNamespace(step_seconds=1.0)
+        return " ".join(console.estimate(default_config(**changes), program, pace, 4000))
+
+    words = ("depth 20", "fewer epochs", "fewer training images", "digits")
+    assert all(word in said() for word in words)
+    least = said(269_722, arch="resnet20_cifar", epochs=1, limit_train=9, dataset="digits", batch_size=4)
+    assert not any(word in least for word in words)
+    assert "a GPU" in least
+    assert "the digits instead of cifar100" in said(dataset="cifar100")
+
+
+def test_few_steps_are_told() -> None:
+    chosen = default_config(recipe="fast", dataset="digits")
+    (told,) = console._few_steps(chosen, 16)
+    assert told.startswith("note     16 steps in all are too few for recipe fast")
+    assert "training images" not in told
+    assert console._few_steps(chosen, 176) == []  # the digits' own number
+    assert "more epochs or training images" in console._few_steps(default_config(limit_train=320), 16)[0]
 
 
 class Terminal(io.TextIOWrapper):

@@ -635,7 +635,7 @@ def test_no_data_and_no_network(given, download, tmp_path):
 
 
 def test_a_folder_that_may_not_be_read(tmp_path, monkeypatch):
-    def refuse(path):
+    def refuse(path, layout):
         raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(data, "_find_layout", refuse)
@@ -690,7 +690,7 @@ def test_pipes_do_not_hang(tmp_path):
 def test_data_sets_by_name(layouts, batches):
     check(jresnet.data.load("cifar10", layouts / "py"), batches)
     assert jresnet.data.load("digits").name == "digits"
-    with pytest.raises(InputError, match="unknown data set 'mnist': there are cifar10, digits"):
+    with pytest.raises(InputError, match="unknown data set 'mnist': there are cifar10, cifar100, digits"):
         jresnet.data.load("mnist")
 
 
@@ -815,7 +815,7 @@ def test_any_damage_to_a_pickle_is_a_data_error(batches):
     survived = 0
     for content in damaged:
         with contextlib.suppress(DataError):
-            records = data._parse_pickle(content)
+            records = data._parse_pickle(content, data.LAYOUT)
             assert (records.dtype, records.shape) == (np.uint8, (1, 3073))
             survived += 1
     assert 0 < survived < len(damaged) / 2
@@ -890,7 +890,7 @@ def test_archives_with_other_entries(batches, tmp_path):
 
 def test_sizes_are_capped(layouts, batches, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(data, "MAX_FILE", 4 * 3073)
+        patch.setattr(data, "LAYOUT", replace(data.LAYOUT, largest=2 * 3073))
         refused(layouts / "bin", "test_batch.bin has 18,438 bytes")
         refused(layouts / "bin-tar" / "cifar-10-binary.tar.gz", "test_batch.bin has 18,438 bytes")
     huge = write_folder(tmp_path / "cifar-10-batches-bin", batches, "bin")

@@ -17,6 +17,7 @@ import jresnet
 from jresnet import commands, sources
 from jresnet import evaluation as evaluate
 from jresnet.data import images
+from jresnet.data.cifar10 import CLASSES as CIFAR10_CLASSES
 from jresnet.errors import DataError, InputError, WeightsError
 from jresnet.models import params
 from jresnet.pytorch import statedict
@@ -102,7 +103,9 @@ def test_every_image_counts_once(model: jresnet.ResNet, folder: Path, by_hand: t
     found = images.list_folder(folder)
     resolved = evaluate.Resolved("resnet20_cifar", model, RECIPE, None)
     data = evaluate.folder(resolved, found, None)
-    scores = evaluate.score(model, RECIPE, data, batch_size)
+    told: list[int] = []
+    scores = evaluate.score(model, RECIPE, data, batch_size, told.append)
+    assert told == [*range(batch_size, 23, batch_size), 23]
     top1, top5, loss = by_hand
     assert (scores.images, scores.top1, scores.topk, scores.k) == (23, top1, top5, 5)
     assert scores.loss == pytest.approx(loss, rel=1e-5)
@@ -193,19 +196,20 @@ CIFAR_STATISTICS, IMAGENET_STATISTICS = STATISTICS["cifar10"], STATISTICS["image
 
 
 @pytest.mark.parametrize(
-    ("arch", "own", "cifar10", "expected", "origin"),
+    ("arch", "own", "dataset", "expected", "origin"),
     [
-        ("resnet20_cifar", RECIPE, True, RECIPE, "as the weights say"),
-        ("resnet20_cifar", RECIPE, False, RECIPE, "as the weights say"),
-        ("resnet20_cifar", None, True, Preprocessing(None, 32, *CIFAR_STATISTICS), "a guess"),
-        ("resnet20_cifar", None, False, Preprocessing(32, 32, *CIFAR_STATISTICS), "a guess"),
-        ("resnet18", None, True, Preprocessing(None, 32, *CIFAR_STATISTICS), "a guess"),
-        ("resnet18", None, False, Preprocessing(256, 224, *IMAGENET_STATISTICS), "a guess"),
+        ("resnet20_cifar", RECIPE, "cifar10", RECIPE, "as the weights say"),
+        ("resnet20_cifar", RECIPE, None, RECIPE, "as the weights say"),
+        ("resnet20_cifar", None, "cifar10", Preprocessing(None, 32, *CIFAR_STATISTICS), "a guess"),
+        ("resnet20_cifar", None, "cifar100", Preprocessing(None, 32, *STATISTICS["cifar100"]), "a guess"),
+        ("resnet20_cifar", None, None, Preprocessing(32, 32, *CIFAR_STATISTICS), "a guess"),
+        ("resnet18", None, "cifar10", Preprocessing(None, 32, *CIFAR_STATISTICS), "a guess"),
+        ("resnet18", None, None, Preprocessing(256, 224, *IMAGENET_STATISTICS), "a guess"),
     ],
 )
-def test_preprocessing_is_the_weights_own_or_said_to_be_a_guess(arch, own, cifar10, expected, origin) -> None:
+def test_preprocessing_is_the_weights_own_or_said_to_be_a_guess(arch, own, dataset, expected, origin) -> None:
     model = jresnet.ResNet(jresnet.weights.native.configure(arch), rngs=None)
-    chosen, found = evaluate.choose_preprocessing(evaluate.Resolved(arch, model, own, None), cifar10=cifar10)
+    chosen, found = evaluate.choose_preprocessing(evaluate.Resolved(arch, model, own, None), dataset=dataset)
     assert chosen == expected
     assert found.startswith(origin)
 
@@ -213,7 +217,7 @@ def test_preprocessing_is_the_weights_own_or_said_to_be_a_guess(arch, own, cifar
 def test_other_statistics(model: jresnet.ResNet) -> None:
     resolved = evaluate.Resolved("resnet20_cifar", model, RECIPE, None)
     half = (0.5, 0.5, 0.5)
-    chosen, origin = evaluate.choose_preprocessing(resolved, cifar10=True, std=half)
+    chosen, origin = evaluate.choose_preprocessing(resolved, dataset="cifar10", std=half)
     assert (chosen, origin) == (
         Preprocessing(36, 32, RECIPE.mean, half, "bicubic"),
         "as the weights say, but for std",
@@ -224,13 +228,13 @@ def test_other_statistics(model: jresnet.ResNet) -> None:
         ((0.5,), (0.5,), "takes images of 3 channels, but there are 1 values .* give 3 as"),
     ):
         with pytest.raises(InputError, match=message):
-            evaluate.choose_preprocessing(resolved, cifar10=True, mean=mean, std=std)
+            evaluate.choose_preprocessing(resolved, dataset="cifar10", mean=mean, std=std)
     grey = jresnet.ResNet(weights.configure("resnet18_d2l"), rngs=None)
     with pytest.raises(InputError, match=r"takes images of 1 channel, but there are 3 values .* give 1 as"):
-        evaluate.choose_preprocessing(evaluate.Resolved("resnet18_d2l", grey, None, None), cifar10=False)
+        evaluate.choose_preprocessing(evaluate.Resolved("resnet18_d2l", grey, None, None))
     four = jresnet.ResNet(weights.configure("resnet18", in_channels=4), rngs=None)
     with pytest.raises(InputError, match="4 channels; only RGB and grey"):
-        evaluate.choose_preprocessing(evaluate.Resolved("resnet18", four, None, None), cifar10=False)
+        evaluate.choose_preprocessing(evaluate.Resolved("resnet18", four, None, None))
 
 
 def listed(*names: str) -> images.Folder:
@@ -246,14 +250,127 @@ def test_labels_by_name_or_by_position(model: jresnet.ResNet) -> None:
     assert evaluate.folder(named, listed("bee", "gnu"), None).labels.tolist() == [5, 0, 5, 0]
     assert evaluate.folder(named, listed(*CLASSES), None).labels.tolist() == [6, 5, 4, 3, 2, 1, 0] * 2
     assert evaluate.folder(unnamed, listed(*CLASSES), None).labels.tolist() == [0, 1, 2, 3, 4, 5, 6] * 2
-    assert evaluate.folder(named, listed(*"abcdefg"), None).labels.tolist() == [0, 1, 2, 3, 4, 5, 6] * 2
-    with pytest.raises(
-        DataError, match=r"root has 2 class folders \(bee, ox\), but the network 7 .* \(gnu, fox, eel, \."
-    ):
-        evaluate.folder(named, listed("bee", "ox"), None)
+    assert evaluate.folder(unnamed, listed(*"abcdefg"), None).labels.tolist() == [0, 1, 2, 3, 4, 5, 6] * 2
     for names in ("abcdef", "abcdefgh"):
         with pytest.raises(DataError, match=rf"root has {len(names)} class folders \(a, b, c, .*network 7 classes"):
             evaluate.folder(unnamed, listed(*names), None)
+
+
+@pytest.mark.parametrize("names", [("bee", "ox"), ("bee", "ox", *CLASSES[2:], "auk"), tuple("abcdefg"), ("1", "2")])
+def test_names_that_match_in_part_or_not_at_all_are_an_error(model: jresnet.ResNet, names: tuple[str, ...]) -> None:
+    """Weights that name their categories are never overruled by the sorted order, however many folders there are."""
+    named = evaluate.Resolved("resnet20_cifar", model, RECIPE, CLASSES)
+    strange = [name for name in names if name not in CLASSES]
+    if names == ("1", "2"):  # positions, said so
+        data = evaluate.folder(named, listed(*names), None)
+        assert data.labels.tolist() == [1, 2, 1, 2]
+        assert "class = the number" in data.description
+        return
+    with pytest.raises(
+        DataError, match=rf"root has {len(strange)} of {len(names)} class folders \({strange[0]}"
+    ) as info:
+        evaluate.folder(named, listed(*names), None)
+    absent = next((name for name in CLASSES if name not in names), "categories that the weights name:")
+    assert "none of the 7 categories" in str(info.value)
+    assert absent in str(info.value)
+    assert "`class_names`" in str(info.value)
+
+
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("title", ["{}", "class_{}", "{:02d}"])
+def test_numbers_are_positions(named: bool, title: str) -> None:
+    model = jresnet.create("resnet20_cifar", num_classes=12)
+    resolved = evaluate.Resolved("resnet20_cifar", model, RECIPE, tuple("abcdefghijkl") if named else None)
+    for numbers in (range(12), (0, 2, 11)):
+        names = sorted(title.format(number) for number in numbers)
+        data = evaluate.folder(resolved, listed(*names), None)
+        assert data.labels[: len(names)].tolist() == [int(name.removeprefix("class_")) for name in names]
+        assert "class = the number in the folder's name" in data.description
+        assert len(data.notes) == (names != [title.format(i) for i in range(len(names))])
+
+
+def test_numbers_that_are_no_positions() -> None:
+    model = jresnet.create("resnet20_cifar", num_classes=3)
+    named, unnamed = (evaluate.Resolved("resnet20_cifar", model, RECIPE, names) for names in (("x", "y", "z"), None))
+    for folders in (("1", "2", "3"), ("site1", "site2", "site3")):
+        data = evaluate.folder(unnamed, listed(*folders), None)
+        assert data.labels[:3].tolist() == [0, 1, 2]
+        assert "numbered from 1" in data.notes[0]
+        with pytest.raises(DataError, match="bear none of the 3 categories"):
+            evaluate.folder(named, listed(*folders), None)
+    assert "sorted list" in evaluate.folder(unnamed, listed("7", "8", "10"), None).description
+    with pytest.raises(DataError, match="has 2 class folders"):
+        evaluate.folder(unnamed, listed("site1", "site2"), None)
+
+
+def test_wordnet_ids() -> None:
+    """Of ImageNet's thousand, of a subset of them by their English names, and of weights that name nothing."""
+    wnids, english = published.wnids(), published.categories()
+    assert len(wnids) == len(set(wnids)) == len(english) == 1000
+    assert list(wnids) == sorted(wnids)
+    known = {
+        "n01440764": "tench",
+        "n02086240": "Shih-Tzu",
+        "n02979186": "cassette player",
+        "n15075141": "toilet tissue",
+    }
+    assert {wnid: english[wnids.index(wnid)] for wnid in known} == known
+    assert [wnids.index(name) for name in ("n02012849", "n03126707")] == [134, 517]  # two that are called "crane"
+    some = ("n02979186", "n01440764", "n03126707")
+    thousand, three = (jresnet.create("resnet20_cifar", num_classes=count) for count in (1000, 3))
+    for categories in (english, None):
+        resolved = evaluate.Resolved("resnet20_cifar", thousand, RECIPE, categories)
+        data = evaluate.folder(resolved, listed(*some), None)
+        assert data.labels[:3].tolist() == [482, 0, 517]
+        assert "by WordNet id" in data.description
+    subset = evaluate.Resolved("resnet20_cifar", three, RECIPE, ("church", "cassette player", "tench"))
+    assert evaluate.folder(subset, listed(*some[:2]), None).labels[:2].tolist() == [1, 2]
+    with pytest.raises(DataError, match="bear none of the 3 categories"):
+        evaluate.folder(subset, listed(*some), None)
+    own = evaluate.Resolved("resnet20_cifar", three, RECIPE, some)  # weights whose categories are ids
+    assert evaluate.folder(own, listed(*sorted(some)), None).labels[:3].tolist() == [1, 0, 2]
+
+
+def test_class_names_map_the_rest(tmp_path: Path, model: jresnet.ResNet) -> None:
+    path = tmp_path / "names.txt"
+    path.write_text("auk\nbee\n\nhound\neel\nfox\ngnu\n")
+    names = evaluate.read_names(path)
+    assert names == ("auk", "bee", "", "hound", "eel", "fox", "gnu")
+    named = evaluate.Resolved("resnet20_cifar", model, RECIPE, CLASSES)
+    assert evaluate.folder(named, listed("hound", "auk"), None, names).labels.tolist() == [3, 0, 3, 0]
+    with pytest.raises(DataError, match=r"1 of 2 class folders \(dog\) .* none of the 7 names given"):
+        evaluate.folder(named, listed("auk", "dog"), None, names)
+    with pytest.raises(DataError, match=r"several classes bear \(auk\)"):
+        evaluate.folder(named, listed("auk"), None, ("auk",) * 7)
+    with pytest.raises(DataError, match="`class_names` has 2 names, but the network 7 classes"):
+        evaluate.folder(named, listed("auk"), None, ("auk", "bee"))
+    path.write_bytes(b"\xff\n" * 7)
+    for wrong in (path, tmp_path, tmp_path / "missing"):
+        with pytest.raises(DataError, match="cannot read the class names"):
+            evaluate.read_names(wrong)
+
+
+def test_data_sets_and_the_classes_of_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of other classes are an error; the same classes in another order are put in order."""
+    digits = tuple("0123456789")
+    model = jresnet.create("resnet20_cifar")
+    resolved = evaluate.Resolved("resnet20_cifar", model, RECIPE, digits)
+    data = evaluate.dataset(resolved, "digits", None, 50)
+    assert data.labels.tolist() == [0] * 36 + [1] * 14
+    assert "digits: 50 of 360 test images" in data.description
+    turned = evaluate.Resolved("resnet20_cifar", model, RECIPE, digits[::-1])
+    assert evaluate.dataset(turned, "digits", None, 50).labels.tolist() == [9] * 36 + [8] * 14
+    other = evaluate.Resolved("resnet20_cifar", model, RECIPE, CIFAR10_CLASSES)
+    with pytest.raises(
+        DataError, match=r"classes are airplane, automobile, .* those of digits are 0, 1, .*`class_names`"
+    ):
+        evaluate.dataset(other, "digits", None, None)
+    assert evaluate.dataset(other, "digits", None, 1, digits).labels.tolist() == [0]
+    unnamed = evaluate.Resolved("resnet20_cifar", model, RECIPE, None)
+    assert evaluate.dataset(unnamed, "digits", None, 1).labels.tolist() == [0]
+    seven = evaluate.Resolved("", jresnet.create("resnet20_cifar", num_classes=7), RECIPE, None)
+    with pytest.raises(DataError, match="digits has 10 classes, but the network 7"):
+        evaluate.dataset(seven, "digits", None, None)
 
 
 def test_limit_takes_classes_in_turn(model: jresnet.ResNet) -> None:
@@ -268,8 +385,10 @@ def test_limit_takes_classes_in_turn(model: jresnet.ResNet) -> None:
 
 def test_json_alone_on_stdout(file: Path, folder: Path, by_hand: tuple) -> None:
     """In a fresh process, as a person runs it."""
-    quiet = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "3"}  # jax 0.10.1 on kept programs with AVX-512: see the README
-    done = command(SCRIPT, "--weights", file, "--data", folder, "--batch-size", 8, "--json", env=quiet)
+    fresh = {
+        name: value for name, value in os.environ.items() if name != "TF_CPP_MIN_LOG_LEVEL"
+    }  # the tests' JAX sets it
+    done = command(SCRIPT, "--weights", file, "--data", folder, "--batch-size", 8, "--json", env=fresh)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count("\n") == 1
     found = json.loads(done.stdout)
@@ -287,8 +406,8 @@ def test_bad_images_on_stderr(file: Path, damaged: Path, capsys: pytest.CaptureF
     arguments = ["--weights", str(file), "--data", str(damaged), "--batch-size", "8"]
     assert commands.run("evaluate", arguments, "evaluate.py") == 1
     printed = capsys.readouterr()
-    assert [line.split()[0] for line in printed.out.splitlines()] == [
-        "weights", "data", "note", "images", "device", "top-1", "top-5", "loss", "speed",
+    assert [line.split()[0] for line in printed.out.splitlines() if line[0] != " "] == [
+        "jresnet", "weights", "data", "note", "images", "device", "compile", "top-1", "top-5", "loss", "speed",
     ]  # fmt: skip
     assert "of 23)" in printed.out
     assert "note     3 of the class folders hold no image" in printed.out
@@ -320,12 +439,12 @@ def test_bfloat16_and_limit(file: Path, folder: Path, capsys: pytest.CaptureFixt
         ({"--weights": "resnet51"}, 1, "error: no weights are published for 'resnet51' (did you mean resnet50"),
         ({"--weights": "net.pth"}, 1, "error: net.pth cannot be read (No such file"),
         ({"--data": "nowhere"}, 1, "error: there is no folder nowhere: expected FOLDER/CLASS/*.JPEG"),
-        ({"--data": "cifar10"}, 1, "error: CIFAR-10 has 10 classes, but the network 7\n"),
+        ({"--data": "cifar10"}, 1, "error: cifar10 has 10 classes, but the network 7\n"),
         ({"--mean": "1,2,3"}, 2, "argument --mean: expected one or three numbers from 0 to 1, got '1,2,3'"),
         ({"--mean": "red"}, 2, "argument --mean: expected R,G,B, got 'red'"),
         ({"--limit": "0"}, 2, "argument --limit: expected a whole number of at least 1, got '0'"),
         ({"--batch-size": "x"}, 2, "argument --batch-size: expected a whole number of at least 1, got 'x'"),
-        ({"--data-dir": "here"}, 2, "--data-dir says where CIFAR-10 lies, but --data names a folder"),
+        ({"--data-dir": "here"}, 2, "--data-dir says where CIFAR lies, but --data names a folder"),
         ({"--dtype": "float16"}, 2, "argument --dtype: invalid choice"),
     ],
 )

@@ -119,7 +119,7 @@ def test_any_beginning_is_spread_evenly(labels: list[int]) -> None:
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "RGBA", "P", "I;16", "1", "LA"])
 def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
     if mode == "I;16":
-        image = Image.fromarray(np.full((20, 30), 200, np.uint16))
+        image = Image.fromarray(np.full((20, 30), 200 * 257, np.uint16))
     else:
         image = Image.new("RGB", (30, 20), (255, 255, 255)).convert(mode)
     path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
@@ -283,3 +283,40 @@ def test_leaving_early_ends_the_threads() -> None:
     next(found)
     found.close()
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("kind", ["png", "pgm", "tif", "float", "float 255", "range", "integers"])
+def test_grey_levels_of_many_bits_are_scaled_and_not_cut_off(tmp_path: Path, kind: str) -> None:
+    """A ramp from black to white is one whatever the depth in which it is stored."""
+    ramp = np.linspace(0, 1, 256)[None].repeat(4, 0)
+    levels = {
+        "png": (ramp * 65535).round().astype(np.uint16),
+        "pgm": (ramp * 65535).round().astype(np.uint16),
+        "tif": (ramp * 65535).round().astype(np.uint16),
+        "float": ramp.astype(np.float32),
+        "float 255": (255 * ramp).astype(np.float32),
+        "range": (2e5 * ramp - 1e5).astype(np.float32),
+        "integers": (2e9 * ramp - 1e9).astype(np.int32),
+    }[kind]
+    path = tmp_path / f"x.{kind if kind in ('png', 'pgm') else 'tif'}"
+    Image.fromarray(levels).save(path)
+    found = np.asarray(images.read(path))
+    assert (found == np.arange(256)[None, :, None]).all()
+
+
+def test_levels_that_are_no_numbers(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), np.nan, np.float32)).save(tmp_path / "x.tif")
+    with pytest.raises(images.BadImage, match="NaN or infinite"):
+        images.read(tmp_path / "x.tif")
+    flat = images.as_rgb(Image.fromarray(np.full((4, 4), 1000, np.int32)))
+    assert np.asarray(flat).max() == 4  # 1000 of 65535
+
+
+def test_what_lies_aside_is_no_class(tmp_path: Path) -> None:
+    for name in ("cat", ".ipynb_checkpoints", "__pycache__", ".hidden", "cat/.ipynb_checkpoints", "cat/young"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        noise(8, 8).save(tmp_path / name / "a.png")
+    found = images.list_folder(tmp_path)
+    assert found.classes == ("cat",)
+    assert [str(path.relative_to(tmp_path)) for path in found.paths] == ["cat/a.png", "cat/young/a.png"]
+    assert found.ignored == 0

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 from jresnet.errors import InputError
@@ -48,7 +49,8 @@ def tensorboard(folder: Path) -> dict[str, dict[int, float]]:
             if event.HasField("session_log"):
                 found = {name: {s: v for s, v in steps.items() if s < event.step} for name, steps in found.items()}
             for value in event.summary.value:
-                found.setdefault(value.tag, {})[event.step] = value.simple_value
+                if value.WhichOneof("value") == "simple_value":
+                    found.setdefault(value.tag, {})[event.step] = value.simple_value
     return found
 
 
@@ -63,9 +65,42 @@ def run(folder: Path, epochs: int, last: int, wandb: WandB | None = None) -> Non
 def test_the_same_numbers_in_the_file_and_in_tensorboard(tmp_path: Path) -> None:
     run(tmp_path, 0, 3)
     assert lines(tmp_path) == [row(1), row(2), row(3)]
-    for name, steps in tensorboard(tmp_path).items():
-        assert steps == {line["step"]: np.float32(line[name]) for line in lines(tmp_path)}
-    assert tensorboard(tmp_path).keys() == {"train_loss", "test_accuracy"}
+    found = tensorboard(tmp_path)
+    for tag, name in (("loss/train", "train_loss"), ("accuracy/test", "test_accuracy")):
+        assert found[tag] == {line["step"]: np.float32(line[name]) for line in lines(tmp_path)}
+    assert found.keys() == {"loss/train", "accuracy/test"}
+
+
+def test_the_losses_of_steps_texts_and_pictures_in_tensorboard(tmp_path: Path) -> None:
+    """A session that goes on in the middle of an epoch keeps the steps before it and drops those that are taken again."""
+    metrics = Metrics(tmp_path, 0)
+    metrics.steps(3, np.array([3.0, 2.0, 1.0], np.float32))
+    metrics.steps(5, np.array([np.nan, 0.5]))
+    metrics.text("configuration", '{\n "lr": 0.1\n}')
+    Image.new("RGB", (4, 3), (255, 0, 0)).save(tmp_path / "x.png")
+    metrics.picture("curves", tmp_path / "x.png", 5)
+    metrics.close()
+    again = Metrics(tmp_path, 0, step=3)
+    again.steps(4, np.array([0.75]))
+    again.close()
+    assert tensorboard(tmp_path)["loss/step"] == {1: 3.0, 2: 2.0, 3: 1.0, 4: 0.75}
+    whole = b"".join(path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+    for expected in (b"configuration", b'"lr": 0.1', b"pictures/curves", b"\x89PNG"):
+        assert expected in whole
+
+
+def test_without_tensorboardx_a_note_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    metrics = Metrics(tmp_path, 0)
+    assert metrics.note
+    assert metrics.note.startswith("no TensorBoard files are written")
+    metrics.add(row(1))
+    metrics.steps(1, np.ones(1))
+    metrics.text("a", "b")
+    metrics.rewind(1, 10)
+    metrics.close()
+    assert lines(tmp_path) == [row(1)]
+    assert not (tmp_path / "tensorboard").exists()
 
 
 def test_not_a_number_is_null(tmp_path: Path) -> None:
@@ -74,7 +109,7 @@ def test_not_a_number_is_null(tmp_path: Path) -> None:
     metrics.close()
     written = row(1, test_loss=None, norms={"conv1": None, "fc": [1.0, None]}, note="x")
     assert lines(tmp_path) == metrics.rows == [written]
-    assert tensorboard(tmp_path).keys() == {"train_loss", "test_accuracy"}
+    assert tensorboard(tmp_path).keys() == {"loss/train", "accuracy/test"}
 
 
 def test_a_resumed_run_continues(tmp_path: Path) -> None:
@@ -84,7 +119,7 @@ def test_a_resumed_run_continues(tmp_path: Path) -> None:
     metrics.add(row(3, train_loss=7.0))
     metrics.close()
     assert lines(tmp_path) == [row(1), row(2), row(3, train_loss=7.0)]
-    assert tensorboard(tmp_path)["train_loss"] == {10: 1.0, 20: 0.5, 30: 7.0}
+    assert tensorboard(tmp_path)["loss/train"] == {10: 1.0, 20: 0.5, 30: 7.0}
 
 
 def test_a_run_that_goes_back(tmp_path: Path) -> None:
@@ -95,14 +130,14 @@ def test_a_run_that_goes_back(tmp_path: Path) -> None:
     metrics.add(row(2, train_loss=7.0))
     metrics.close()
     assert lines(tmp_path) == metrics.rows == [row(1), row(2, train_loss=7.0)]
-    assert tensorboard(tmp_path)["train_loss"] == {10: 1.0, 20: 7.0}
+    assert tensorboard(tmp_path)["loss/train"] == {10: 1.0, 20: 7.0}
 
 
 def test_nothing_of_a_session_without_a_checkpoint_stays(tmp_path: Path) -> None:
     run(tmp_path, 0, 2)
     Metrics(tmp_path, 0).close()
     assert lines(tmp_path) == []
-    assert tensorboard(tmp_path)["train_loss"] == {}
+    assert tensorboard(tmp_path)["loss/train"] == {}
 
 
 def test_killed_in_mid_line(tmp_path: Path) -> None:

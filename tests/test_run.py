@@ -10,16 +10,22 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from conftest import REPOSITORY, command
+from flax import nnx
 from safetensors import safe_open
 
 import jresnet
 from jresnet import commands
-from jresnet.errors import InputError
+from jresnet.data.cifar10 import CLASSES as CIFAR10_CLASSES
+from jresnet.errors import InputError, WeightsError
 from jresnet.kernels.compiler import ONEDNN
+from jresnet.models import params
 from jresnet.reports.metrics_file import read_metrics
+from jresnet.training import initial
+from jresnet.training import step as train
 from jresnet.training.checkpoint import Checkpoints
 from jresnet.training.config import RunConfig, default_config
 from jresnet.training.console import introduction
@@ -207,7 +213,7 @@ def test_signals_save_and_exit(tmp_path: Path, number: int, code: int, more: lis
         process.send_signal(number)
         rest = process.stdout.read()
         assert process.wait(timeout=60) == code
-    assert f"the state is saved\n         the same command with --out {whole} --resume goes on\n" in rest
+    assert f"the state is saved the same command with --out {whole} --resume goes on" in " ".join(rest.split())
     options = json.loads((out / "config.json").read_text())["options"]
     assert options["deterministic"] == ("--deterministic" in more)
     assert weights.load(out / "last.safetensors")
@@ -473,7 +479,14 @@ def test_seeds_end_where_numpys_do(tmp_path: Path) -> None:
         (["--dataset", "digits", "--depth", "20", "--out", "{file}/x"], 1, "cannot use --out"),
         (["--dataset", "digits", "--out", "{run}"], 1, "already holds a run (config.json"),
         (["--out", "{run}", "--resume", "--depth", "32"], 1, "--arch was 'resnet20_cifar', now 'resnet32_cifar'"),
-        (["--out", "{run}", "--resume", "--lr", "0.2", "--seed", "5"], 1, "--lr was 0.025, now 0.2; --seed was 0, now 5"),
+        (["--out", "{run}", "--resume", "--lr", "0.2", "--seed", "5"], 1, "--lr was 0.025, now 0.2; --seed was 0, now 5. "
+         "A new run that starts from its weights: --weights {run}/last.safetensors, and another --out"),
+        (["--out", "{run}", "--resume", "--epochs", "1"], 1, "--epochs was 2, now 1 (2 epochs have begun already). A new"),
+        (["--out", "{run}", "--resume", "--epochs", "4", "--milestones", "1.5"], 1, "milestones before epoch 2 have passed"),
+        (["--weights", "{file}", "--dataset", "digits"], 1, "file"),
+        (["--weights", "{run}/last.safetensors", "--depth", "32"], 1, "are of another network"),
+        (["--weights", "{run}/missing.safetensors", "--lr", "inf"], 1, "--lr must be finite"),
+        (["--weights", ""], 1, "weights are an empty text"),
         (["--out", "{run}", "--resume", "--runs", "3"], 1, "--runs was not given, now 3"),
         (["--out", "{broken}", "--resume"], 1, "is no run's configuration"),
     ],
@@ -500,6 +513,129 @@ def test_bad_input(
     assert "`" not in said
     assert sorted(path for path in tmp_path.rglob("*") if ".cache" not in path.parts) == before
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == content
+
+
+def digits_file(path: Path, head: float = 0.0, **said: object) -> Path:
+    """A native file of a resnet20_cifar with a head of known values."""
+    model = jresnet.create("resnet20_cifar", seed=7, num_classes=said.pop("classes", 10))
+    model.fc.bias[...] = jax.numpy.full_like(model.fc.bias[...], head)
+    weights.save(path, model, **said)
+    return path
+
+
+def test_a_run_starts_from_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A file of the same classes as it is; then the command, whose first evaluation is of weights that hardly move."""
+    names = tuple("0123456789")
+    same = digits_file(tmp_path / "same.safetensors", head=3.0, categories=names)
+    first = trainer(tmp_path / "out", weights=str(same))
+    state, notes = first.program.pretrained(0)
+    assert notes == []
+    found = train.model_of(first.program.graph, state)
+    expected = values_of(same)
+    assert all(np.array_equal(value, expected[name]) for name, value in params.arrays(found).items())
+    out = tmp_path / "command"
+    arguments = [
+        "--dataset",
+        "digits",
+        "--limit-train",
+        "64",
+        "--limit-test",
+        "40",
+        "--batch-size",
+        "16",
+        "--epochs",
+        "1",
+    ]
+    arguments += ["--lr", "1e-30", "--weight-decay", "0", "--weights", str(same)]
+    assert commands.run("train", [*arguments, "--out", str(out)], "train") == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert f"weights  the run starts from {same}".split() == said[said.index("weights  the") :].split()[:6]
+    ended, metadata = weights.read(out / "last.safetensors")[2:]
+    learned = [name for name in expected if not name.endswith(("mean", "var"))]
+    assert all(np.allclose(ended[name], expected[name], rtol=0, atol=1e-20) for name in learned)
+    assert metadata["started_from"] == str(same)
+    assert json.loads((out / "config.json").read_text())["run"]["arch"] == "resnet20_cifar"  # not the default
+    same.unlink()  # a run that has checkpoints needs them no more
+    assert commands.run("train", ["--out", str(out), "--resume"], "train") == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("said", "note"),
+    [
+        (
+            {"categories": CIFAR10_CLASSES},
+            "fresh head for 10 classes, to be trained: the weights' own is for airplane",
+        ),
+        ({"classes": 7}, "fresh head for 10 classes, to be trained: the weights' own has 7"),
+        ({}, "the head for 10 classes is the weights' own, which do not say what these classes are"),
+    ],
+)
+def test_a_head_for_other_classes_is_a_fresh_one(tmp_path: Path, said: dict, note: str) -> None:
+    path = digits_file(tmp_path / "other.safetensors", head=3.0, **said)
+    program = trainer(tmp_path / "out", weights=str(path)).program
+    heads = []
+    for seed in (0, 1):
+        state, notes = program.pretrained(seed)
+        assert len(notes) == 1
+        assert notes[0].startswith(note)
+        model = train.model_of(program.graph, state)
+        heads.append(np.asarray(model.fc.bias[...]))
+        assert np.array_equal(model.conv1.kernel[...], values_of(path)["conv1.kernel"])
+    if said:
+        assert abs(heads[0]).max() < 1
+        assert not np.array_equal(*heads)
+    else:
+        assert (heads[0] == 3).all()
+
+
+def test_weights_that_no_run_starts_from(tmp_path: Path) -> None:
+    grey = jresnet.create("resnet20_cifar", in_channels=1)
+    odd = jresnet.ResNet(jresnet.ResNetConfig("basic", (1, 1), (4, 8), num_classes=10, stem="cifar"), rngs=nnx.Rngs(0))
+    for name, model, message in (("grey", grey, "of 1 channels"), ("odd", odd, "of a network of no name|as it is")):
+        weights.save(tmp_path / name, model)
+        with pytest.raises(WeightsError, match=message):
+            initial.load(str(tmp_path / name))
+
+
+def test_a_run_by_steps_goes_on_for_more_epochs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It ends, bit for bit, where a run of that length does; its figures are written anew."""
+    out, milestones = tmp_path / "out", (1.0, 3.0)
+    trainer(out, milestones=milestones).fit()
+    summary = trainer(out, milestones=milestones, epochs=4).fit(resume=True)
+    assert summary["final"]["epoch"] == 4
+    said = " ".join(capsys.readouterr().out.split())
+    assert "note the run goes on with another configuration: `epochs` was 2, now 4" in said
+    trainer(tmp_path / "whole", milestones=milestones, epochs=4).fit()
+    expected = values_of(tmp_path / "whole" / "last.safetensors")
+    assert all(np.array_equal(value, expected[name]) for name, value in values_of(out / "last.safetensors").items())
+    with pytest.raises(InputError, match=r"milestones before epoch 4 have passed.*`weights` .*last\.safetensors"):
+        trainer(out, milestones=(1.0,), epochs=5).fit(resume=True)
+    assert (out / "summary.json").exists()
+
+
+def test_seeds_go_on_for_more_epochs(tmp_path: Path) -> None:
+    short, longer = (config(epochs=epochs, milestones=(3.0,), limit_train=16) for epochs in (1, 2))
+    data = load_data(short, None)
+    fit_seeds(short, data, tmp_path / "out", 2)
+    assert fit_seeds(longer, data, tmp_path / "out", 2, resume=True)["final"]["epoch"]["values"] == [2, 2]
+
+
+def test_a_line_a_minute_in_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = trainer(tmp_path / "out")
+    ask = first._watched("test")
+    first.console.last -= 100
+    assert not ask()
+    assert not ask()
+    assert capsys.readouterr().out == "evaluating test: 0 of 3 batches\n"
+    first.stop.signal = signal.SIGTERM
+    assert ask()
+    assert not first._watched("test", stops=False)()
+
+
+def test_a_schedule_that_depends_on_the_length_does_not_go_on(tmp_path: Path) -> None:
+    trainer(tmp_path, schedule="cosine", epochs=1, limit_train=16).fit()
+    with pytest.raises(InputError, match="with `schedule` cosine every rate depends on the number of epochs"):
+        trainer(tmp_path, schedule="cosine", epochs=2, limit_train=16).fit(resume=True)
 
 
 @pytest.mark.slow

@@ -16,17 +16,19 @@ from importlib.metadata import EntryPoint, entry_points
 
 from jresnet.commands import huge_pages
 from jresnet.commands.flags import Parser
-from jresnet.errors import JresnetError
+from jresnet.errors import InputError, JresnetError
 from jresnet.files import shown
+from jresnet.version import __version__
 
 OWN = {  # modules of this package
-    "train": "train a ResNet on CIFAR-10 or digits",
+    "train": "train a ResNet on CIFAR-10, CIFAR-100 or digits",
     "evaluate": "accuracy and loss of weights on labelled images",
     "export": "a model as a program for JAX or ONNX that runs without jresnet",
     "report": "compare training runs in a table and a plot",
     "info": "versions, devices, compilation cache and compiler options",
 }
 COMPUTING = ("train", "evaluate")  # those that gain from large pages
+SLOW = (*COMPUTING, "convert", "export-torch")  # those that import JAX and then work for a while
 OTHERS = {  # of the package convert, which comes with jresnet
     "convert": "turn PyTorch's weights into a file of jresnet's",
     "export-torch": "turn a file of jresnet's into PyTorch's weights",
@@ -89,7 +91,15 @@ def run(name: str, arguments: Sequence[str] | None, prog: str) -> int:
     Returns:
         The exit code: 0, 1 for what cannot be used, 2 for bad options, 128 + signal.
     """
-    return guarded(lambda: _command(name)(arguments, prog=prog), name)
+    # XLA of jax 0.10.1 prints screens of nothing where it loads a kept program on a CPU with AVX-512. What really fails is
+    # an exception.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+    def command() -> int:
+        greet(name, sys.argv[1:] if arguments is None else arguments)
+        return _command(name)(arguments, prog=prog)
+
+    return guarded(command, name)
 
 
 def guarded(command: Callable[[], int], name: str) -> int:
@@ -115,6 +125,32 @@ def guarded(command: Callable[[], int], name: str) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def greet(name: str, arguments: Sequence[str]) -> None:
+    """The first line of a command that computes: JAX takes seconds to import, in which one would see nothing."""
+    if name in SLOW and not {"-h", "--help", "--json"} & set(arguments):
+        print(f"jresnet  {__version__}, starting JAX ...", flush=True)
+
+
+def check_devices() -> None:
+    """Starts JAX.
+
+    Raises:
+        InputError: where it finds none of the devices that it was told to use.
+    """
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter of jax 0.10.1 for a platform without a plugin
+        reason = " ".join(str(error).split()) or "this installation knows no such platform"
+        told = os.environ.get("JAX_PLATFORMS")
+        advice = f"JAX_PLATFORMS is {told}: " if told else ""
+        raise InputError(
+            f"JAX has no device to compute on ({reason[:300]}). {advice}install jax for this device, or set "
+            "JAX_PLATFORMS=cpu"
+        ) from error
 
 
 def failed(message: str) -> int:

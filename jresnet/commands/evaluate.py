@@ -9,7 +9,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
-from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,9 +17,12 @@ import jax.numpy as jnp
 
 import jresnet
 from jresnet import cache, evaluation
+from jresnet.commands import check_devices
 from jresnet.commands.flags import Parser, folder, naming_flags
-from jresnet.data import images
-from jresnet.files import printable, shown
+from jresnet.data import DATASETS, images
+from jresnet.files import printable
+from jresnet.training.console import Console
+from jresnet.version import installed
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
@@ -31,24 +34,29 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--weights", required=True, metavar="FILE_OR_NAME",
-        help="native weights file (*.safetensors), or published weights: resnet50 (torchvision's default), "
+        help="weights file, native or PyTorch's, hf:ORG/REPO, or published weights: resnet50 (torchvision's default), "
         "resnet50:IMAGENET1K_V1",
     )  # fmt: skip
     parser.add_argument(
-        "--data", required=True, metavar="cifar10|FOLDER",
-        help="CIFAR-10's test images, or a folder of images, FOLDER/CLASS/*.JPEG (ImageNet's val; ./cifar10 for one of "
-        "that name); class names sorted are the logits in order, unless all are categories that the weights name",
+        "--data", required=True, metavar=f"{'|'.join(DATASETS)}|FOLDER",
+        help="a data set's test images, or a folder of images, FOLDER/CLASS/*.JPEG (ImageNet's val; ./cifar10 for one of "
+        "that name), where CLASS is a category that the weights name, a WordNet id or a number; other names stand for the "
+        "logits in sorted order, where the weights name no categories",
     )  # fmt: skip
     parser.add_argument(
         "--data-dir", type=folder, metavar="DIR",
-        help="where CIFAR-10 lies, as for training (default: TFDS_DATA_DIR, else ~/tensorflow_datasets, else ./data)",
+        help="where CIFAR lies, as for training (default: TFDS_DATA_DIR, else ~/tensorflow_datasets, else ./data)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--class-names", type=Path, metavar="FILE",
+        help="a name a line, in the order of the logits: what the folders are called, where the weights do not say it",
     )  # fmt: skip
     parser.add_argument(
         "--limit", type=positive, metavar="N",
         help="only N images: the first N of CIFAR-10; of a folder the first of every class, then the second of every "
         "class, and so on (default: all)",
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=positive, metavar="N", help="images (default: 32; 256 for cifar10)")
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="images (default: 32; 256 for a data set)")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), default="float32", help="what convolutions compute in (float32)"
     )
@@ -83,8 +91,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "jresnet evaluate") -> i
     """Runs the command; returns its exit code."""
     options = parser(prog)
     args = options.parse_args(argv)
-    if args.data_dir and args.data != "cifar10":
-        options.error("--data-dir says where CIFAR-10 lies, but --data names a folder")
+    if args.data_dir and args.data not in DATASETS:
+        options.error("--data-dir says where CIFAR lies, but --data names a folder")
     if args.std and 0 in args.std:
         options.error("--std must be above 0: pixels are divided by it")
     with naming_flags(options):
@@ -103,33 +111,41 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluates, prints unless ``--json``, and returns what ``--json`` prints."""
 
     def say(title: str, text: str) -> None:
-        if not args.json:
-            print(f"{title:<8} {shown(text)}", flush=True)
+        console.say(f"{title:<8} {text}")
 
+    console = Console(quiet=args.json)
     cache.keep_compiled()
-    cifar10 = args.data == "cifar10"
-    found = None if cifar10 else images.list_folder(args.data)  # before weights are downloaded
+    check_devices()
+    name = args.data if args.data in DATASETS else None
+    found = None if name else images.list_folder(args.data)  # before weights are downloaded
+    names = None if args.class_names is None else evaluation.read_names(args.class_names)
     resolved = evaluation.resolve(args.weights, jnp.bfloat16 if args.dtype == "bfloat16" else None)
-    preprocessing, origin = evaluation.choose_preprocessing(resolved, cifar10=cifar10, mean=args.mean, std=args.std)
+    preprocessing, origin = evaluation.choose_preprocessing(resolved, dataset=name, mean=args.mean, std=args.std)
     config = resolved.model.config
     say(
         "weights",
         f"{args.weights}: {resolved.arch or 'a network of no name'}, {config.stem} stem, {config.num_classes:,} classes",
     )
-    if found is None:
-        data = evaluation.cifar10(resolved, args.data_dir, args.limit)
+    if found:
+        data = evaluation.folder(resolved, found, args.limit, names)
     else:
-        data = evaluation.folder(resolved, found, args.limit)
+        data = evaluation.dataset(resolved, args.data, args.data_dir, args.limit, names)
     say("data", data.description)
     for note in data.notes:
         say("note", note)
     say("images", f"{preprocessing}; {origin}")
-    batch_size = min(args.batch_size or (256 if cifar10 else 32), len(data.labels))
+    batch_size = min(args.batch_size or (256 if name else 32), len(data.labels))
     device = jax.devices()[0]
     device_name = f"{device.device_kind} ({device.platform})"
     say("device", f"{device_name}, {args.dtype}, batch {batch_size}")
 
-    scores = evaluation.score(resolved.model, preprocessing, data, batch_size)
+    say("compile", "compiling the network (some seconds to a minute; less where it is kept)")
+
+    def progress(done: int) -> None:
+        if not sys.stderr.isatty():  # else there is a bar
+            console.minute(lambda: f"images   {done:,} of {len(data.labels):,} evaluated")
+
+    scores = evaluation.score(resolved.model, preprocessing, data, batch_size, progress)
     n, pace = scores.images, scores.images / scores.seconds
     say("top-1", f"{100 * scores.top1 / n:.2f} % ({scores.top1:,} of {n:,})")
     say(f"top-{scores.k}", f"{100 * scores.topk / n:.2f} % ({scores.topk:,} of {n:,})")
@@ -156,6 +172,6 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "dtype": args.dtype,
         "batch_size": batch_size,
         "versions": {"python": platform.python_version(), "jresnet": jresnet.__version__}
-        | {name: version(name) for name in ("jax", "jaxlib", "flax", "numpy", "pillow")},
+        | installed("jax", "jaxlib", "flax", "numpy", "pillow"),
         "command": shlex.join(sys.argv),
     }

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 
 import jax
 
 import jresnet
 from jresnet import cache
+from jresnet.commands import check_devices
 from jresnet.commands.flags import Parser
 from jresnet.kernels import compiler
+from jresnet.version import installed
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "jresnet info") -> int:
@@ -20,7 +21,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "jresnet info") -> int:
         prog=prog, description="Versions, devices, compilation cache, and the compiler options in force."
     ).parse_args(argv)
     print(f"versions python {platform.python_version()}, jresnet {jresnet.__version__}", end="")
-    print("".join(f", {name} {version(name)}" for name in ("jax", "jaxlib", "flax", "numpy")))
+    print("".join(f", {name} {found}" for name, found in installed("jax", "jaxlib", "flax", "numpy").items()))
+    check_devices()
     for device in jax.devices():
         print(f"device   {device.device_kind} ({device.platform})")
     print(f"cache    {cache.keep_compiled() or 'none: compiled programs are not kept'}")

@@ -1,4 +1,4 @@
-"""``jresnet train --depth 34``: train a ResNet on CIFAR-10, or on digits."""
+"""``jresnet train --depth 34``: train a ResNet on CIFAR-10, CIFAR-100 or digits."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from typing import Any
 import jax
 
 from jresnet import cache
-from jresnet.commands import failed
+from jresnet.commands import check_devices, failed
 from jresnet.commands.flags import Parser, add_flag, add_flags, folder, naming_flags
-from jresnet.training import devices, outputs, program, recipes
+from jresnet.training import devices, initial, outputs, program, recipes
 from jresnet.training.config import RunConfig, default_config, read_config, read_runs
+from jresnet.training.console import Console
 from jresnet.training.guard import NonFiniteLoss
 from jresnet.training.seeds import fit_seeds
 from jresnet.training.stop import Interrupted, StopRequest
@@ -36,8 +37,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
     """The command line's options. What is not given is None: the recipe's value, or the resumed run's."""
     parser = Parser(
         prog=prog,
-        description="Train a ResNet on CIFAR-10.",
-        epilog="With neither --data-dir nor a prepared dataset, CIFAR-10 (163 MiB) is downloaded.",
+        description="Train a ResNet on CIFAR-10, CIFAR-100 or digits.",
+        epilog="With neither --data-dir nor a prepared dataset, CIFAR-10 or CIFAR-100 (163 MiB) is downloaded.",
     )
     groups = {
         name: parser.add_argument_group(name, description)
@@ -69,7 +70,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )
     groups["data"].add_argument(
         "--data-dir", type=folder, metavar="DIR",
-        help="folder with a TFDS store, or CIFAR-10's archive or extracted folder, python or binary; the download goes "
+        help="folder with a TFDS store, or CIFAR's archive or extracted folder, python or binary; the download goes "
         "there (default: TFDS_DATA_DIR, else ~/tensorflow_datasets, else ./data)",
     )  # fmt: skip
     groups["results"].add_argument(
@@ -122,10 +123,16 @@ def _train(args: argparse.Namespace) -> int:
     cache.keep_compiled()
     if args.coordinator is not None or args.distributed:
         devices.connect(args.coordinator, args.num_processes, args.process_id)
+    check_devices()
     given = _given(args, RunConfig)
     if args.depth is not None:
         given["arch"] = DEPTHS[args.depth]
     before = read_config(args.out) if args.resume else None
+    start = None
+    if "weights" in given and not before:  # they say which network it is
+        default_config(**given)  # other values that are wrong are told before weights are downloaded
+        start = initial.load(given["weights"], given.get("arch"))
+        given |= {"arch": start.arch, "stem": start.config.stem}
     config = dataclasses.replace(before, **given) if before else default_config(**given)
     config.check()
     runs = args.runs or (read_runs(args.out) if before else None)
@@ -134,16 +141,18 @@ def _train(args: argparse.Namespace) -> int:
     if devices.is_first():
         outputs.check(config, out, args.resume, runs)
     where = devices.find(args.devices)
+    Console(quiet=not devices.is_first()).say(f"reading  the data set {config.dataset}")
     data = program.load_data(config, args.data_dir)  # before signals are only noted: it may take an hour
     try:
         with StopRequest() as stop:
             if runs:
-                fit_seeds(config, data, out, runs, args.resume, stop, where, session)
+                fit_seeds(config, data, out, runs, args.resume, stop, where, session, start)
             else:
-                Trainer(config, data, out, stop, program.Program(config, data, where), session).fit(args.resume)
+                made = program.Program(config, data, where, start)
+                Trainer(config, data, out, stop, made, session).fit(args.resume)
     except Interrupted as stopped:
         if devices.is_first():
-            print(f"         the same command with --out {shlex.quote(str(out))} --resume goes on", flush=True)
+            Console().say(f"         the same command with --out {shlex.quote(str(out))} --resume goes on")
         return 128 + stopped.args[0]
     return 0
 

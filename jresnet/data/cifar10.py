@@ -17,15 +17,15 @@ import hashlib
 import os
 import reprlib
 import tarfile
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from jresnet.data.dataset import RECORD, Dataset, from_records
-from jresnet.data.tfds import find_tfds, prepare_tfds, read_tfds
+from jresnet.data.dataset import PIXELS, Dataset, from_records
+from jresnet.data.tfds import NAME, find_tfds, prepare_tfds, read_tfds
 from jresnet.download import fetch
 from jresnet.errors import DataError, DownloadError
 from jresnet.pytorch.unpickle import DAMAGE, Instance, Interpreter, Refused
@@ -40,7 +40,6 @@ OFFICIAL = {  # SHA-256 of the members of the official cifar-10-binary.tar.gz
     "data_batch_5.bin": "755304fc0b379caeae8c14f0dac912fbc7d6cd469eb67a1029a08a39453a9add",
     "test_batch.bin": "8e2eb146ae340b09e24670f29cabc6326dba54da8789dab6768acf480273f65b",
 }
-_BATCH = {file: name for name in OFFICIAL for file in (name, name[:-4])}  # the pickles have no suffix
 
 ARCHIVE = "cifar-10-python.tar.gz"
 # Published in keras/src/datasets/cifar10.py and in torchvision/prototype/datasets/_builtin/cifar.py.
@@ -52,7 +51,37 @@ URLS = (  # the home server comes last: throttled since June 2026, it takes abou
     "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
 )
 
-MAX_FILE = 64 * 2**20  # bytes; an official batch has 31 million
+
+@dataclass(frozen=True)
+class Layout:
+    """How the official archives and their extracted folders hold a data set of this family."""
+
+    title: str
+    batches: tuple[str, ...]  # binary files; the pickles are called the same without their suffix
+    labels: Mapping[str, int]  # key in a pickle -> how many classes; the record's leading bytes, in this order
+    beginning: str  # of the names of folders and archives
+    folders: tuple[str, ...]
+    archives: tuple[str, ...]
+    urls: tuple[str, ...]
+    largest: int  # bytes of an official batch
+
+    def batch(self, file: str) -> str | None:
+        """The batch that a file is called as; None for any other file."""
+        name = file if file.endswith(".bin") else f"{file}.bin"
+        return name if name in self.batches else None
+
+    @property
+    def record(self) -> int:
+        """Bytes of an image with its labels."""
+        return len(self.labels) + PIXELS
+
+
+LAYOUT = Layout(
+    "CIFAR-10", tuple(OFFICIAL), {"labels": 10}, "cifar-10-", ("cifar-10-batches-py", "cifar-10-batches-bin"),
+    (ARCHIVE, "cifar-10-binary.tar.gz"), URLS, 31_000_000,
+)  # fmt: skip
+COUSIN = "cifar-100-"  # how the names of CIFAR-100's folders and archives begin
+
 MAX_UNPACKED = 512 * 2**20  # bytes; an official archive unpacks to 186 million
 MAX_MEMBERS = 1000  # of an archive; an official one has 9
 MAX_HEADER = 2**16  # bytes of what an archive says of a member beside its name and size; an official one says nothing
@@ -84,55 +113,89 @@ def load_cifar10(data_dir: str | Path | None = None, *, download: bool = True, p
     Raises:
         DataError: nothing was found, or what was found is damaged, incomplete or hostile; all its problems at once.
     """
+    found, places = look(LAYOUT, NAME, data_dir)
+    mistaken(found, places.here, LAYOUT, COUSIN, "CIFAR-100", "cifar100")
+    if found:
+        return _read_store(found) if (found / "dataset_info.json").exists() else _read_layout(found)
+    reason = "downloading was not allowed"
+    if download or (places.home / "downloads" / ARCHIVE).exists():  # one that an earlier run has left needs no network
+        try:
+            return _download(places, progress)
+        except DownloadError as error:
+            reason = str(error)
+    raise DataError(f"{places.nothing(LAYOUT)}; {reason}\n{_HELP}")
+
+
+class Places(NamedTuple):
+    """Where a data set is looked for."""
+
+    home: Path  # of stores and downloads: the folder that the user named, or TFDS's
+    here: Path  # of archives and folders
+    default: Path  # TFDS's
+    existed: bool  # was ``home`` there?
+
+    def clean(self) -> None:
+        """Removes the folders that a failed download has made: a mistyped data_dir is not to stay behind."""
+        with contextlib.suppress(OSError):  # rmdir spares what has content
+            (self.home / "downloads").rmdir()
+            if not self.existed:
+                self.home.rmdir()
+
+    def nothing(self, layout: Layout) -> str:
+        """The beginning of an error: where nothing is."""
+        return (
+            f"found no {layout.title}: no TFDS store in "
+            f"{' or '.join(str(p) for p in dict.fromkeys([self.home, self.default]))}, "
+            f"no official archive or extracted folder in {self.here}"
+        )
+
+
+def look(layout: Layout, name: str, data_dir: str | Path | None) -> tuple[Path | None, Places]:
+    """The first place that holds a data set, as :func:`load_cifar10` says; ``name`` is TFDS's."""
     given = None if data_dir is None else Path(data_dir).expanduser()
     default = Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     here = given or Path("data")
     if here.suffix in (".gz", ".tgz", ".tar", ".bin") and not here.exists():  # else a download would make that folder
-        raise DataError(f"there is no file {here}; name the CIFAR-10 archive, or the folder that holds it")
+        raise DataError(f"there is no file {here}; name the {layout.title} archive, or the folder that holds it")
     if here.exists() and not (here.is_dir() or here.is_file()):  # a pipe would never end
         raise DataError(
-            f"data_dir {here} is a pipe or a device; name the CIFAR-10 archive, or the folder that holds it"
+            f"data_dir {here} is a pipe or a device; name the {layout.title} archive, or the folder that holds it"
         )
     try:
         if given:  # what the user named goes before what the environment offers
-            found = find_tfds(given) or _find_layout(given) or find_tfds(default)
+            found = find_tfds(given, name) or _find_layout(given, layout) or find_tfds(default, name)
         else:
-            found = find_tfds(default) or _find_layout(here)
+            found = find_tfds(default, name) or _find_layout(here, layout)
     except OSError as error:
-        raise DataError(f"cannot look for CIFAR-10: {error}") from error
-    if found:
-        return _read_store(found) if (found / "dataset_info.json").exists() else _read_layout(found)
-
+        raise DataError(f"cannot look for {layout.title}: {error}") from error
     home = given or default
-    reason = "downloading was not allowed"
-    if download or (home / "downloads" / ARCHIVE).exists():  # one that an earlier run has left needs no network
-        try:
-            return _download(home, progress)
-        except DownloadError as error:
-            reason = str(error)
-    raise DataError(
-        f"found no CIFAR-10: no TFDS store in {' or '.join(str(p) for p in dict.fromkeys([home, default]))}, "
-        f"no official archive or extracted folder in {here}; {reason}\n{_HELP}"
-    )
+    return found, Places(home, here, default, home.exists())
 
 
-def _download(home: Path, progress: bool) -> Dataset:
+def mistaken(found: Path | None, here: Path, layout: Layout, beginning: str, title: str, name: str) -> None:
+    """Raises :class:`DataError` where a place holds the other data set of the family alone, by the names of its files."""
+    entries = [here] if found in (None, here) else []
+    with contextlib.suppress(OSError):
+        entries += sorted(here.iterdir()) if found is None and here.is_dir() else []
+    for entry in entries:
+        if entry.name.startswith(beginning) and entry.exists():
+            raise DataError(f"found no {layout.title}, but {entry} is {title}: choose the dataset {name}")
+
+
+def _download(places: Places, progress: bool) -> Dataset:
     """CIFAR-10 from the archive in TFDS's own folder for downloads, fetched where it is not there, kept as a store.
 
     Raises:
         DownloadError: the archive cannot be fetched; a folder made for it is gone again.
         DataError: it cannot be used.
     """
-    archive, existed = home / "downloads" / ARCHIVE, home.exists()
+    home, archive = places.home, places.home / "downloads" / ARCHIVE
     if archive.exists() and not archive.is_file():
         raise DataError(f"{archive} is no ordinary file; remove it to have the archive downloaded")
     try:
         dataset = _read_layout(fetch(URLS, archive, sha256=ARCHIVE_SHA256, most=ARCHIVE_BYTES, progress=progress))
     except DownloadError:
-        with contextlib.suppress(OSError):  # a mistyped data_dir is not to stay behind; rmdir spares what has content
-            archive.parent.rmdir()
-            if not existed:
-                home.rmdir()
+        places.clean()
         raise
     source = f"download {dataset.source.removeprefix('archive ')}"
     try:
@@ -164,71 +227,84 @@ def _read_store(store: Path) -> Dataset:
     return _cifar10(dict(zip(OFFICIAL, parts, strict=True)), f"TFDS store {store} ({kind})")
 
 
-def _check_labels(labels: list[Any]) -> None:
+def _check_labels(labels: list[Any], classes: int) -> None:
     for i, label in enumerate(labels):
-        if type(label) is not int or not 0 <= label <= 9:
+        if type(label) is not int or not 0 <= label < classes:
             huge = isinstance(label, int) and abs(label) > 2**64  # Python prints no number of many thousands of digits
             shown = f"of {label.bit_length():,} bits" if huge else reprlib.repr(label)
-            raise DataError(f"has the label {shown} at image {i}; expected 0 to 9")
+            raise DataError(f"has the label {shown} at image {i}; expected 0 to {classes - 1}")
 
 
 # Archives and folders in the official layouts ------------------------------------------------------------------------
 
 
-def _find_layout(root: Path) -> Path | None:
+def _find_layout(root: Path, layout: Layout) -> Path | None:
     """The extracted folder or the archive in ``root``, or ``root`` itself where it is one."""
     if root.is_file():
         return root
-    for folder in (root, root / "cifar-10-batches-py", root / "cifar-10-batches-bin"):
-        named = folder.name.startswith("cifar-10-batches-")  # then an empty one is an error, not nothing
-        if folder.is_dir() and (named or any(file.name in _BATCH for file in folder.iterdir())):
+    for folder in (root, *(root / name for name in layout.folders)):
+        named = folder.name in layout.folders  # then an empty one is an error, not nothing
+        if folder.is_dir() and (named or any(layout.batch(file.name) and file.is_file() for file in folder.iterdir())):
             return folder
-    archives = (root / ARCHIVE, root / "cifar-10-binary.tar.gz")
-    return next((path for path in archives if path.is_file()), None)
+    return next((root / name for name in layout.archives if (root / name).is_file()), None)
 
 
 def _read_layout(path: Path) -> Dataset:
-    """An archive or an extracted folder, pickles or binary files: all that is wrong with it in one error."""
+    return _cifar10(read_batches(path, LAYOUT), described(path))
+
+
+def described(path: Path) -> str:
+    """An archive or a folder, as the source of a data set."""
+    return f"{'folder' if path.is_dir() else 'archive'} {path}"
+
+
+def read_batches(path: Path, layout: Layout) -> dict[str, np.ndarray]:
+    """An archive or an extracted folder, pickles or binary files: each batch's records, uint8 ``[n, layout.record]``.
+
+    Raises:
+        DataError: all that is wrong with it.
+    """
     batches: dict[str, np.ndarray] = {}
     seen, problems = set(), []
     try:
-        for file, size, stream in _files(path):
+        for file, name, size, stream in _files(path, layout):
             try:
-                if _BATCH[file] in seen:
+                if name in seen:
                     raise DataError("is there twice")
-                seen.add(_BATCH[file])
-                if size > MAX_FILE:
-                    raise DataError(f"has {size:,} bytes; an official one has 31 million")
+                seen.add(name)
+                if size > 2 * layout.largest:
+                    raise DataError(f"has {size:,} bytes; an official one has {layout.largest:,} at most")
                 parse = _parse_binary if file.endswith(".bin") else _parse_pickle
-                batches[_BATCH[file]] = parse(stream.read())
+                batches[name] = parse(stream.read(), layout)
             except DataError as error:
                 problems.append(f"{file} {error}")
     except Exception as error:  # a damaged archive fails in gzip's, zlib's and tarfile's many ways
         problems.append(f"it cannot be read to its end: {error}")
     else:  # what a torn archive lacks is not worth a line
-        missing = [name[:-4] for name in OFFICIAL if name not in seen]
+        missing = [name[:-4] for name in layout.batches if name not in seen]
         problems += [f"missing: {', '.join(missing)}"] if missing else []
     if problems:
-        advice = f"put the official one in its place: {URLS[0]} or {URLS[-1]}"
-        raise DataError("\n  ".join([f"{path} cannot be used as CIFAR-10:", *problems, advice]))
-    return _cifar10(batches, f"{'folder' if path.is_dir() else 'archive'} {path}")
+        advice = f"put the official one in its place: {layout.urls[0]} or {layout.urls[-1]}"
+        raise DataError("\n  ".join([f"{path} cannot be used as {layout.title}:", *problems, advice]))
+    return batches
 
 
-def _files(path: Path) -> Iterator[tuple[str, int, IO[bytes]]]:
-    """The batch files in a folder or an archive: base name, size in bytes, content."""
+def _files(path: Path, layout: Layout) -> Iterator[tuple[str, str, int, IO[bytes]]]:
+    """The batch files in a folder or an archive: base name, its batch, size in bytes, content."""
     if path.is_dir():
-        files = [file for file in sorted(path.iterdir()) if file.name in _BATCH and file.is_file()]
+        files = [file for file in sorted(path.iterdir()) if layout.batch(file.name) and file.is_file()]
         for file in [file for file in files if file.suffix != ".bin"] or files:  # of two complete sets one is enough
             with file.open("rb") as stream:
-                yield file.name, file.stat().st_size, stream
+                yield file.name, layout.batch(file.name) or "", file.stat().st_size, stream
         return
     with _Unpacked(path) as unpacked, tarfile.open(fileobj=unpacked, mode="r|", bufsize=2**20, tarinfo=_Member) as tar:
         for number, member in enumerate(tar):
             if number == MAX_MEMBERS:
                 raise DataError(f"it has more than {MAX_MEMBERS:,} members; an official one has 9")
             name = PurePosixPath(member.name).name
-            if member.isreg() and name in _BATCH and (content := tar.extractfile(member)):
-                yield name, member.size, content
+            batch = layout.batch(name)
+            if member.isreg() and batch and (content := tar.extractfile(member)):
+                yield name, batch, member.size, content
         while unpacked.read(2**20):  # gzip's checksum stands at the very end
             pass
 
@@ -255,37 +331,40 @@ class _Unpacked(gzip.GzipFile):
         return super().read(size)
 
 
-def _parse_binary(data: bytes) -> np.ndarray:
-    """The official binary file -> its records, uint8 [n, 3073]."""
-    if not data or len(data) % RECORD:
-        raise DataError(f"has {len(data):,} bytes; expected a multiple of {RECORD:,}, and not none")
-    records = np.frombuffer(data, np.uint8).reshape(-1, RECORD)
-    _check_labels(records[:, 0].tolist())
+def _parse_binary(data: bytes, layout: Layout) -> np.ndarray:
+    """The official binary file -> its records."""
+    if not data or len(data) % layout.record:
+        raise DataError(f"has {len(data):,} bytes; expected a multiple of {layout.record:,}, and not none")
+    records = np.frombuffer(data, np.uint8).reshape(-1, layout.record)
+    for column, classes in enumerate(layout.labels.values()):
+        _check_labels(records[:, column].tolist(), classes)
     return records
 
 
-def _parse_pickle(data: bytes) -> np.ndarray:
-    """A batch of the python archive, written by Python 2 or 3, -> its records, uint8 [n, 3073]."""
+def _parse_pickle(data: bytes, layout: Layout) -> np.ndarray:
+    """A batch of the python archive, written by Python 2 or 3, -> its records."""
     try:
         loaded = Interpreter(data, _GLOBALS, bytes_of_python2=True, advice="nothing of it was run").load()
         batch = {_bytes(key): value for key, value in loaded.items()}
-        labels, array = batch[b"labels"], batch[b"data"]
+        columns, array = [batch[key.encode()] for key in layout.labels], batch[b"data"]
         _, shape, dtype, fortran, raw = array.state
         dtype, raw = _bytes(dtype.args[0]), _bytes(raw)
     except Refused as refusal:
-        raise DataError(f"is no pickle of CIFAR-10 images: it {refusal}") from None
+        raise DataError(f"is no pickle of {layout.title} images: it {refusal}") from None
     except DAMAGE as error:
-        raise DataError(f"is no pickle of CIFAR-10 images ({type(error).__name__}: {str(error)[:80]})") from error
+        raise DataError(f"is no pickle of {layout.title} images ({type(error).__name__}: {str(error)[:80]})") from error
     if dtype not in (b"u1", b"|u1") or type(raw) is not bytes:
         raise DataError(f"has data of dtype {reprlib.repr(dtype)}; expected u1")
-    if type(labels) is not list or not labels or shape != (len(labels), 3072) or len(raw) != len(labels) * 3072:
-        count = f"{len(labels):,} labels" if type(labels) is list else "no list of labels"
-        shape = f"{reprlib.repr(shape)} in {len(raw):,} bytes"
-        raise DataError(f"has {count} and data of shape {shape}; expected n labels and (n, 3072), n not 0")
-    _check_labels(labels)
-    records = np.empty((len(labels), RECORD), np.uint8)
-    records[:, 0] = labels
-    records[:, 1:] = np.frombuffer(raw, np.uint8).reshape(shape, order="F" if fortran else "C")
+    for labels in columns:
+        if type(labels) is not list or not labels or shape != (len(labels), PIXELS) or len(raw) != len(labels) * PIXELS:
+            count = f"{len(labels):,} labels" if type(labels) is list else "no list of labels"
+            shape = f"{reprlib.repr(shape)} in {len(raw):,} bytes"
+            raise DataError(f"has {count} and data of shape {shape}; expected n labels and (n, {PIXELS}), n not 0")
+    records = np.empty((len(columns[0]), layout.record), np.uint8)
+    for column, (labels, classes) in enumerate(zip(columns, layout.labels.values(), strict=True)):
+        _check_labels(labels, classes)
+        records[:, column] = labels
+    records[:, len(columns) :] = np.frombuffer(raw, np.uint8).reshape(shape, order="F" if fortran else "C")
     return records
 
 

@@ -15,7 +15,8 @@ from jaxtyping import Int32, UInt8
 
 from jresnet.errors import DataError
 
-RECORD = 1 + 3 * 32 * 32  # bytes: a label and three planes
+PIXELS = 3 * 32 * 32  # bytes of an image: three planes
+RECORD = 1 + PIXELS  # bytes: a label and the image
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,8 @@ import numpy as np
 
 from jresnet.data.dataset import Dataset, from_records, not_importable
 
+CLASSES = tuple("0123456789")
+
 
 def load_digits() -> Dataset:
     """The 1,797 handwritten digits inside scikit-learn, as CIFAR-shaped images: data for a machine without network.
@@ -34,4 +36,4 @@ def load_digits() -> Dataset:
     test = np.concatenate([order[labels[order] == digit][:36] for digit in range(10)])
     train = order[~np.isin(order, test)]
     source = "scikit-learn's digits (1,797 images, 8x8 scaled to 32x32)"
-    return from_records("digits", tuple("0123456789"), [records[train]], [records[test]], source)
+    return from_records("digits", CLASSES, [records[train]], [records[test]], source)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +65,8 @@ class Batch(NamedTuple):
 def list_folder(root: str | Path) -> Folder:
     """The images in ``root/CLASS/`` and the folders below, as ``torchvision.datasets.ImageFolder`` lists them.
 
+    Not so hidden folders, ``__pycache__`` and ``__MACOSX``: they are no classes.
+
     Links to files and to class folders are followed, links to folders further down are not: they may form circles.
 
     Raises:
@@ -84,10 +86,11 @@ def list_folder(root: str | Path) -> Folder:
     labels: list[int] = []
     try:
         entries = sorted(os.listdir(root))
-        classes = tuple(name for name in entries if (root / name).is_dir())
-        ignored = len(entries) - len(classes)
+        folders = [name for name in entries if (root / name).is_dir()]
+        classes = tuple(name for name in folders if not _is_aside(name))
+        ignored = len(entries) - len(folders)
         for label, name in enumerate(classes):
-            for folder, _, files in sorted(os.walk(root / name, onerror=fail)):
+            for folder, files in sorted(_walk(root / name, fail)):
                 images = [file for file in sorted(files) if file.lower().endswith(EXTENSIONS)]
                 paths += [Path(folder, file) for file in images]
                 labels += [label] * len(images)
@@ -98,6 +101,18 @@ def list_folder(root: str | Path) -> Folder:
         found = f"{len(classes):,} folders without an image" if classes else f"no folder, and {ignored:,} files"
         raise DataError(f"{root} holds {found}: {layout}; images end in {', '.join(EXTENSIONS)}")
     return Folder(root, classes, tuple(paths), tuple(labels), ignored)
+
+
+def _is_aside(name: str) -> bool:
+    """Whether a folder holds what programs leave beside images: copies of notebooks, caches, macOS's attributes."""
+    return name.startswith(".") or name in ("__pycache__", "__MACOSX")
+
+
+def _walk(root: Path, fail: Callable[[OSError], None]) -> Iterator[tuple[str, list[str]]]:
+    """The folders in and below ``root``, without those that are no part of the data, and their files."""
+    for folder, below, files in os.walk(root, onerror=fail):
+        below[:] = [name for name in below if not _is_aside(name)]
+        yield folder, files
 
 
 def in_turn(labels: Sequence[int]) -> list[int]:
@@ -127,7 +142,7 @@ def read(path: str | Path) -> Image.Image:
         with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > _limit():  # Pillow warns here, and raises only beyond twice that
                 raise BadImage(f"{image.width} x {image.height} pixels are more than {_limit():,}")
-            return image.convert("RGB")
+            return as_rgb(image)
     except BadImage:
         raise
     except UnidentifiedImageError as error:
@@ -135,6 +150,35 @@ def read(path: str | Path) -> Image.Image:
     except Exception as error:  # Pillow's decoders fail in ways of their own
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
         raise BadImage(" ".join(reason.split())) from error
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """A picture of any mode in RGB, as a person sees it.
+
+    Pillow's own conversion cuts off what is above 255. Grey levels of 16 bits are scaled instead; floating-point ones are
+    taken as from 0 to 1 or from 0 to 255 where they lie within, and otherwise, as wider integers, from the least to the
+    greatest of the picture.
+
+    Raises:
+        BadImage: a value is NaN or infinite.
+    """
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+        return image.convert("RGB")
+    levels = np.asarray(image).astype(np.float64)
+    if not np.isfinite(levels).all():
+        raise BadImage("there are NaN or infinite values in it")
+    least, most = float(levels.min()), float(levels.max())
+    sixteen = image.mode != "F" and (image.mode != "I" or image.format in ("PNG", "PPM") or 255 < most <= 65535)
+    if least >= 0 and sixteen and most <= 65535:
+        low, high = 0.0, 65535.0
+    elif least >= 0 and most <= (1 if image.mode == "F" else 255):
+        low, high = 0.0, 1.0 if image.mode == "F" else 255.0
+    elif least >= 0 and most <= 255:
+        low, high = 0.0, 255.0
+    else:
+        low, high = least, most
+    grey = np.round((levels - low) * (255 / max(high - low, 1e-300)))
+    return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
 
 
 def _limit() -> float:

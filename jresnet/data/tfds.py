@@ -1,4 +1,4 @@
-"""CIFAR-10 as a store of TensorFlow Datasets (TFDS): found, read and written without TensorFlow.
+"""CIFAR-10 and CIFAR-100 as stores of TensorFlow Datasets (TFDS): found and read without TensorFlow; CIFAR-10's written.
 
 A store's folder may come from anyone. TFDS's own reader imports the modules that ``features.json`` names, so it is not
 used: the record files are opened by the names that a store of this data set has, and each record is parsed as a
@@ -13,16 +13,17 @@ import json
 import re
 import struct
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jresnet.data.dataset import RECORD, Dataset, Split, not_importable
+from jresnet.data.dataset import PIXELS, Dataset, Split, not_importable
 from jresnet.errors import DataError
 
 NAME, VERSION = "cifar10", "3.0.2"  # TFDS's for CIFAR-10; other versions are read as well
+LABELS = {"label": 10}  # the features that are labels, in the order of a record, and how many classes each has
 # How TFDS names a store's files; versions before 4.8 do not write it down.
 TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 MAX_INFO = 2**20  # bytes of dataset_info.json; TFDS writes some 700
@@ -34,29 +35,31 @@ MAX_IMAGES = 1_000_000  # of a split; CIFAR-10 has 50,000
 class Stored(NamedTuple):
     """A split of a store."""
 
-    records: np.ndarray  # uint8 [n, RECORD], by ascending place
+    records: np.ndarray  # uint8 [n, labels + PIXELS], by ascending place
     places: np.ndarray  # int64 [n]: in the official order
 
 
-def find_tfds(root: Path) -> Path | None:
-    """The newest prepared version of TFDS's cifar10 under ``root``; told by its files, without TFDS's slow import."""
+def find_tfds(root: Path, name: str = NAME) -> Path | None:
+    """The newest prepared version of TFDS's ``name`` under ``root``; told by its files, without TFDS's slow import."""
     versions = [
         folder
-        for folder in (root / NAME).glob("*.*.*")
+        for folder in (root / name).glob("*.*.*")
         if re.fullmatch(r"\d+\.\d+\.\d+", folder.name)  # not incomplete.XXXXXX_3.0.2, which an interruption leaves
-        and all((folder / name).is_file() for name in ("dataset_info.json", "features.json"))
+        and all((folder / file).is_file() for file in ("dataset_info.json", "features.json"))
     ]
     return max(versions, key=lambda folder: [int(part) for part in folder.name.split(".")], default=None)
 
 
-def read_tfds(store: Path) -> tuple[dict[str, Stored], str]:
+def read_tfds(store: Path, name: str = NAME, labels: Mapping[str, int] = LABELS) -> tuple[dict[str, Stored], str]:
     """The splits "train" and "test" of a store, in the official order, and the format of its files.
 
     Args:
         store: a folder, of :func:`find_tfds`.
+        name: TFDS's of the data set.
+        labels: as ``LABELS``.
 
     Raises:
-        DataError: TFDS cannot be imported, or the store is damaged or not of CIFAR-10.
+        DataError: TFDS cannot be imported, or the store is damaged or of another data set.
     """
     try:
         import tensorflow_datasets  # noqa: F401 - the error below then names it where it is missing
@@ -80,10 +83,10 @@ def read_tfds(store: Path) -> tuple[dict[str, Stored], str]:
     splits = {}
     try:
         kind, lengths = _describe(store)
-        for name in ("train", "test"):
-            shards = _shards(store, name, kind, lengths[name])
+        for split in ("train", "test"):
+            shards = _shards(store, f"{name}-{split}", kind, lengths[split])
             raw = [record for path, length in shards for record in records(path, length)]
-            splits[name] = _decode(name, raw, tf_example_pb2.Example)
+            splits[split] = _decode(split, raw, tf_example_pb2.Example, labels)
     except Exception as error:  # array_record, protobuf and pillow fail in ways of their own
         raise DataError(
             f"the TFDS store {store} cannot be used: {error or type(error).__name__}\n"
@@ -113,9 +116,9 @@ def _describe(store: Path) -> tuple[str, dict[str, list[int]]]:
 
 
 def _shards(store: Path, name: str, kind: str, lengths: Sequence[int]) -> Iterator[tuple[Path, int]]:
-    """A split's files, each an ordinary one of a size that can be, with the number of its records."""
+    """The files of a split (cifar10-train, say), each an ordinary one of a size that can be, and how many records it has."""
     for number, length in enumerate(lengths):
-        path = store / f"{NAME}-{name}.{kind}-{number:05d}-of-{len(lengths):05d}"
+        path = store / f"{name}.{kind}-{number:05d}-of-{len(lengths):05d}"
         if not path.is_file():  # a pipe would never end
             raise DataError(f"{path.name} is {'no ordinary file' if path.exists() else 'missing'}")
         if path.stat().st_size > MAX_SHARD:
@@ -123,26 +126,26 @@ def _shards(store: Path, name: str, kind: str, lengths: Sequence[int]) -> Iterat
         yield path, length
 
 
-def _decode(name: str, raw: Sequence[bytes], example: Any) -> Stored:
+def _decode(name: str, raw: Sequence[bytes], example: Any, labels: Mapping[str, int]) -> Stored:
     """A split's serialised tf.train.Examples -> its records in the official order."""
     from PIL import Image
 
-    records = np.empty((len(raw), RECORD), np.uint8)
-    index, labels = np.arange(len(raw)), np.empty(len(raw), np.int64)
+    records = np.empty((len(raw), len(labels) + PIXELS), np.uint8)
+    index, found = np.arange(len(raw)), np.empty((len(raw), len(labels)), np.int64)
     for i, message in enumerate(raw):
         feature = example.FromString(message).features.feature  # TFDS's deserialize_example_np takes twice as long
         # PNG alone: Pillow would hand PostScript to a program.
         image = Image.open(io.BytesIO(feature["image"].bytes_list.value[0]), formats=["PNG"])
         if image.size != (32, 32) or image.mode != "RGB":
             raise DataError(f"an image of {name} is {image.size} {image.mode}; expected (32, 32) RGB")
-        records[i, 1:] = np.asarray(image).transpose(2, 0, 1).reshape(-1)
-        labels[i] = feature["label"].int64_list.value[0]
+        records[i, len(labels) :] = np.asarray(image).transpose(2, 0, 1).reshape(-1)
+        found[i] = [feature[key].int64_list.value[0] for key in labels]
         if "id" in feature:  # old versions of the dataset have none: their order stays as it is
             index[i] = int(feature["id"].bytes_list.value[0].removeprefix(f"{name}_".encode()))
-    wrong = labels[(labels < 0) | (labels > 9)]
-    if len(wrong):
-        raise DataError(f"an image of {name} has the label {wrong[0]}; expected 0 to 9")
-    records[:, 0] = labels
+    for column, classes in zip(found.T, labels.values(), strict=True):
+        if len(wrong := column[(column < 0) | (column >= classes)]):
+            raise DataError(f"an image of {name} has the label {wrong[0]}; expected 0 to {classes - 1}")
+    records[:, : len(labels)] = found
     order = np.argsort(index)
     if (np.diff(index[order]) == 0).any():
         raise DataError(f"the ids of {name} are not unique")

@@ -50,6 +50,11 @@ class RunConfig(Hyperparameters):
         "what convolutions compute in; auto is bfloat16 on GPU and TPU, float32 on the CPU", "network",
         choices=("float32", "bfloat16"), automatic=True,
     )  # fmt: skip
+    weights: str | None = option(
+        "start from these weights: a file, native or PyTorch's, published ones (resnet50:IMAGENET1K_V2), or hf:ORG/REPO; "
+        "they say the architecture, and the head is a fresh one where their classes are others",
+        "network", None, metavar="W", none="random ones",
+    )  # fmt: skip
     remat: bool = option(
         "keep only the blocks' inputs for the backward pass and compute the rest again: less memory, slower", "recipe",
         False,
@@ -170,6 +175,29 @@ def _read(out: Path) -> tuple[RunConfig, int | None] | None:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)[:500]
         raise InputError(f"{path} is no run's configuration ({reason}): choose another `out`") from error
     return config, runs
+
+
+def why_not_longer(before: RunConfig, now: RunConfig, begun: int) -> str | None:
+    """Why a run cannot go on with other ``epochs`` and ``milestones``; None where nothing that was done would be otherwise.
+
+    Args:
+        before: the run's configuration, and that of the run to be; they differ in these fields alone.
+        now: the latter.
+        begun: how many epochs have begun.
+    """
+    if begun == 0:
+        return None
+    if now.epochs < begun:
+        return f"{begun} epochs have begun already"
+    if now.schedule != "step":
+        return (
+            f"with `schedule` {now.schedule} every rate depends on the number of epochs, so the {begun} that have begun "
+            "would have had others"
+        )
+    passed = [[m for m in config.milestones if m < begun] for config in (before, now)]
+    if passed[0] != passed[1]:
+        return f"milestones before epoch {begun} have passed"
+    return None
 
 
 def differences(before: RunConfig, now: RunConfig) -> list[str]:

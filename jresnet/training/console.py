@@ -5,17 +5,25 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 
+from jresnet.files import shown
+from jresnet.models import zoo
 from jresnet.reports.metrics_file import duration
 
 if TYPE_CHECKING:
     from jresnet.training.config import RunConfig
     from jresnet.training.loop import Pace
     from jresnet.training.program import Program
+
+
+INDENT = 9  # columns before the text of a line: a title of eight letters and a space
+WIDTH = 80  # columns where there is no terminal to ask
+FEW_STEPS = 100  # in fewer no recipe gets anywhere: the rate is made for thousands
 
 
 def size(count: int) -> str:
@@ -41,6 +49,35 @@ def device_memory(device: Any) -> int | None:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def wrapped(text: str, width: int) -> str:
+    """A line in several of at most ``width`` columns, broken between words, after a comma or semicolon if there is one.
+
+    The lines that follow are indented as the text of the first, behind its title of eight letters. A longer word, such as a
+    path, stays whole.
+    """
+    lines = []
+    while len(text) > width:
+        spaces = [i for i in range(INDENT, width + 1) if text[i] == " " and text[:i].strip()]
+        if not spaces:
+            after = text.find(" ", width)
+            if after < 0:
+                break
+            spaces = [after]
+        marks = [i for i in spaces if text[i - 1] in ",;:" and i > width // 2]
+        at = (marks or spaces)[-1]
+        lines.append(text[:at])
+        text = " " * INDENT + text[at + 1 :]
+    return "\n".join([*lines, text])
+
+
+def columns(stream: TextIO | None) -> int:
+    """The width of a terminal; 80 of anything else."""
+    try:
+        return max(40, os.get_terminal_size(stream.fileno()).columns) if stream and stream.isatty() else WIDTH
+    except (OSError, ValueError):
+        return WIDTH
+
+
 def introduction(config: RunConfig, program: Program, processes: int) -> list[str]:
     """What a run is about to do, in lines: devices, network, data, recipe."""
     data, where = program.data, program.devices
@@ -53,6 +90,18 @@ def introduction(config: RunConfig, program: Program, processes: int) -> list[st
         f"data     {data.name}: {images} images, from {data.source}",
         *(f"note     {note}" for note in data.notes),
         *_recipe(config, program.steps_per_epoch),
+        *_few_steps(config, program.total_steps),
+    ]
+
+
+def _few_steps(config: RunConfig, steps: int) -> list[str]:
+    """What there is to say of a run that is too short to show what its recipe can do."""
+    if steps >= FEW_STEPS:
+        return []
+    more = "more epochs" if config.limit_train is None else "more epochs or training images"
+    return [
+        f"note     {steps:,} steps in all are too few for recipe {config.recipe}: the result will say little; {more} or a "
+        "smaller batch make more steps"
     ]
 
 
@@ -91,25 +140,29 @@ def _recipe(config: RunConfig, steps_per_epoch: int) -> list[str]:
     ]
 
 
-def estimate(program: Program, pace: Pace, left: float) -> list[str]:
+def estimate(config: RunConfig, program: Program, pace: Pace, left: float) -> list[str]:
     """How long the whole will take, in lines, once a step has been measured; ``left`` in seconds."""
     lines = [f"time     {pace.step_seconds:.3g} s a step: about {duration(left)} to go, evaluation not counted"]
     if left > 3600 and program.devices.platform == "cpu":
-        lines.append(
-            "         on a CPU that is long; shorter: a network of depth 20, fewer epochs, fewer training images, the "
-            "digits instead of CIFAR-10, or a GPU (pip install 'jax[cuda13]')"
-        )
+        ways = [  # what is not chosen already
+            "a network of depth 20" if program.parameters > zoo.find("resnet20_cifar").parameters * 1.1 else "",
+            "fewer epochs" if config.epochs > 1 else "",
+            "" if config.limit_train else "fewer training images",
+            f"the digits instead of {config.dataset}" if config.dataset != "digits" else "",
+            "a GPU (pip install 'jax[cuda13]')",
+        ]
+        lines.append(f"         on a CPU that is long; shorter: {', '.join(filter(None, ways))}")
     return lines
 
 
 def epoch_line(row: dict[str, Any], epochs: int, left: float) -> str:
-    """A row of ``metrics.jsonl`` in one line; ``left``, the run's remaining seconds."""
+    """A row of ``metrics.jsonl`` in one line, losses and accuracies; ``left``, the run's remaining seconds."""
     splits = "; ".join(
-        f"{name} loss {row[f'{name}_loss']:.4f}, accuracy {100 * row[f'{name}_accuracy']:.2f} %"
+        f"{name} loss {row[f'{name}_loss']:.4f}, {100 * row[f'{name}_accuracy']:.2f} %"
         for name in ("train", "val", "test")
         if f"{name}_loss" in row
     )
-    return f"epoch {row['epoch']}/{epochs}: {splits}; {row['images_per_second']:.0f} images/s, {duration(left)} left"
+    return f"epoch {row['epoch']}/{epochs}: {splits}; {duration(left)} left"
 
 
 class Console:
@@ -174,8 +227,13 @@ class Console:
         if self.bars:
             self.bars[0].set_postfix_str(left_over)
             self.bars[1].set_description_str(figures)
-        elif not self.quiet and time.monotonic() - self.last > 60:
-            self.say(f"{self.title}: {figures}, {left_over}")
+        else:
+            self.minute(lambda: f"{self.title}: {figures}, {left_over}")
+
+    def minute(self, text: Callable[[], str]) -> None:
+        """A line, where none was printed for a minute."""
+        if not self.quiet and time.monotonic() - self.last > 60:
+            self.say(text())
 
     def end(self) -> None:
         """Removes the bar."""
@@ -183,9 +241,11 @@ class Console:
             self.bars.pop().close()
 
     def say(self, text: str) -> None:
-        """One line, above the bar where there is one."""
+        """One line, broken between words where it is too long, above the bar where there is one."""
         if self.quiet:
             return
+        width = columns(self.stream) - self.tty  # a full line makes some terminals begin another
+        text = "\n".join(wrapped(line, width) for line in shown(text).split("\n"))
         try:
             if self.bars:
                 self.bars[0].write(text, file=self.stream)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import time
@@ -10,11 +11,13 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
+import numpy as np
 
 from jresnet.errors import InputError
 from jresnet.files import write_atomically
 from jresnet.reports.metrics_file import finite, read_metrics
+
+SPLITS = ("train", "val", "test")
 
 
 class WandB:
@@ -65,27 +68,38 @@ class WandB:
         self.run.finish(exit_code=0 if sys.exc_info()[0] is None else 1)
 
 
+def tag(name: str) -> str:
+    """What TensorBoard calls a figure of a row: ``test_loss`` is ``loss/test``, in the group of losses."""
+    split, _, figure = name.partition("_")
+    if split in SPLITS:
+        return f"{figure}/{split}"
+    return {"images_per_second": "speed/images_per_second", "seconds": "speed/seconds"}.get(name, name)
+
+
 class Metrics:
     """``metrics.jsonl``, one line an epoch, and the same numbers for TensorBoard (float32 there) and W&B.
 
     A row is JSON values by name, with ``epoch`` and ``step``; NaN and infinities become null, and are left out of
-    TensorBoard.
+    TensorBoard, which gets the losses of the steps, the configuration and the pictures too. Where tensorboardX is missing,
+    ``note`` says so, and there is no TensorBoard.
 
     Args:
         folder: the run's folder, which exists.
         epochs: how many epochs a resumed run has behind it. Its file may hold more, written before the run was killed
             and in no checkpoint: they are trained again.
         wandb: takes the same rows.
+        step: the run goes on after this one; after the last row's by default.
 
     Raises:
         InputError: where the file does not hold that many whole lines.
     """
 
-    def __init__(self, folder: Path, epochs: int, wandb: WandB | None = None):
+    def __init__(self, folder: Path, epochs: int, wandb: WandB | None = None, step: int | None = None):
         self.folder, self.path, self.wandb = folder, folder / "metrics.jsonl", wandb
-        self._begin(epochs)
+        self.note: str | None = None
+        self._begin(epochs, step)
 
-    def _begin(self, epochs: int) -> None:
+    def _begin(self, epochs: int, step: int | None) -> None:
         self.rows = read_metrics(self.path, epochs)
         if len(self.rows) < epochs:
             raise InputError(
@@ -93,16 +107,24 @@ class Metrics:
                 "from: put the file back from a copy, or begin again in another folder"
             )
         write_atomically(self.path, "".join(json.dumps(finite(row)) + "\n" for row in self.rows).encode())
+        if not step:
+            step = self.rows[-1]["step"] if self.rows else -1
+        self.writer: Any = None
+        try:
+            from tensorboardX import SummaryWriter  # takes a second or two: it imports torch where there is one
+        except ImportError as error:
+            self.note = f"no TensorBoard files are written ({error}): pip install tensorboardX"
+            return
         self.writer = SummaryWriter(
             str(self.folder / "tensorboard"),
-            purge_step=self.rows[-1]["step"] + 1 if self.rows else 0,
+            purge_step=step + 1,
             filename_suffix=f".{time.time_ns()}",  # without it, two sessions in one second share a file
         )
 
-    def rewind(self, epochs: int) -> None:
+    def rewind(self, epochs: int, step: int | None = None) -> None:
         """Drops the rows after the first ``epochs``, for a run that goes back to a checkpoint; W&B keeps what it has."""
-        self.writer.close()
-        self._begin(epochs)
+        self._close()
+        self._begin(epochs, step)
 
     def add(self, row: dict[str, Any]) -> None:
         """Appends an epoch."""
@@ -110,15 +132,40 @@ class Metrics:
         self.rows.append(row)
         with self.path.open("ab") as file:
             file.write(json.dumps(row).encode() + b"\n")
-        for name, value in row.items():
-            if name not in ("epoch", "step") and isinstance(value, int | float):
-                self.writer.add_scalar(name, value, row["step"])
-        self.writer.flush()
+        if self.writer is not None:
+            for name, value in row.items():
+                if name not in ("epoch", "step") and isinstance(value, int | float):
+                    self.writer.add_scalar(tag(name), value, row["step"])
+            self.writer.flush()
         if self.wandb is not None:
             self.wandb.add(row)
 
+    def steps(self, step: int, losses: np.ndarray) -> None:
+        """Adds the losses of the steps up to and with ``step``, float ``[steps]``, to TensorBoard."""
+        if self.writer is not None:
+            for number, loss in enumerate(losses.tolist(), step - len(losses) + 1):
+                if math.isfinite(loss):
+                    self.writer.add_scalar("loss/step", loss, number)
+
+    def text(self, name: str, text: str) -> None:
+        """Shows a text, as it stands, in TensorBoard."""
+        if self.writer is not None:
+            self.writer.add_text(name, "\n".join(f"    {line}" for line in text.splitlines()))
+
+    def picture(self, name: str, path: Path, step: int) -> None:
+        """Shows a PNG file in TensorBoard."""
+        if self.writer is not None:
+            from PIL import Image
+
+            with Image.open(path, formats=["PNG"]) as image:
+                self.writer.add_image(f"pictures/{name}", np.asarray(image.convert("RGB")), step, dataformats="HWC")
+
+    def _close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
     def close(self) -> None:
         """Closes TensorBoard's file and the run in W&B."""
-        self.writer.close()
+        self._close()
         if self.wandb is not None:
             self.wandb.close()

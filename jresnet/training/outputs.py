@@ -13,7 +13,6 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +23,15 @@ import numpy as np
 from jresnet.errors import InputError
 from jresnet.files import printable, read_ordinary, write_atomically
 from jresnet.reports import plots
-from jresnet.reports.metrics_file import finite, no_figures
+from jresnet.reports.metrics_file import finite, no_figures, read_metrics
 from jresnet.training import devices
 from jresnet.training import step as train
 from jresnet.training.checkpoint import Checkpoints
-from jresnet.training.config import RunConfig, differences, read_config, read_runs
+from jresnet.training.config import RunConfig, differences, read_config, read_runs, why_not_longer
 from jresnet.training.loop import Evaluation
 from jresnet.training.metrics import Metrics, WandB
 from jresnet.training.program import Program
-from jresnet.version import __version__
+from jresnet.version import __version__, installed
 from jresnet.weights import native as weights
 from jresnet.weights.preprocessing import Preprocessing
 
@@ -118,17 +117,28 @@ class Outputs:
         if self._checkpoints:
             self._checkpoints.wait()
 
-    def begin_rows(self, epochs: int, project: str | None) -> None:
-        """Opens ``metrics.jsonl``, of which the first ``epochs`` rows stay, TensorBoard, and a project of W&B."""
+    def begin_rows(self, epochs: int, step: int, project: str | None) -> None:
+        """Opens ``metrics.jsonl``, of which the first ``epochs`` rows stay, TensorBoard, and a project of W&B.
+
+        ``step`` is the one that the run goes on after.
+        """
         if devices.is_first():
             name = f"{self.out.parent.name}/{self.out.name}"  # a seed's folder alone is seed-0 in every run
             wandb = WandB(project, name, dataclasses.asdict(self.config), self.out) if project else None
-            self._metrics = Metrics(self.out, epochs, wandb)
+            self._metrics = Metrics(self.out, epochs, wandb, step)
+            if self._metrics.note:
+                self.say(f"note     {self._metrics.note}")
+            self._metrics.text("configuration", json.dumps(dataclasses.asdict(self.config), indent=1))
 
-    def rewind_rows(self, epochs: int) -> None:
-        """Drops the rows after the first ``epochs``."""
+    def rewind_rows(self, epochs: int, step: int) -> None:
+        """Drops the rows after the first ``epochs``, and the steps after ``step``."""
         if self._metrics:
-            self._metrics.rewind(epochs)
+            self._metrics.rewind(epochs, step)
+
+    def steps(self, step: int, losses: np.ndarray) -> None:
+        """Adds the losses of the steps up to ``step``."""
+        if self._metrics:
+            self._metrics.steps(step, losses)
 
     def row(self, row: dict[str, Any]) -> None:
         """Appends an epoch's row."""
@@ -150,6 +160,7 @@ class Outputs:
             preprocessing=Preprocessing(resize, config.image_size, pipeline.mean, pipeline.std).to_json(),
             categories=json.dumps(self.program.data.classes),
             metrics=json.dumps(finite(row)),
+            started_from=config.weights,
         )
 
     def finish(self, test: Evaluation, judge: str, best_epoch: int, **more: Any) -> dict[str, Any]:
@@ -216,6 +227,9 @@ class Outputs:
         plots.plot_worst(
             held.images[known], labels, predictions, test.losses[known], classes, self.out / "worst.png", scored
         )
+        for name in ("curves", "confusion", "worst"):
+            if self._metrics:
+                self._metrics.picture(name, self.out / f"{name}.png", self.rows[-1]["step"])
 
 
 @contextlib.contextmanager
@@ -236,6 +250,9 @@ def claimed(
         if lock.note:
             say(f"note     {lock.note}")
         check(config, out, resume, runs)  # another run may just have ended
+        if (before := read_config(out)) and (changed := differences(before, config)):
+            say(f"note     the run goes on with another configuration: {'; '.join(changed)}")
+            (out / "summary.json").unlink(missing_ok=True)  # of the shorter run; its end writes it anew
         for name in FILES:  # of a run that was killed while it wrote
             for path in out.glob(f".{name}.*"):
                 path.unlink(missing_ok=True)
@@ -252,7 +269,8 @@ def check(config: RunConfig, out: Path, resume: bool, runs: int | None = None) -
         runs: how many seeds; None for a single run.
 
     Raises:
-        InputError: otherwise; a difference in the configuration is listed field by field.
+        InputError: otherwise; a difference in the configuration is listed field by field. More ``epochs`` alone are none
+            where the rates of those that have begun are the same in the longer run.
     """
     if why := unusable(out):
         raise InputError(f"cannot use `out` {out}: {why}; choose another folder")
@@ -263,8 +281,34 @@ def check(config: RunConfig, out: Path, resume: bool, runs: int | None = None) -
     changed = differences(before, config) if before else []
     if before and runs != read_runs(out):
         changed.append(f"`runs` was {read_runs(out) or 'not given'}, now {runs or 'not given'}")
-    if changed:
-        raise InputError(f"`resume` goes on with the run in {out} as it was begun, but {'; '.join(changed)}")
+    if before and changed:
+        why = ""
+        if dataclasses.replace(config, epochs=before.epochs, milestones=before.milestones) == before and (
+            runs == read_runs(out)
+        ):
+            if not (reason := why_not_longer(before, config, _begun(out))):
+                return
+            why = f" ({reason})"
+        way = ""
+        if last := next((path for path in _seed_folders(out) if (path / "last.safetensors").exists()), None):
+            way = f". A new run that starts from its weights: `weights` {last / 'last.safetensors'}, and another `out`"
+        raise InputError(f"`resume` goes on with the run in {out} as it was begun, but {'; '.join(changed)}{why}{way}")
+
+
+def _seed_folders(out: Path) -> list[Path]:
+    """A run's folder and those of its seeds."""
+    return [out, *sorted(out.glob("seed-*"))]
+
+
+def _begun(out: Path) -> int:
+    """How many epochs of a run have begun; of several seeds, of the one with the most."""
+    most = 0
+    for folder in _seed_folders(out):
+        rows = read_metrics(folder / "metrics.jsonl")
+        steps = [int(path.stem) for path in (folder / "checkpoints").glob("*.safetensors") if path.stem.isdecimal()]
+        within = max(steps, default=0) > (rows[-1]["step"] if rows else 0)
+        most = max(most, len(rows) + within)
+    return most
 
 
 def unusable(out: Path) -> str | None:
@@ -313,9 +357,8 @@ def read_summary(path: Path) -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """What a run was made with."""
-    names = ("jax", "jaxlib", "flax", "optax", "numpy")
-    ours = {"python": platform.python_version(), "jresnet": __version__}  # a checkout need not be installed
-    return ours | {name: version(name) for name in names}
+    ours = {"python": platform.python_version(), "jresnet": __version__}
+    return ours | installed("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 class Lock:

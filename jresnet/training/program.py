@@ -18,12 +18,13 @@ from jresnet import cache
 from jresnet.data.dataset import Dataset, Split
 from jresnet.errors import InputError
 from jresnet.kernels.compiler import compiler_options
-from jresnet.models import zoo
+from jresnet.models import params, zoo
 from jresnet.models.resnet import ResNet
-from jresnet.training import devices, loop, optim
+from jresnet.training import devices, initial, loop, optim
 from jresnet.training import step as train
 from jresnet.training.config import RunConfig
 from jresnet.training.devices import Devices
+from jresnet.training.initial import Initial
 from jresnet.training.loop import Evaluation, StepsLoop
 from jresnet.training.stop import Interrupted, StopRequest
 
@@ -35,13 +36,14 @@ class Program:
         config: what to do.
         data: the dataset, of :func:`load_data`.
         where: the devices; all of this process by default.
+        initial: what ``config.weights`` names, where it is read already.
 
     Raises:
         InputError: where data, configuration and devices do not go together.
     """
 
-    def __init__(self, config: RunConfig, data: Dataset, where: Devices | None = None):
-        self.config, self.data = config, data
+    def __init__(self, config: RunConfig, data: Dataset, where: Devices | None = None, initial: Initial | None = None):
+        self.config, self.data, self._initial = config, data, initial
         self.devices = where or devices.find()
         self.splits = split_dataset(config, data)
         images = len(self.splits["train"].labels)
@@ -108,10 +110,35 @@ class Program:
         """The state before the first step, on the devices."""
         return self.devices.replicate(train.init(self.model(seed), self.optimizer, average=self.config.ema > 0))
 
-    def compile(self, state: train.TrainState, order: np.ndarray, key: jax.Array, stop: StopRequest) -> None:
+    def pretrained(self, seed: int) -> tuple[train.TrainState, list[str]]:
+        """The state before the first step with ``config.weights`` in it, and what there is to say about these.
+
+        Raises:
+            WeightsError, InputError, DownloadError: they cannot be had, or are of another network.
+        """
+        assert self.config.weights is not None
+        self._initial = self._initial or initial.load(self.config.weights, self.config.arch)
+        config = self.model(None).config
+        values, notes = self._initial.fit(config, self.data.classes, seed)
+        if self._initial.image_size not in (None, self.config.image_size):
+            notes.append(
+                f"they are for images of {self._initial.image_size} pixels; these are of {self.config.image_size}"
+            )
+        state = train.init(params.fill(config, values), self.optimizer, average=self.config.ema > 0)
+        return self.devices.replicate(state), notes
+
+    def compile(
+        self,
+        state: train.TrainState,
+        order: np.ndarray,
+        key: jax.Array,
+        stop: StopRequest,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
         """Compiles what training and evaluation call, once for all seeds.
 
-        In a thread of its own: compilation takes up to minutes, in which Python would not hear a signal.
+        In a thread of its own: compilation takes up to minutes, in which Python would not hear a signal. ``tick`` is called
+        all the while.
 
         Raises:
             Interrupted: the thread may still be compiling.
@@ -133,6 +160,7 @@ class Program:
         thread.start()
         while thread.is_alive():
             thread.join(0.1)
+            tick()
             if stop() and jax.process_count() == 1:
                 raise Interrupted(stop.signal)
         if failures:

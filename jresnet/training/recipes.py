@@ -14,6 +14,7 @@ ARCH = "resnet34"  # where neither the recipe nor the user names one
 # is another digit or none.
 DATASETS: dict[str, dict[str, Any]] = {
     "cifar10": {},
+    "cifar100": {},
     "digits": {"epochs": 4, "batch_size": 32, "flip": "none"},
 }
 

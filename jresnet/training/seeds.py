@@ -13,9 +13,10 @@ from jresnet.data.dataset import Dataset
 from jresnet.errors import InputError
 from jresnet.reports import compare
 from jresnet.training import devices
-from jresnet.training.config import RunConfig
+from jresnet.training.config import RunConfig, read_config
 from jresnet.training.console import Console
 from jresnet.training.devices import Devices
+from jresnet.training.initial import Initial
 from jresnet.training.outputs import claimed, read_summary, write_config, write_json
 from jresnet.training.program import Program
 from jresnet.training.stop import StopRequest
@@ -31,6 +32,7 @@ def fit_seeds(
     stop: StopRequest | None = None,
     where: Devices | None = None,
     options: Options | None = None,
+    initial: Initial | None = None,
 ) -> dict[str, Any]:
     """Runs of the seeds ``config.seed``, ``config.seed + 1``, ..., one after the other, compiled once.
 
@@ -47,6 +49,7 @@ def fit_seeds(
         stop: as for :class:`Trainer`.
         where: as for :class:`Program`.
         options: as for :class:`Trainer`.
+        initial: as for :class:`Program`.
 
     Returns:
         The contents of ``summary.json``; nothing in all processes but the first.
@@ -60,16 +63,15 @@ def fit_seeds(
         if first:
             stack.enter_context(claimed(config, out, resume, console.say, runs))
             write_config(out, config, runs=runs)
-        program = Program(config, data, where)
+        program = Program(config, data, where, initial)
         summaries = []
         for seed in range(config.seed, config.seed + runs):
-            summary = out / f"seed-{seed}" / "summary.json"
-            finished = first and summary.exists()
+            summary, again = out / f"seed-{seed}" / "summary.json", dataclasses.replace(config, seed=seed)
+            finished = first and summary.exists() and read_config(summary.parent) == again  # else it is to be longer
             if resume and devices.together(np.array([finished]))[0][0]:
                 summaries.append(read_summary(summary) if first else {})
                 continue
             console.say(f"run      seed {seed}, {len(summaries) + 1} of {runs}")
-            again = dataclasses.replace(config, seed=seed)
             summaries.append(Trainer(again, data, summary.parent, stop, program, options).fit(resume=resume))
         if not first:
             return {}

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +16,7 @@ import numpy as np
 
 from jresnet.data.dataset import Dataset
 from jresnet.errors import InputError
+from jresnet.reports.metrics_file import duration
 from jresnet.training import console, devices, fields
 from jresnet.training.config import RunConfig
 from jresnet.training.console import Console
@@ -126,10 +128,10 @@ class Trainer:
             stack.callback(self.console.end)
             for line in console.introduction(self.config, self.program, jax.process_count()):
                 self.console.say(line)
-            if resume:
-                self._restore()
+            if not (resume and self._restore()):
+                self._begin_from_weights()
             self._compile()
-            self.outputs.begin_rows(self.done.epochs, self.options.wandb)
+            self.outputs.begin_rows(self.done.epochs, int(self.state.step), self.options.wandb)
             self.pace, self.saved_at = Pace(self.done.step_seconds), time.monotonic()
             while self.done.epochs < self.config.epochs:
                 try:
@@ -154,6 +156,7 @@ class Trainer:
             self.guard.check(self.state, np.asarray(rows.loss), before, order, key)
             pace.count(len(rows.loss), time.perf_counter() - began)
             done.count(rows)
+            self.outputs.steps(int(self.state.step), np.asarray(rows.loss))
             done.seconds, done.step_seconds = done.seconds + time.perf_counter() - began, pace.step_seconds
             taken += len(rows.loss)
             stops, due = self._agree()
@@ -183,7 +186,7 @@ class Trainer:
         began = time.perf_counter()
         results: dict[str, Evaluation] = {}
         for name in (name for name in self.program.splits if name != "train"):
-            result = self.program.evaluate(self.state, name, self._stop_at_once)
+            result = self.program.evaluate(self.state, name, self._watched(name))
             if result is None:
                 self._save_and_stop()
             results[name] = result
@@ -213,7 +216,7 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         """Writes the last weights, the plots and the summary."""
-        test = self.program.evaluate(self.state, "test")
+        test = self.program.evaluate(self.state, "test", self._watched("test", stops=False))
         assert test is not None  # nobody asked it to stop
         done, rows = self.done, self.outputs.rows
         self.outputs.weights("last.safetensors", self.state, rows[-1] if rows else {})
@@ -231,22 +234,39 @@ class Trainer:
     # Beginning, stopping and going back.
 
     def _compile(self) -> None:
-        known = self.program.compile_seconds > 0
+        known, began = self.program.compile_seconds > 0, time.monotonic()
+        if not known:
+            self.console.say(
+                "compiling the steps of training and evaluation (about a minute; seconds where they are kept)"
+            )
+
+        def tick() -> None:
+            self.console.minute(lambda: f"compiling, {duration(time.monotonic() - began)} so far")
+
         try:
-            self.program.compile(self.state, self._order(0), self._image_key(), self.stop)
+            self.program.compile(self.state, self._order(0), self._image_key(), self.stop, tick)
         except Interrupted:
             self.console.say("stopped  while compiling: nothing is lost")
             raise
         self.console.say("compiled already" if known else f"compiled in {self.program.compile_seconds:.1f} s")
 
-    def _restore(self) -> None:
-        """Goes on from the newest whole checkpoint, or begins."""
+    def _begin_from_weights(self) -> None:
+        """Puts the weights that the run starts from, if any, into the state."""
+        if self.config.weights is not None:
+            self.state, notes = self.program.pretrained(self.config.seed)
+            self.console.say(f"weights  the run starts from {self.config.weights}")
+            for note in notes:
+                self.console.say(f"note     {note}")
+
+    def _restore(self) -> bool:
+        """Goes on from the newest whole checkpoint; returns whether there is one."""
         found = self.outputs.restore(self.state)
         if found is None:
             self.console.say("resumed  nothing: no checkpoint yet, so the run begins")
-            return
+            return False
         self.state, self.done = found[0], Done(**found[1])
         self.console.say(f"resumed  at step {int(self.state.step):,} of {self.program.total_steps:,}")
+        return True
 
     def _save(self, score: float | None = None) -> None:
         """Begins a checkpoint."""
@@ -271,9 +291,10 @@ class Trainer:
         self.console.say(f"rollback {number} of {ROLLBACKS}: {str(error).partition(':')[0]}")
         self.outputs.wait()
         self.state, self.done = self.program.state(self.config.seed), Done()
-        self._restore()
+        if not self._restore():
+            self._begin_from_weights()
         self.done.rollbacks = number
-        self.outputs.rewind_rows(self.done.epochs)
+        self.outputs.rewind_rows(self.done.epochs, int(self.state.step))
 
     # What the loop asks for.
 
@@ -293,6 +314,19 @@ class Trainer:
     def _stop_at_once(self) -> bool:
         """Whether a signal ends the run before the next step or batch; several processes must agree first."""
         return jax.process_count() == 1 and self.stop()
+
+    def _watched(self, name: str, stops: bool = True) -> Callable[[], bool]:
+        """What the evaluation of a split asks before each batch: whether to stop; a line a minute comes with it."""
+        done = 0
+
+        def ask() -> bool:
+            nonlocal done
+            batches = -(-self.program.images[name] // self.config.batch_size)
+            self.console.minute(lambda: f"evaluating {name}: {done:,} of {batches:,} batches")
+            done += 1
+            return stops and self._stop_at_once()
+
+        return ask
 
     def _agree(self) -> tuple[bool, bool]:
         """Whether a signal ends the run here, and whether a checkpoint is due: in all processes at the same step.
@@ -317,7 +351,7 @@ class Trainer:
         """The epoch's figures so far, after ``taken`` of its steps."""
         pace, batch, steps = self.pace, self.config.batch_size, self.program.steps_per_epoch
         if pace.is_first_measured():
-            for line in console.estimate(self.program, pace, self._left()):
+            for line in console.estimate(self.config, self.program, pace, self._left()):
                 self.console.say(line)
         if pace.step_seconds and taken:
             self.console.show(

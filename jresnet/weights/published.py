@@ -197,6 +197,13 @@ def categories() -> tuple[str, ...]:
     return tuple(text.splitlines())
 
 
+@functools.cache
+def wnids() -> tuple[str, ...]:
+    """The WordNet ids of the 1,000 ImageNet classes in the order of the logits, which is that of the sorted ids."""
+    text = importlib.resources.files("jresnet.weights").joinpath("imagenet_wnids.txt").read_text(encoding="ascii")
+    return tuple(text.splitlines())
+
+
 def metadata(weights: Row) -> dict[str, str]:
     """What a native file says of published weights: source and name, and as JSON preprocessing, scores and categories."""
     scores = {"top1": weights.top1, "top5": weights.top5, "of": "ImageNet-1K validation, single crop, published"}
