@@ -200,7 +200,7 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> int:
 
 
 def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
-    chosen = {name: getattr(args, name) for name in zoo.FREE}
+    chosen = {name: getattr(args, name) for name in zoo.FREE if hasattr(args, name)}
     arch, spec = _arch_and_spec(args.what, args.weights)
     # A wrong value is told before anything is downloaded.
     zoo.replaced(zoo.find(arch).config if arch else ResNetConfig("bottleneck", (1, 1, 1, 1)), **chosen)

@@ -44,10 +44,10 @@ class Segmenter(nnx.Module):
 def shapes(draw: np.random.Generator, count: int, size: int = 32) -> tuple[np.ndarray, np.ndarray]:
     """Images ``[N, size, size, 3]`` of two shapes each in noise, and each pixel's class ``[N, size, size]``."""
     rows, columns = np.mgrid[:size, :size]
-    images, masks = draw.normal(0, 0.3, (count, size, size, 3)), np.zeros((count, size, size), np.int32)
+    images, masks = draw.normal(0, 0.2, (count, size, size, 3)), np.zeros((count, size, size), np.int32)
     for image, mask in zip(images, masks, strict=True):
         for label in draw.permutation([1, 2, 3])[:2]:
-            radius = draw.integers(size // 8, size // 4)
+            radius = draw.integers(size // 6, size // 3)
             y, x = np.abs(np.stack([rows, columns]) - draw.integers(radius, size - radius, 2)[:, None, None])
             inside = {1: x**2 + y**2 <= radius**2, 2: np.maximum(x, y) <= 0.8 * radius}.get(
                 label, (np.minimum(x, y) <= radius / 4) & (np.maximum(x, y) <= radius)
@@ -60,7 +60,9 @@ def mean_iou(model: Segmenter, images: np.ndarray, masks: np.ndarray) -> float:
     """Intersection over union, the mean over the classes."""
     found = np.asarray(nnx.jit(lambda model, images: model(images).argmax(-1))(model, images))
     return float(
-        np.mean([((found == k) & (masks == k)).sum() / ((found == k) | (masks == k)).sum() for k in range(len(CLASSES))])
+        np.mean(
+            [((found == k) & (masks == k)).sum() / ((found == k) | (masks == k)).sum() for k in range(len(CLASSES))]
+        )
     )
 
 
@@ -70,7 +72,7 @@ def train(steps: int, batch: int = 16, seed: int = 0) -> tuple[float, float]:
     config = jresnet.ResNetConfig("basic", (1, 1, 1), (16, 32, 64), num_classes=0, stem="cifar", output_stride=2)
     model = Segmenter(jresnet.ResNet(config, rngs=nnx.Rngs(seed)), len(CLASSES), rngs=nnx.Rngs(seed + 1))
     # A pretrained backbone learns more slowly than its head: here both begin at random.
-    tx = jresnet.optim.optimizer("adamw", optax.cosine_decay_schedule(3e-3, steps), weight_decay={"backbone": 1e-4})
+    tx = jresnet.optim.optimizer("adamw", optax.cosine_decay_schedule(1e-2, steps), weight_decay={"backbone": 1e-4})
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
     @nnx.jit

@@ -95,7 +95,9 @@ def integrated_gradients(
     images = checked(images, model.config.in_channels)
     away = images - jnp.asarray(baseline, images.dtype)
     if away.shape != images.shape:
-        raise InputError(f"baseline must be a number or like the images {images.shape}, got shape {jnp.shape(baseline)}")
+        raise InputError(
+            f"baseline must be a number or like the images {images.shape}, got shape {jnp.shape(baseline)}"
+        )
     classes = _wanted(model, images, classes)
     graph, state = nnx.split(model)
     if classes is None:

@@ -16,6 +16,7 @@ import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, UInt8
 
 from jresnet import factory, sources
@@ -176,8 +177,7 @@ def preparation(
         longer = int(how.resize * max(size) / min(size))
         size = (longer, how.resize) if width <= height else (how.resize, longer)
     rows, columns = (
-        _resized_and_cut(old, new, how.crop, how.interpolation)
-        for old, new in zip((height, width), size, strict=True)
+        _resized_and_cut(old, new, how.crop, how.interpolation) for old, new in zip((height, width), size, strict=True)
     )
 
     def levels(x: jax.Array) -> jax.Array:
@@ -213,8 +213,7 @@ def _to_jax(
     known = (*PLATFORMS, "rocm")
     if not platforms or not set(platforms) <= set(known):
         raise InputError(f"`platforms` must be some of {', '.join(known)}, got {platforms!r}")
-    dimensions = jax.export.symbolic_shape(", ".join(["batch", *map(str, shape)]))
-    exported = jax.export.export(jax.jit(program), platforms=platforms)(jax.ShapeDtypeStruct(dimensions, dtype))
+    exported = jax.export.export(jax.jit(program), platforms=platforms)(_any_number(shape, dtype))
     said = {"platforms": platforms, "calling_convention_version": exported.calling_convention_version}
     return bytes(exported.serialize()), said
 
@@ -222,13 +221,67 @@ def _to_jax(
 def _to_onnx(
     program: Callable[[jax.Array], jax.Array], shape: tuple[int, ...], dtype: Any, platforms: Sequence[str]
 ) -> tuple[bytes, dict[str, Any]]:
-    jax2onnx = _jax2onnx()
-    with plainly(), tempfile.TemporaryDirectory() as folder:
+    jax2onnx, images = _jax2onnx(), _any_number(shape, dtype)
+    with plainly():
+        closed = jax.make_jaxpr(program)(
+            images
+        )  # before jax2onnx puts functions of its own in the place of jax.numpy's
+    with tempfile.TemporaryDirectory() as folder:
         file = jax2onnx.to_onnx(
-            program, [("batch", *shape)], input_names=["images"], output_names=["logits"], model_name="jresnet",
-            return_mode="file", output_path=Path(folder) / "model.onnx", export_mode="web",
+            lambda images: _run(closed.jaxpr, closed.consts, images)[0], [images], input_names=["images"],
+            output_names=["logits"], model_name="jresnet", return_mode="file", output_path=Path(folder) / "model.onnx",
+            export_mode="web",
         )  # fmt: skip
         return Path(file).read_bytes(), {}
+
+
+def _run(jaxpr: Any, constants: Sequence[Any], *arguments: Any) -> list[Any]:
+    """A program's outputs, without functions inside and with its constants computed: jax2onnx mistakes what some are."""
+    known = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*constants, *arguments), strict=True))
+
+    def value(variable: Any) -> Any:
+        return variable.val if hasattr(variable, "val") else known[variable]
+
+    for equation in jaxpr.eqns:
+        values = [value(variable) for variable in equation.invars]
+        inner = equation.params.get("jaxpr", equation.params.get("call_jaxpr"))
+        if inner is not None:
+            found = _run(inner.jaxpr, inner.consts, *values)
+        else:
+            constant = not any(isinstance(value, jax.core.Tracer) for value in values)
+            with jax.ensure_compile_time_eval() if constant else contextlib.nullcontext():
+                name = "constant" if constant else equation.primitive.name
+                compute = {"pad": _channels_added, "reduce_window_max": _pooled}.get(name, equation.primitive.bind)
+                found = compute(*values, **equation.params)
+            found = found if equation.primitive.multiple_results else [found]
+        known |= zip(equation.outvars, found, strict=True)
+    return [value(variable) for variable in jaxpr.outvars]
+
+
+def _channels_added(x: jax.Array, _: Any, *, padding_config: Sequence[tuple[int, int, int]]) -> jax.Array:
+    """Channels of zeros before and behind, the one padding that an evaluation has: jax2onnx's asks for a batch's size."""
+    before, behind, _ = map(int, padding_config[-1])
+    assert not np.any(padding_config[:-1]), padding_config
+    return x @ np.eye(x.shape[-1], before + x.shape[-1] + behind, before, x.dtype)
+
+
+def _pooled(x: jax.Array, *, window_dimensions: Any, window_strides: Any, padding: Any, **_: Any) -> jax.Array:
+    """The maxima of an NHWC window, rows before columns: of jax2onnx's window over all four axes ONNX runtimes want none."""
+    for axis in (1, 2):
+        order = (0, axis, 3 - axis, 3)
+        x = lax.transpose(x, order)
+        n, length, width, channels = x.shape
+        x = lax.reduce_window(
+            lax.reshape(x, (n, length, width * channels)), -np.inf, lax.max, (1, window_dimensions[axis], 1),
+            (1, window_strides[axis], 1), ((0, 0), padding[axis], (0, 0)),
+        )  # fmt: skip
+        x = lax.transpose(lax.reshape(x, (n, x.shape[1], width, channels)), order)
+    return x
+
+
+def _any_number(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """Images of this shape, in batches of any size."""
+    return jax.ShapeDtypeStruct(jax.export.symbolic_shape(", ".join(["batch", *map(str, shape)])), dtype)
 
 
 def _jax2onnx() -> Any:

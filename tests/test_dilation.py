@@ -132,9 +132,10 @@ def test_a_gpu_gets_the_convolution_as_it_is() -> None:
 
 @pytest.mark.parametrize(("config", "output_stride"), [(BASIC, 1), (BASIC, 2), (BOTTLENECK, 4), (BOTTLENECK, 16)])
 def test_every_other_pixel_of_dilated_features_is_the_strided_networks(
-    config: jresnet.ResNetConfig, output_stride: int, size: tuple[int, int] = (32, 21)
+    config: jresnet.ResNetConfig, output_stride: int
 ) -> None:
     """The same parameters; where strides are left out there are pixels between, of which none is changed."""
+    size = (32, 21)
     with jax.enable_x64(True):
         strided = model_of(config)
         model = model_of(dilated_to(config, output_stride), params.arrays(strided))
@@ -168,7 +169,9 @@ def test_what_output_strides_there_are() -> None:
     assert dilated_to(config, 32) == jresnet.models.zoo.configure("resnet50", num_classes=2)  # one way to say it
     assert jresnet.models.zoo.name_of(config) == "resnet50"
     for stem, value in (("imagenet", 12), ("imagenet", 64), ("imagenet", 2), ("imagenet", True), ("cifar", 16)):
-        with pytest.raises(jresnet.InputError, match="output_stride must be (4 or 8 or 16 or 32|1 or 2 or 4 or 8) for 4 stages"):
+        with pytest.raises(
+            jresnet.InputError, match=r"output_stride must be (4 or 8 or 16 or 32|1 or 2 or 4 or 8) for 4 stages"
+        ):
             jresnet.models.zoo.configure("resnet50", stem=stem, output_stride=value)
 
 
@@ -211,7 +214,10 @@ def test_pytorchs_file_has_the_same_keys_and_a_note(
 
 def test_the_line_for_torchvision_asks_for_dilation() -> None:
     for arch, words in (
-        ("resnet50", ["model = torchvision.models.resnet50(num_classes=7, replace_stride_with_dilation=[False, True, True])"]),
+        (
+            "resnet50",
+            ["model = torchvision.models.resnet50(num_classes=7, replace_stride_with_dilation=[False, True, True])"],
+        ),
         ("resnet18", []),  # it dilates bottlenecks alone
     ):
         config = jresnet.models.zoo.configure(arch, num_classes=7, output_stride=8)

@@ -28,6 +28,6 @@ def test_shapes_are_those_of_their_masks(segmentation: ModuleType) -> None:
 
 
 def test_segmentation_learns(segmentation: ModuleType) -> None:
-    before, after = segmentation.train(steps=40)
-    assert before < 0.3
-    assert after > before + 0.2
+    before, after = segmentation.train(steps=50)
+    assert before < 0.2
+    assert after > before + 0.1

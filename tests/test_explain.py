@@ -33,7 +33,9 @@ def drawn() -> dict[str, np.ndarray]:
     """The weights of tests/golden/make_grad_cam.py."""
     draw = np.random.RandomState(0)
     return {
-        path: (draw.uniform(0.5, 1.5, shape) if path.endswith(("scale", "var")) else draw.normal(0, 0.3, shape)).astype("f4")
+        path: (draw.uniform(0.5, 1.5, shape) if path.endswith(("scale", "var")) else draw.normal(0, 0.3, shape)).astype(
+            "f4"
+        )
         for path, shape in params.shapes(TINY).items()
     }
 

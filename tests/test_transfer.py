@@ -135,7 +135,9 @@ def test_frozen_is_bit_by_bit_the_same(tx: optax.GradientTransformation) -> None
         path for path in PATHS if path.startswith(("conv1.", "bn1.", "layer1.0.")) or path.endswith(".bias")
     }
     sizes = [leaf.size for leaf in jax.tree.leaves(nnx.state(optimizer)) if leaf.size > 1]
-    assert sum(sizes) < 2 * sum(value.size for value in jax.tree.leaves(nnx.state(model, nnx.Param)))  # no state for those
+    assert sum(sizes) < 2 * sum(
+        value.size for value in jax.tree.leaves(nnx.state(model, nnx.Param))
+    )  # no state for those
 
 
 def test_minus_zero_and_gradients_that_are_no_numbers_change_nothing() -> None:
@@ -149,7 +151,10 @@ def test_minus_zero_and_gradients_that_are_no_numbers_change_nothing() -> None:
 
 
 def test_rates_and_decays_by_part() -> None:
-    values = {"conv1": {"kernel": jnp.full((2, 2), 3.0)}, "fc": {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, 3.0)}}
+    values = {
+        "conv1": {"kernel": jnp.full((2, 2), 3.0)},
+        "fc": {"kernel": jnp.full((2, 2), 3.0), "bias": jnp.full(2, 3.0)},
+    }
     zero = jax.tree.map(jnp.zeros_like, values)
 
     def change(**options: Any) -> dict[str, float]:
@@ -287,12 +292,17 @@ def test_what_lies_behind_is_not_computed() -> None:
 @pytest.mark.parametrize("name", ["stem", "layer1", "layer1.0", "layer2.0", "layer2"])
 def test_logits_from_features(name: str, fused: bool) -> None:
     model = jresnet.fuse(tiny()) if fused else tiny()
-    np.testing.assert_allclose(model.logits_from(name, model.features(X, names=name)[name]), model(X), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        model.logits_from(name, model.features(X, names=name)[name]), model(X), rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("layer3", "'layer3' is no stage or block of this network: did you mean 'layer"), ("fc", "there are layer1, layer2, stem")],
+    [
+        ("layer3", "'layer3' is no stage or block of this network: did you mean 'layer"),
+        ("fc", "there are layer1, layer2, stem"),
+    ],
 )
 def test_features_of_no_layer(name: str, words: str) -> None:
     with pytest.raises(InputError, match=words):

@@ -21,7 +21,9 @@ def parser(prog: str) -> argparse.ArgumentParser:
         epilog="Exit code: 0; 1 for what cannot be used; 2 for bad options.",
     )
     parser.add_argument(
-        "model", metavar="MODEL", help="weights: a file, resnet50 (torchvision's default), resnet50:IMAGENET1K_V1, hf:..."
+        "model",
+        metavar="MODEL",
+        help="weights: a file, resnet50 (torchvision's default), resnet50:IMAGENET1K_V1, hf:...",
     )
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="file to write")
     parser.add_argument(
@@ -50,7 +52,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "jresnet export") -> int
     args = options.parse_args(argv)
     if args.image_size and len(args.image_size) > 2:
         options.error("--image-size takes one number or two, height and width")
-    size = None if args.image_size is None else args.image_size[0] if len(args.image_size) == 1 else tuple(args.image_size)
+    size = (
+        None if args.image_size is None else args.image_size[0] if len(args.image_size) == 1 else tuple(args.image_size)
+    )
     with naming_flags(options):
         said = exporting.export(
             pretrained.get_weights(args.model), args.output, args.format or _FORMATS.get(args.output.suffix, "jax"),
@@ -58,5 +62,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "jresnet export") -> int
         )  # fmt: skip
     for name in ("input", "output"):
         print(f"{name:<8} {said[name]['name']} {said[name]['dtype']} [{', '.join(map(str, said[name]['shape']))}]")
-    print(f"wrote    {args.output} ({args.output.stat().st_size / 1e6:.1f} MB, {said['format']}) and {args.output}.json")
+    print(
+        f"wrote    {args.output} ({args.output.stat().st_size / 1e6:.1f} MB, {said['format']}) and {args.output}.json"
+    )
     return 0

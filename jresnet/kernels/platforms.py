@@ -20,7 +20,6 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-
 _plainly = contextvars.ContextVar("plainly", default=False)
 
 

@@ -15,8 +15,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from jresnet.kernels import add_relu, every_second, global_average_pool, max_pool, relu
 from jresnet.errors import InputError
+from jresnet.kernels import add_relu, every_second, global_average_pool, max_pool, relu
 from jresnet.models import paths, zoo
 from jresnet.models.config import EXPANSION, STEMS, ResNetConfig
 from jresnet.models.layers import BatchNorm, Conv, Images, Linear, as_dtype

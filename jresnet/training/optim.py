@@ -8,7 +8,8 @@ names mean a parameter, the last one counts.
 >>> model = jresnet.create("resnet20_cifar", num_classes=5)
 >>> tx = jresnet.optim.optimizer("sgd", 0.01, weight_decay={"*": 1e-4, "head": 0.0}, rates={"head": 10.0}, frozen=("stem",))
 >>> optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
->>> other = optax.multi_transform({"head": optax.adam(1e-3), "rest": optax.sgd(1e-2)}, jresnet.optim.labels({"head": "head"}))
+>>> labels = jresnet.optim.labels({"fast": "head"})
+>>> other = optax.multi_transform({"fast": optax.adam(1e-3), "rest": optax.sgd(1e-2)}, labels)
 """
 
 from __future__ import annotations

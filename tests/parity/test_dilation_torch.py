@@ -1,4 +1,4 @@
-"""``output_stride`` is torchvision's ``replace_stride_with_dilation``, and timm's ``output_stride``: outputs and gradients."""
+"""``output_stride`` is torchvision's ``replace_stride_with_dilation`` and timm's ``output_stride``, gradients included."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ def nhwc(tensor: torch.Tensor) -> np.ndarray:
     return tensor.detach().numpy().transpose(0, 2, 3, 1)
 
 
-@pytest.mark.parametrize(("dilation", "size", "groups"), [(2, (9, 6), 1), (4, (7, 7), 1), (8, (5, 19), 1), (2, (8, 5), 2)])
+@pytest.mark.parametrize(
+    ("dilation", "size", "groups"), [(2, (9, 6), 1), (4, (7, 7), 1), (8, (5, 19), 1), (2, (8, 5), 2)]
+)
 def test_a_convolution_is_pytorchs(dilation: int, size: tuple[int, int], groups: int) -> None:
     draw = np.random.default_rng(0)
     x, k = draw.standard_normal((2, *size, 4)), draw.standard_normal((3, 3, 4 // groups, 6))
@@ -89,7 +91,9 @@ def test_outputs_and_gradients_are_pytorchs(build: Any, output_stride: int) -> N
         ]
         expected = theirs.eval()(nchw(images))
         worst = max(relative(model.features(x)[name], value) for name, value in stages.items())
-        worst = max(worst, relative(model(x), expected.detach().numpy()), relative(jresnet.fuse(model)(x), expected.detach()))
+        worst = max(
+            worst, relative(model(x), expected.detach().numpy()), relative(jresnet.fuse(model)(x), expected.detach())
+        )
         assert stages["layer4"].shape[1] == -(-size // output_stride)
         for hook in hooks:
             hook.remove()

@@ -61,7 +61,9 @@ def test_maps_are_the_formulas(layer: str) -> None:
                 _beside_the_package(ours, theirs, module, images, classes)
 
 
-def _beside_the_package(ours: jax.Array, theirs: nn.Module, module: nn.Module, images: torch.Tensor, classes: np.ndarray):
+def _beside_the_package(
+    ours: jax.Array, theirs: nn.Module, module: nn.Module, images: torch.Tensor, classes: np.ndarray
+):
     try:
         from pytorch_grad_cam import GradCAM
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget

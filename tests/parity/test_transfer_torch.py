@@ -27,9 +27,7 @@ from jresnet.pytorch import keymap, statedict
 
 EXACT = 1e-10  # relative L2 error of a tensor; rounding alone gives 1e-16 to 1e-13
 STEPS, BATCH, SIZE = 10, 8, 16
-CONFIG = jresnet.ResNetConfig(
-    "basic", (1, 1, 1), (4, 8, 16), num_classes=5, stem="cifar", shortcut="projection"
-)
+CONFIG = jresnet.ResNetConfig("basic", (1, 1, 1), (4, 8, 16), num_classes=5, stem="cifar", shortcut="projection")
 
 
 def pair() -> tuple[jresnet.ResNet, nn.Module]:
