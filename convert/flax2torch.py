@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,7 +27,8 @@ from jresnet.files import write_atomically
 from jresnet.models import params, zoo
 from jresnet.models.resnet import ResNetConfig
 from jresnet.pytorch import keymap, statedict, torchsave
-from jresnet.weights import native, published
+from jresnet.weights import hub, native, published, transformers_config
+from jresnet.weights.preprocessing import Preprocessing
 
 PROG = "python -m convert.flax2torch"
 SUFFIXES = (".pth", ".pt", ".safetensors")
@@ -44,7 +46,8 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         "--output",
         metavar="FILE",
         type=Path,
-        help=f"file to write, its format by its ending, {', '.join(SUFFIXES)} (default: FILE with the ending .pth)",
+        help=f"file to write, its format by its ending, {', '.join(SUFFIXES)} (default: FILE with the ending .pth); without "
+        "an ending a folder for transformers' from_pretrained",
     )
     parser.add_argument(
         "--dialect",
@@ -63,17 +66,24 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     path = args.file
     if path.suffix in sources.TORCH_SUFFIXES:
         raise InputError(f"{path} is PyTorch's already: give a native file, such as training writes (*.safetensors)")
-    if args.output and args.output.suffix not in SUFFIXES:
+    if args.output and args.output.suffix not in ("", *SUFFIXES):
         raise InputError(f"--output {args.output} should end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     if not path.name:
         raise InputError(f"cannot read {path}: it is a folder or a device; name the file itself")
     output = args.output or path.with_suffix(".pth")
-    check_other(output, path)
-    check_output(output, args.force)
+    folder = output if not output.suffix else None  # of files as transformers' from_pretrained takes them
+    if folder:
+        output = folder / hub.WEIGHTS
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise InputError(
+                f"--output {folder} should end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, or be a folder"
+            )
+    written = (output.name, hub.CONFIG, hub.PREPROCESSOR) if folder else (output.name,)
+    for name in written if folder is None or folder.exists() else ():  # a folder is made where there is none
+        check_other(output.with_name(name), path)
+        check_output(output.with_name(name), args.force)
     arch, config, values, metadata = native.read(path)
-    if arch is None:
-        raise InputError(f"{path} holds a network that has no name and no counterpart in PyTorch: {config}")
-    say("source", f"{path}, a {arch}, digest {metadata['digest']}")
+    say("source", f"{path}, a {arch or 'ResNet that has no name'}, digest {metadata['digest']}")
     if other := {value.dtype.name for value in values.values()} - {"float32"}:
         say(
             "note",
@@ -81,7 +91,13 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         )
         values = {name: value.astype(np.float32) for name, value in values.items()}
     # A row of the zoo that no torchvision network is like has a dialect of its own name.
-    dialect = args.dialect or metadata.get("dialect") or (arch if arch in keymap.DIALECTS else "torchvision")
+    dialect: str = (
+        args.dialect or metadata.get("dialect") or (arch if arch and arch in keymap.DIALECTS else "torchvision")
+    )
+    if folder:
+        dialect = args.dialect or "transformers"
+        if dialect != "transformers":
+            raise InputError(f"--output {folder} is a folder, which is written in transformers' naming alone")
     model = params.fill(config, values)
     counts = _counts(metadata, path)
     tensors = statedict.state_dict(model, dialect, counts)
@@ -91,6 +107,10 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         say("verify", "computing two images with PyTorch too, where it is installed (some seconds)")
     check = verify.check(model, arch, statedict.state_dict(model), args.verify)
     say("verified", str(check))
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in _beside(config, metadata).items():
+            write_atomically(folder / name, text.encode())
     if output.suffix == ".safetensors":
         write_atomically(output, safetensors.numpy.save(tensors, _torch_metadata(config)))
         tensors_of = f"safetensors.torch.load_file({str(output)!r})"
@@ -104,6 +124,9 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         raise
     size = output.stat().st_size
     load = [*_build(arch, config, dialect), f"model.load_state_dict({tensors_of})"]
+    if folder:
+        kind = "AutoModelForImageClassification" if config.num_classes else "AutoModel"
+        load = [f"model = transformers.{kind}.from_pretrained({str(folder)!r})"]
     if config.output_stride:
         say("note", _DILATED.format(config=config, replaced=_replaced(config)))
     say("wrote", f"{output} ({size / 1e6:.1f} MB), read back bit by bit; load it with")
@@ -123,6 +146,14 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     }
 
 
+def _beside(config: ResNetConfig, metadata: Mapping[str, str]) -> dict[str, str]:
+    """The files of transformers beside the weights, by name."""
+    categories, chosen = metadata.get("categories"), metadata.get("preprocessing")
+    return transformers_config.write(
+        config, json.loads(categories) if categories else None, Preprocessing.from_json(chosen) if chosen else None
+    )
+
+
 def _counts(metadata: Mapping[str, str], path: Path) -> int | dict[str, int]:
     """What a native file knows of its counters: one number for all, or numbers by torchvision's key."""
 
@@ -139,7 +170,7 @@ def _counts(metadata: Mapping[str, str], path: Path) -> int | dict[str, int]:
 
 
 def _check_written(
-    output: Path, arch: str, config: ResNetConfig, dialect: str, tensors: Mapping[str, np.ndarray], digest: str
+    output: Path, arch: str | None, config: ResNetConfig, dialect: str, tensors: Mapping[str, np.ndarray], digest: str
 ) -> None:
     """Reads ``output`` without torch: the same tensors, and on the way back the arrays of the native file."""
     found = sources.open_file(output)[0]
@@ -149,11 +180,11 @@ def _check_written(
         raise WeightsError(f"{output} does not hold what was written: look after the disk, and convert again")
 
 
-def _build(arch: str, config: ResNetConfig, dialect: str) -> list[str]:
+def _build(arch: str | None, config: ResNetConfig, dialect: str) -> list[str]:
     """The line that builds the PyTorch network, where that is one call of torchvision's."""
-    plain = zoo.configure(arch, num_classes=config.num_classes, output_stride=config.output_stride)
-    if config.output_stride and config.block == "basic":  # torchvision dilates bottlenecks alone
+    if arch is None or (config.output_stride and config.block == "basic"):  # torchvision dilates bottlenecks alone
         return []
+    plain = zoo.configure(arch, num_classes=config.num_classes, output_stride=config.output_stride)
     if dialect == "torchvision" and config == plain and published.names(arch):
         how = f", replace_stride_with_dilation={_replaced(config)}" if config.output_stride else ""
         return [f"model = torchvision.models.{arch}(num_classes={config.num_classes}{how})"]

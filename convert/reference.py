@@ -1,4 +1,4 @@
-"""PyTorch's networks to compare with, in torchvision's naming: torchvision's own, and the few that it has not.
+"""PyTorch's networks to compare with, in torchvision's naming: torchvision's own, and a plain one for whatever it has not.
 
 Needs torch and torchvision, and is imported only where a comparison is made (``convert.verify``, the tests). Brings in no
 JAX, which would count as PyTorch's memory and start where the two are measured beside each other.
@@ -8,56 +8,33 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convert.installed import import_torchvision
 
 if TYPE_CHECKING:
-    from jresnet.models.resnet import ResNetConfig
-
-# Where the networks that torchvision has not begin from; what their configurations say is then changed.
-_RELATIVES = {"resnet34_projection": "resnet34", "resnet18_d2l": "resnet18"}
+    from jresnet.models.config import ResNetConfig
 
 
-def network(arch: str, config: ResNetConfig) -> nn.Module:
-    """The float32 PyTorch network of a row of the zoo and its configuration, with PyTorch's initial parameters.
+def network(arch: str | None, config: ResNetConfig) -> nn.Module:
+    """The float32 PyTorch network of a configuration, with PyTorch's initial parameters.
 
-    Raises:
-        LookupError: for a shortcut that no PyTorch network of this kind has.
+    Args:
+        arch: a row of the zoo that it is of; torchvision's network of this name, where it has one and the configuration
+            is nothing but that one's, is the sterner judge.
+        config: what to build.
     """
-    cifar = len(config.depths) == 3
-    if cifar and config.output_stride:
-        raise LookupError(f"there is no PyTorch network like {arch} with dilated convolutions to compare with")
-    if config.shortcut not in (("pad", "projection") if cifar else ("projection", "projection_first", "conv")):
-        raise LookupError(f"there is no PyTorch network like {arch} with shortcut {config.shortcut!r} to compare with")
-    if cifar:
-        return CifarResNet(config)
-    how: dict[str, Any] = {}
-    if config.output_stride:
-        if config.block == "basic":
-            raise LookupError(f"torchvision has no {arch} with dilated convolutions to compare with")
-        how["replace_stride_with_dilation"] = [stride == 1 for stride, _ in config.strides[1:]]
-    model: Any = getattr(import_torchvision().models, _RELATIVES.get(arch, arch))(num_classes=config.num_classes, **how)
-    width = config.widths[0]
-    if config.stem == "cifar":
-        model.conv1 = nn.Conv2d(config.in_channels, width, 3, 1, 1, bias=False)
-        model.maxpool = nn.Identity()
-    elif config.in_channels != 3:
-        model.conv1 = nn.Conv2d(config.in_channels, width, 7, 2, 3, bias=False)
-    if config.shortcut == "projection_first" and model.layer1[0].downsample is None:
-        model.layer1[0].downsample = nn.Sequential(nn.Conv2d(width, width, 1, bias=False), nn.BatchNorm2d(width))
-    if config.shortcut == "conv":
-        for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
-            if stage[0].downsample is not None:
-                stage[0].downsample = nn.Sequential(stage[0].downsample[0])
-    if config.conv_bias:
-        for module in model.modules():
-            if isinstance(module, nn.Conv2d):
-                bound = (module.in_channels // module.groups * module.kernel_size[0] * module.kernel_size[1]) ** -0.5
-                module.bias = nn.Parameter(torch.empty(module.out_channels).uniform_(-bound, bound))
-    return model
+    plain = config.stem == "imagenet" and config.shortcut == "projection" and config.stride_in == "3x3"
+    build = getattr(import_torchvision().models, arch or "", None)
+    if build is None or not plain or config.conv_bias or not config.num_classes or config.in_channels != 3:
+        return ResNet(config)
+    if not config.output_stride:
+        return build(num_classes=config.num_classes)
+    if config.block == "basic":  # torchvision's are not dilated
+        return ResNet(config)
+    dilated = [stride == 1 for stride, _ in config.strides[1:]]
+    return build(num_classes=config.num_classes, replace_stride_with_dilation=dilated)
 
 
 def randomise(model: nn.Module) -> None:
@@ -77,52 +54,85 @@ def randomise(model: nn.Module) -> None:
             nn.init.uniform_(getattr(block, "bn3", block.bn2).weight, 0.05, 0.15)
 
 
-class CifarBlock(nn.Module):
-    """A basic block whose shortcut is the paper's option A, every second pixel and zero channels on both sides, or B."""
+class Block(nn.Module):
+    """A basic block or a Bottleneck; ``wide``: the dilations of its first and second 3x3 convolution."""
 
-    def __init__(self, inplanes: int, planes: int, stride: int, projects: bool):
+    def __init__(
+        self, inplanes: int, planes: int, stride: int, wide: tuple[int, int], first: bool, config: ResNetConfig
+    ):
         super().__init__()
-        self.conv1 = nn.Conv2d(inplanes, planes, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.added = planes - inplanes
+
+        def conv(
+            inputs: int, outputs: int, size: int, stride: int = 1, dilation: int = 1, groups: int = 1
+        ) -> nn.Conv2d:
+            padding = dilation * (size // 2)
+            return nn.Conv2d(inputs, outputs, size, stride, padding, dilation, groups, bias=config.conv_bias)
+
+        if config.block == "bottleneck":
+            width, outplanes = planes * config.width_per_group // 64 * config.groups, 4 * planes
+            early, late = (stride, 1) if config.stride_in == "1x1" else (1, stride)
+            self.conv1 = conv(inplanes, width, 1, early)
+            self.bn1 = nn.BatchNorm2d(width)
+            self.conv2 = conv(width, width, 3, late, wide[0], config.groups)
+            self.bn2 = nn.BatchNorm2d(width)
+            self.conv3 = conv(width, outplanes, 1)
+            self.bn3 = nn.BatchNorm2d(outplanes)
+        else:
+            outplanes = planes
+            self.conv1 = conv(inplanes, planes, 3, stride, wide[0])
+            self.bn1 = nn.BatchNorm2d(planes)
+            self.conv2 = conv(planes, planes, 3, 1, wide[1])
+            self.bn2 = nn.BatchNorm2d(planes)
+        self.stride, self.added = stride, outplanes - inplanes
         self.downsample = None
-        if self.added and projects:
-            self.downsample = nn.Sequential(nn.Conv2d(inplanes, planes, 1, stride, bias=False), nn.BatchNorm2d(planes))
+        if config.shortcut != "pad" and (first or self.added):
+            norm = [] if config.shortcut == "conv" else [nn.BatchNorm2d(outplanes)]
+            self.downsample = nn.Sequential(conv(inplanes, outplanes, 1, stride), *norm)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.bn2(self.conv2(y))
+        if hasattr(self, "conv3"):
+            y = self.bn3(self.conv3(F.relu(y)))
         if self.downsample is not None:
             x = self.downsample(x)
-        elif self.added:
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.added // 2, self.added // 2))
+        elif self.added or self.stride > 1:  # option A: every second pixel, and zero channels on both sides
+            x = F.pad(
+                x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.added // 2, self.added - self.added // 2)
+            )
         return F.relu(y + x)
 
 
-class CifarResNet(nn.Module):
-    """He et al. 2016, section 4.2: 6n + 2 layers with 16, 32 and 64 channels."""
+class ResNet(nn.Module):
+    """He et al. 2016, of any configuration of jresnet's."""
 
     def __init__(self, config: ResNetConfig):
         super().__init__()
         inplanes = config.widths[0]
-        stem = (3, 1, 1) if config.stem == "cifar" else (7, 2, 3)
-        self.conv1 = nn.Conv2d(config.in_channels, inplanes, *stem, bias=False)
+        kernel, stride = (3, 1) if config.stem.startswith("cifar") else (7, 2)
+        self.conv1 = nn.Conv2d(config.in_channels, inplanes, kernel, stride, kernel // 2, bias=config.conv_bias)
         self.bn1 = nn.BatchNorm2d(inplanes)
-        self.pool = nn.Identity() if config.stem == "cifar" else nn.MaxPool2d(3, 2, 1)
+        self.maxpool = nn.MaxPool2d(3, 2, 1) if config.stem in ("imagenet", "cifar_pool") else nn.Identity()
+        self.stages = len(config.depths)
+        before = 1
         for i, (depth, planes) in enumerate(zip(config.depths, config.widths, strict=True)):
-            stage = nn.Sequential()
+            stage, (stride, dilation) = nn.Sequential(), config.strides[i]
             for j in range(depth):
-                stage.append(CifarBlock(inplanes, planes, 2 if i > 0 and j == 0 else 1, config.shortcut != "pad"))
-                inplanes = planes
+                wide = (dilation if j else before, dilation)
+                first = j == 0 and (i > 0 or config.shortcut == "projection_first")
+                stage.append(Block(inplanes, planes, 1 if j else stride, wide, first, config))
+                inplanes = planes * (4 if config.block == "bottleneck" else 1)
             setattr(self, f"layer{i + 1}", stage)
-        self.fc = nn.Linear(inplanes, config.num_classes)
+            before = dilation
+        if config.num_classes:
+            self.fc = nn.Linear(inplanes, config.num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.pool(F.relu(self.bn1(self.conv1(x))))
-        x = self.layer3(self.layer2(self.layer1(x)))  # type: ignore[operator]
-        return self.fc(x.mean((2, 3)))
+        x = self.maxpool(F.relu(self.bn1(self.conv1(x))))
+        for i in range(self.stages):
+            x = getattr(self, f"layer{i + 1}")(x)
+        x = x.mean((2, 3))
+        return self.fc(x) if hasattr(self, "fc") else x

@@ -11,7 +11,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from jresnet.commands.flags import Parser, check_output
 from jresnet.errors import InputError, JresnetError, WeightsError
 from jresnet.files import sha256_of, shown
 from jresnet.models import params, zoo
-from jresnet.models.config import ResNetConfig, Shortcut, Stem
+from jresnet.models.config import KINDS, ResNetConfig, Shortcut, Stem, StrideIn
 from jresnet.models.resnet import ResNet
 from jresnet.pytorch import infer, statedict
 from jresnet.pytorch.keymap import DIALECTS
@@ -36,13 +36,15 @@ Say = Callable[[str, str], None]  # a title of up to eight letters, and what the
 
 
 def convert(
-    state_dict: Mapping[str, Any],
+    state_dict: Any,
     arch: str | None = None,
     *,
     num_classes: int | None = None,
     in_channels: int | None = None,
     stem: Stem | None = None,
     shortcut: Shortcut | None = None,
+    stride_in: StrideIn | None = None,
+    output_stride: int | None = None,
     dialect: str | None = None,
     prefix: str | None = None,
     key: str | None = None,
@@ -57,12 +59,13 @@ def convert(
         arch: a name of :func:`jresnet.list_models` that it must be; ``None``: whatever ResNet it is.
         num_classes: the head's. Another number than the state_dict's asks for a fresh head.
         in_channels: the stem's. Another number than the state_dict's 3 adapts it (:func:`jresnet.models.params.adapt`).
-        stem, shortcut, dtype: as in :func:`jresnet.create`.
+        stem, shortcut, stride_in, output_stride, dtype: as in :func:`jresnet.create`.
         dialect, prefix, key: as in :func:`jresnet.pytorch.statedict.match`, with its errors.
         seed: of a fresh head.
     """
     chosen: dict[str, Any] = {
         "num_classes": num_classes, "in_channels": in_channels, "stem": stem, "shortcut": shortcut,
+        "stride_in": stride_in, "output_stride": output_stride,
     }  # fmt: skip
     found = statedict.match(state_dict, arch, dialect=dialect, prefix=prefix, key=key, **chosen)
     config = zoo.replaced(found.config, **chosen)
@@ -119,11 +122,29 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         metavar="N",
         help="channels of the images; a file's stem for 3 is adapted, as timm does (default: the file's)",
     )
-    parser.add_argument("--stem", choices=("imagenet", "cifar"), help="refuse a file whose network has another stem")
+    parser.add_argument(
+        "--stem",
+        choices=KINDS["stem"],
+        help="with a max-pool or without one, which tensors do not tell: imagenet (7x7, max-pool), imagenet_no_pool, cifar "
+        "(3x3), cifar_pool (3x3, max-pool); a file whose network has another kernel is refused",
+    )
     parser.add_argument(
         "--shortcut",
-        choices=("pad", "projection", "projection_first", "conv"),
+        choices=KINDS["shortcut"],
         help="refuse a file whose network has other shortcuts",
+    )
+    parser.add_argument(
+        "--stride-in",
+        choices=KINDS["stride_in"],
+        help="which convolution of a Bottleneck has the stride, which tensors do not tell: 3x3 (torchvision), or 1x1 (the "
+        "paper, Caffe, detectron2) (default: as the checkpoint says, else 3x3)",
+    )
+    parser.add_argument(
+        "--output-stride",
+        type=int,
+        metavar="N",
+        help="pixels of an image for one of the last stage, for a network with dilated convolutions, as of segmentation: "
+        "8 or 16 (default: as the checkpoint says, else 32, no dilation)",
     )
     return with_common_options(parser)
 
@@ -182,7 +203,7 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     chosen = {name: getattr(args, name) for name in zoo.FREE if hasattr(args, name)}
     arch, spec = _arch_and_spec(args.what, args.weights)
     # A wrong value is told before anything is downloaded.
-    zoo.replaced(zoo.find(arch).config if arch else ResNetConfig("basic", (1,), (1,)), **chosen)
+    zoo.replaced(zoo.find(arch).config if arch else ResNetConfig("bottleneck", (1, 1, 1, 1)), **chosen)
     source = sources.find(spec, arch)
     if row := source.row:
         why = "torchvision's default" if spec == "DEFAULT" else "as asked for"
@@ -210,7 +231,7 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         raise WeightsError(f"{found.spec} is a native jresnet file already: jresnet.load reads it")
     conversion = found.conversion
     say("found", f"{found.arch or 'a ResNet without a name'}: {infer.describe(found.config)}")
-    say("assumed", ", ".join(conversion.assumed))
+    say("assumed", _with_options(conversion.assumed))
     for note in found.notes:
         say("note", note)
     arch = found.arch
@@ -228,13 +249,11 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         with_head, _ = params.adapt(found.values, found.config, full)
         conversion = dataclasses.replace(conversion, config=full, values=with_head)
     model = params.fill(conversion.config, conversion.values)
-    if arch is None:
-        check = verify.Check(False, "left out, since PyTorch has no network of this configuration by a name")
-    else:
-        if args.verify != "never":
-            say("verify", "computing two images with PyTorch too, where it is installed (some seconds)")
-        check = verify.check(model, arch, conversion.torchvision(), args.verify)
-    say("verified", f"as PyTorch's {arch}: {check}" if check.done else str(check))
+    if args.verify != "never":
+        say("verify", "computing two images with PyTorch too, where it is installed (some seconds)")
+    check = verify.check(model, arch, conversion.torchvision(), args.verify)
+    what = arch or "network of this configuration"
+    say("verified", f"as PyTorch's {what}, with what is assumed: {check}" if check.done else str(check))
     for note in adapted:
         say("adapted", note)
     if config != conversion.config:
@@ -260,6 +279,22 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         **{name: text for name, text in provenance.items() if name != "categories"},
         "verify": check.as_dict(),
     }
+
+
+def _with_options(assumed: Sequence[str]) -> str:
+    """What is assumed, each with the option that says otherwise."""
+    options = {
+        "stride on the 3x3": "--stride-in 1x1",
+        "stride on the 1x1": "--stride-in 3x3",
+        "stem at stride 1 without": "--stem cifar_pool",
+        "stem at stride 1 with ": "--stem cifar",
+        "no dilation": "--output-stride",
+    }
+    found = []
+    for phrase in assumed:
+        option = next((option for begin, option in options.items() if phrase.startswith(begin)), None)
+        found.append(f"{phrase} (else {option})" if option else phrase)
+    return ", ".join(found)
 
 
 def _arch_and_spec(what: str, weights: str | None) -> tuple[str | None, str]:

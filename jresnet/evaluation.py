@@ -102,7 +102,7 @@ def choose_preprocessing(
         origin = "a guess: the weights do not say"
         if dataset:
             chosen = Preprocessing(None, 32, *STATISTICS[dataset])
-        elif resolved.model.config.stem == "cifar":
+        elif resolved.model.config.stem in ("cifar", "cifar_pool"):
             chosen = Preprocessing(32, 32, *STATISTICS["cifar10"])
         else:
             chosen = Preprocessing(256, 224)

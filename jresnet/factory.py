@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jresnet import sources
 from jresnet.errors import InputError, WeightsError
 from jresnet.models import params, zoo
-from jresnet.models.config import Shortcut, Stem
+from jresnet.models.config import Shortcut, Stem, StrideIn
 from jresnet.models.layers import as_dtype
 from jresnet.models.resnet import ResNet
 
@@ -32,6 +32,7 @@ def create(
     in_channels: int | None = None,
     stem: Stem | None = None,
     shortcut: Shortcut | None = None,
+    stride_in: StrideIn | None = None,
     output_stride: int | None = None,
     zero_init_residual: bool = False,
     dtype: DTypeLike | None = None,
@@ -58,10 +59,14 @@ def create(
             the pooled features of :meth:`ResNet.embed`.
         in_channels: channels of the images. ``None``: those of the weights, else the architecture's own (3; 1 for
             resnet18_d2l). A stem for 3 is adapted to another number, as in timm (:func:`jresnet.models.params.adapt`).
-        stem: ``"imagenet"`` (7x7 at stride 2, max-pool) or ``"cifar"`` (3x3 at stride 1, no max-pool).
-            ``None``: that of the weights, else the architecture's own.
+        stem: ``"imagenet"`` (7x7 at stride 2, max-pool), ``"cifar"`` (3x3 at stride 1, no max-pool), or the two that a
+            PyTorch file may have been trained with: ``"cifar_pool"`` (3x3 at stride 1, max-pool) and
+            ``"imagenet_no_pool"``. ``None``: that of the weights, else the architecture's own.
         shortcut: ``"pad"``, ``"projection"``, ``"projection_first"`` or ``"conv"`` (what they mean:
             :mod:`jresnet.models.resnet`). ``None``: that of the weights, else the architecture's own.
+        stride_in: which convolution of a Bottleneck has the stride: ``"3x3"`` (torchvision), or ``"1x1"``, the first one
+            (the paper; weights of Caffe and detectron2). A PyTorch file's tensors do not tell it: where the weights do
+            not say, it is ``"3x3"``.
         output_stride: 8 or 16, say: the last stage has a pixel for so many of the image's, a side, instead of for 32, by
             dilated convolutions (torchvision's ``replace_stride_with_dilation``, timm's ``output_stride``), for
             segmentation and detection. The parameters are the same, so that any weights of the architecture will do.
@@ -84,6 +89,7 @@ def create(
     """
     chosen: dict[str, Any] = {
         "num_classes": num_classes, "in_channels": in_channels, "stem": stem, "shortcut": shortcut,
+        "stride_in": stride_in,
         "output_stride": output_stride,
     }  # fmt: skip
     rngs = _rngs(seed, rngs)
@@ -146,6 +152,7 @@ class Options(TypedDict, total=False):
     in_channels: int | None
     stem: Stem | None
     shortcut: Shortcut | None
+    stride_in: StrideIn | None
     output_stride: int | None
     zero_init_residual: bool
     dtype: DTypeLike | None

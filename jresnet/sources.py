@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from jresnet.errors import InputError, WeightsError
-from jresnet.files import sha256_of
+from jresnet.files import few, printable, sha256_of
 from jresnet.models import zoo
 from jresnet.models.resnet import ResNetConfig
 from jresnet.pytorch import keymap, statedict, torchfile
-from jresnet.weights import hub, native, published
+from jresnet.weights import hub, native, published, timm_config
 from jresnet.weights.preprocessing import STATISTICS, Preprocessing
 
 TORCH_SUFFIXES = (".pth", ".pt", ".th")  # of files of torch.save
@@ -39,7 +39,7 @@ class Source:
     path: Path | None = None  # of the file on this machine; None: not fetched yet
     sha256: str | None = None  # of that file; None: not known yet
     row: published.Row | None = None  # of torchvision's table
-    repository: hub.Published | None = None  # on the Hub, once it is fetched
+    repository: hub.Published | None = None  # on the Hub, or a folder like one there, once it is fetched
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,14 +103,15 @@ def load(
             * ``"resnet50"`` (torchvision's default weights), ``"resnet50:IMAGENET1K_V1"``, or with ``arch`` given
               ``"IMAGENET1K_V1"`` or ``"DEFAULT"``: published weights, downloaded into torch's own cache;
             * ``"hf:ORG/REPO[@REVISION]"``: safetensors on the Hugging Face Hub (with the extra ``hub``);
-            * a path: a native file, a file of ``torch.save``, or safetensors with PyTorch's names. What is called like
-              published weights is never taken for a path; ``./resnet50`` is one.
+            * a path: a native file, a file of ``torch.save`` or ``torch.jit.save``, safetensors with PyTorch's names, the
+              index (``*.index.json``) of a checkpoint in several files, or a folder such as transformers and timm write.
+              What is called like published weights is never taken for a path; ``./resnet50`` is one.
         arch: a name of :func:`jresnet.list_models`; ``None``: as the weights say.
         dialect: how a file from PyTorch names its tensors (:data:`jresnet.pytorch.keymap.DIALECTS`); ``None``: the one
             that fits its keys best.
         prefix, key: of its network's keys and of its dict of tensors, as in :func:`jresnet.pytorch.statedict.match`.
         progress: show downloads on stderr.
-        chosen: those of num_classes, in_channels, stem and shortcut that are asked for, as in
+        chosen: those of num_classes, in_channels, stem, shortcut, stride_in and output_stride that are asked for, as in
             :func:`jresnet.pytorch.statedict.match`. Numbers of classes and channels are the file's, whatever is chosen:
             :func:`jresnet.models.params.adapt` makes them others.
 
@@ -173,10 +174,23 @@ def fetch(source: Source, *, progress: bool = True) -> Source:
         return dataclasses.replace(source, path=published.fetch(source.row, progress=progress), sha256=digest)
     if source.path is None:
         found = hub.fetch(source.spec, progress=progress)
-        return dataclasses.replace(
-            source, spec=found.spec, arch=found.arch, path=found.path, sha256=found.sha256, repository=found
-        )
-    return source
+    elif source.path.is_dir():
+        found = hub.local(source.path)
+    elif source.path.name in hub.LOCAL and _is_transformers(source.path.with_name(hub.CONFIG)):
+        found = hub.beside(source.path)
+    else:
+        return source
+    return dataclasses.replace(
+        source, spec=found.spec, arch=found.arch, path=found.path, sha256=found.sha256, repository=found
+    )
+
+
+def _is_transformers(path: Path) -> bool:
+    """Whether a file is the configuration of transformers' ResNet, without which its tensors are not understood."""
+    try:
+        return timm_config.load(path).get("model_type") == "resnet"
+    except WeightsError:
+        return False
 
 
 def read(
@@ -203,14 +217,21 @@ def read(
     arch = arch or source.arch
     if chosen.get("num_classes") == 0:  # a network without a head is made of one with: the file's own
         chosen["num_classes"] = None
-    if source.repository and chosen.get("num_classes") is None:
-        chosen["num_classes"] = source.repository.num_classes
+    notes: tuple[str, ...] = ()
+    if chosen.get("output_stride") is None and metadata.get("output_stride", "").isdecimal():
+        chosen["output_stride"] = int(metadata["output_stride"][:9])  # as convert.flax2torch writes it into safetensors
+    if source.repository:
+        if chosen.get("num_classes") is None:
+            chosen["num_classes"] = source.repository.num_classes
+        if chosen.get("stride_in") is None:
+            chosen["stride_in"] = (source.repository.network or {}).get("stride_in")
+        notes = source.repository.notes
     conversion = statedict.match(tensors, arch, dialect=dialect, prefix=prefix, key=key, source=str(path), **chosen)
     if source.repository:
         hub.check(source.repository, conversion.arch or "ResNet", conversion.config)
     kept = conversion.metadata() | _preprocessing(conversion) | _provenance(source, path)
     return Weights(
-        source.spec, conversion.arch, conversion.config, conversion.values, kept, conversion.notes, conversion
+        source.spec, conversion.arch, conversion.config, conversion.values, kept, notes + conversion.notes, conversion
     )
 
 
@@ -220,11 +241,37 @@ def open_file(path: Path) -> tuple[Any, dict[str, str]]:
     Raises:
         WeightsError: where it cannot be read, or holds anything but plain data.
     """
+    if path.name.endswith(".index.json"):
+        return _open_shards(path), {}
+    if path.suffix == ".distcp":
+        raise WeightsError(
+            f"{path} is a part of a checkpoint of torch.distributed: make one file of its folder with "
+            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path.parent} model.pth"
+        )
     safetensors = path.suffix == ".safetensors"
     if not safetensors and path.suffix not in TORCH_SUFFIXES and path.is_file():
         with contextlib.suppress(OSError), open(path, "rb") as file:  # torchfile says what is wrong
             safetensors = file.read(9)[8:] == b"{"  # behind the length of the header
     return native.read_safetensors(path) if safetensors else (torchfile.read(path), {})
+
+
+def _open_shards(path: Path) -> dict[str, Any]:
+    """The tensors of a checkpoint in several files, by its index: ``{"weight_map": {key: file}}``."""
+    index = timm_config.load(path).get("weight_map")
+    if not isinstance(index, dict) or not index or not all(isinstance(name, str) for name in index.values()):
+        raise WeightsError(f"{path} should be the index of a checkpoint, with the file of each tensor under weight_map")
+    tensors: dict[str, Any] = {}
+    for name in sorted(set(index.values())):
+        shard = path.with_name(name) if name and Path(name).name == name else None
+        if shard is None or not shard.is_file() or shard.name.endswith(".index.json"):
+            raise WeightsError(f"{path} names the file {printable(name)}, which is not beside it: get that too")
+        found, _ = open_file(shard)
+        if not isinstance(found, Mapping):
+            raise WeightsError(f"{shard} holds no tensors by their names, as a part of a checkpoint should")
+        tensors |= {key: value for key, value in found.items() if index.get(key) == name}
+    if missing := index.keys() - tensors.keys():
+        raise WeightsError(f"{path} names tensors that its files do not hold: {few(sorted(missing))}")
+    return tensors
 
 
 def _preprocessing(conversion: statedict.Conversion) -> dict[str, str]:

@@ -236,7 +236,7 @@ def test_the_command_needs_no_architecture(
         printed = capsys.readouterr().out
         line = "basic blocks 3-3-3, widths 16-32-64, 3x3 stem for 3 channels, pad shortcuts, 10 classes"
         assert f"found    resnet20_cifar: {line}\n" in printed
-        assert "assumed  stem at stride 1 without max-pool, no dilation" in printed
+        assert "assumed  stem at stride 1 without max-pool (else --stem cifar_pool), no dilation" in printed
         assert ("taken from 'a.', not from 'b.' beside it" in printed) == (not more)
         values = native.read(tmp_path / "resnet20_cifar-mine.safetensors")[2]
         np.testing.assert_array_equal(values["fc.bias"], tensors["fc.bias"] + expected)

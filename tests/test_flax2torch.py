@@ -235,11 +235,35 @@ def test_a_file_in_bfloat16(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert all(np.array_equal(found.values[name], value.astype(np.float32)) for name, value in values.items())
 
 
-def test_a_network_of_no_name_has_no_counterpart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_network_of_no_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "native.safetensors"
-    native.save(path, jresnet.ResNet(jresnet.ResNetConfig("basic", (1,), (8,), 3), rngs=nnx.Rngs(0)))
-    assert flax2torch.main([str(path), "--verify", "never"]) == 1
-    assert "has no name and no counterpart in PyTorch" in capsys.readouterr().err
+    model = jresnet.ResNet(jresnet.ResNetConfig("basic", (1,), (8,), 3), rngs=nnx.Rngs(0))
+    native.save(path, model)
+    assert flax2torch.main([str(path), "--verify", "never"]) == 0
+    assert "a ResNet that has no name" in capsys.readouterr().out
+    found = statedict.match(sources.open_file(path.with_suffix(".pth"))[0])
+    assert (found.arch, found.config) == (None, model.config)
+    assert native.digest(found.values) == native.digest(params.arrays(model))
+
+
+def test_a_folder_for_transformers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Out and in again: weights, classes, preprocessing, and where the stride is."""
+    config = jresnet.ResNetConfig("bottleneck", (1, 1), (4, 8), num_classes=2, stride_in="1x1")
+    model, said = jresnet.ResNet(config, rngs=nnx.Rngs(0)), jresnet.Preprocessing(256, 224, interpolation="bicubic")
+    native.save(tmp_path / "x.safetensors", model, preprocessing=said, categories=["cat", "dog"])
+    arguments = [str(tmp_path / "x.safetensors"), "--output", str(tmp_path / "out"), "--verify", "never"]
+    assert flax2torch.main(arguments) == 0
+    assert "AutoModelForImageClassification.from_pretrained(" in capsys.readouterr().out
+    assert flax2torch.main(arguments) == 1  # unasked, nothing is replaced
+    assert "exists: --force" in capsys.readouterr().err
+    for source in (tmp_path / "out", tmp_path / "out" / "model.safetensors"):
+        found = sources.load(source)
+        assert (found.config, found.categories, found.preprocessing) == (config, ("cat", "dog"), said)
+        assert native.digest(found.values) == native.digest(params.arrays(model))
+    arguments[0] = str(tmp_path / "cifar.safetensors")
+    native.save(arguments[0], jresnet.create("resnet20_cifar"))
+    assert flax2torch.main([*arguments, "--force"]) == 1
+    assert "transformers has no such network" in capsys.readouterr().err
 
 
 def test_the_command_needs_no_torch(tmp_path: Path) -> None:

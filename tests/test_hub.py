@@ -450,10 +450,95 @@ def test_another_network_is_told_before_the_download(server: Hub) -> None:
     assert not any("/cdn/" in path for _, path in server.log)
 
 
-def test_files_of_transformers_are_not_timms(server: Hub) -> None:
-    configured(server, {"architectures": ["ResNetForImageClassification"], "model_type": "resnet"})
-    with pytest.raises(WeightsError, match="a configuration of the transformers library"):
-        fetch()
+TRANSFORMERS: dict[str, Any] = {  # as microsoft/resnet-50 has it, for a small network
+    "architectures": ["ResNetForImageClassification"],
+    "model_type": "resnet",
+    "num_channels": 3,
+    "embedding_size": 4,
+    "hidden_sizes": [16, 32],
+    "depths": [1, 1],
+    "layer_type": "bottleneck",
+    "hidden_act": "relu",
+    "downsample_in_first_stage": False,
+    "id2label": {"0": "tench, Tinca tinca", "1": "goldfish", "2": "shark"},
+    "label2id": {"tench, Tinca tinca": 0, "goldfish": 1, "shark": 2},
+    "torch_dtype": "float32",
+}
+PROCESSOR: dict[str, Any] = {
+    "crop_pct": 0.875,
+    "do_normalize": True,
+    "do_resize": True,
+    "feature_extractor_type": "ConvNextFeatureExtractor",
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+    "resample": 3,
+    "size": 224,
+}
+
+
+def test_transformers_on_the_hub(server: Hub) -> None:
+    configured(server, TRANSFORMERS)
+    server.commits[FIRST]["preprocessor_config.json"] = json.dumps(PROCESSOR).encode()
+    found = fetch()
+    assert server.names() == {"config.json", "model.safetensors", "preprocessor_config.json"}
+    assert (found.arch, found.num_classes, found.categories) == (None, 3, ("tench, Tinca tinca", "goldfish", "shark"))
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    assert found.preprocessing == Preprocessing(256, 224, mean, std, "bicubic")
+    assert found.network == {
+        "block": "bottleneck", "depths": (1, 1), "widths": (4, 8), "in_channels": 3, "stem": "imagenet",
+        "shortcut": "projection", "stride_in": "3x3",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "vit"}, "the configuration of a 'vit' of the transformers library, not a resnet's"),
+        ({"hidden_act": "gelu"}, "hidden_act should be 'relu', not 'gelu'"),
+        ({"downsample_in_first_stage": True}, "downsample_in_first_stage puts a stride"),
+        ({"embedding_size": 8}, "embedding_size 8 is not the first stage's width, 4"),
+        ({"hidden_sizes": [15, 32]}, r"hidden_sizes \[15, 32\] are not multiples of 4"),
+        ({"hidden_sizes": [16]}, "there are 1 hidden_sizes and 2 depths"),
+        ({"hidden_sizes": "x"}, "hidden_sizes should be a list"),
+        ({"depths": [1, -1]}, "depths should be whole numbers"),
+        ({"layer_type": "x"}, "layer_type should be 'basic' or 'bottleneck', not 'x'"),
+        ({"id2label": {"0": "a", "7": "b"}}, "id2label should name the classes from 0 on"),
+        ({"id2label": {"0": "\x1b"}}, "id2label should give printable texts"),
+        ({"downsample_in_bottleneck": "yes"}, "downsample_in_bottleneck should be a bool"),
+    ],
+)
+def test_configurations_of_transformers_that_cannot_be_used(tmp_path: Path, change: dict, message: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(TRANSFORMERS | change))
+    with pytest.raises(WeightsError, match=message):
+        timm_config.read(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"crop_pct": 1.0, "size": {"shortest_edge": 100}, "resample": 2}, (100, 100, "bilinear")),
+        (
+            {"do_center_crop": True, "size": {"shortest_edge": 256}, "crop_size": {"height": 224, "width": 224}},
+            (256, 224, "bicubic"),
+        ),
+        ({"size": {"shortest_edge": 384}}, "warped to a square"),
+        ({"crop_pct": None}, "warped to a square"),
+        ({"resample": 0}, "interpolation must be bilinear or bicubic"),
+        ({"rescale_factor": 1}, "scaled by 1/255"),
+        ({"image_mean": None}, "image_mean should be numbers"),
+    ],
+)  # fmt: skip
+def test_preprocessing_of_transformers(tmp_path: Path, change: dict, expected: Any) -> None:
+    """What it cannot do is said, and the network is of use without it."""
+    for name, content in (("config.json", TRANSFORMERS), ("preprocessor_config.json", PROCESSOR | change)):
+        (tmp_path / name).write_text(json.dumps(content))
+    found = timm_config.read(tmp_path / "config.json", tmp_path / "preprocessor_config.json")
+    if isinstance(expected, str):
+        assert found.preprocessing is None
+        assert re.search(expected, found.notes[0])
+    else:
+        assert found.preprocessing is not None
+        assert (found.preprocessing.resize, found.preprocessing.crop, found.preprocessing.interpolation) == expected
 
 
 def test_any_other_configuration_says_nothing(server: Hub) -> None:

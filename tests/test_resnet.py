@@ -178,7 +178,8 @@ def test_both_of_nnxs_modes(model: jresnet.ResNet, graph_mode: bool) -> None:
     ("changes", "words"),
     [
         ({"block": "bottlneck"}, "block must be 'basic' or 'bottleneck', got 'bottlneck'"),
-        ({"stem": "imagnet"}, "stem must be 'imagenet' or 'cifar', got 'imagnet'"),
+        ({"stem": "imagnet"}, "stem must be 'imagenet' or 'cifar' or .*, got 'imagnet'"),
+        ({"stride_in": "1x1"}, "stride_in '1x1' is for bottlenecks"),
         ({"shortcut": "B"}, "shortcut must be 'pad' or 'projection' or 'projection_first' or 'conv', got 'B'"),
         ({"depths": (2, 2, 2)}, "there are 3 depths and 4 widths"),
         ({"depths": [2, 2, 2, 2]}, r"depths must be a tuple of whole numbers of at least 1, got \[2, 2, 2, 2\]"),

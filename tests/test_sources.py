@@ -245,7 +245,7 @@ def test_a_strangers_npz(tmp_path: Path, content: bytes, message: str) -> None:
         (b"\x89HDF\r\n\x1a\n" + bytes(600), "is an HDF5 file, as Keras writes"),
         (b"\x81\xa6params\x81\xa1a" + bytes(600), "is a msgpack file, as flax writes"),
         (b"\x08\x08\x12\x07pytorch\x1a\x052.1.0" + bytes(600), "is an ONNX file"),
-        (b'{"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}', "is JSON, such as the index"),
+        (b'{"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}', "is JSON"),
     ],
 )
 def test_foreign_files(tmp_path: Path, content: bytes, message: str) -> None:
@@ -253,6 +253,67 @@ def test_foreign_files(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "weights").write_bytes(content)
     with pytest.raises(WeightsError, match=f"{message}.*save.*with torch.save|{message}.*in one file"):
         sources.load(tmp_path / "weights")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_checkpoint_in_several_files(model: jresnet.ResNet, tmp_path: Path, kind: str) -> None:
+    """By its index, or by its folder."""
+    tensors = statedict.state_dict(model, counters=7)
+    index = tmp_path / ("model.safetensors.index.json" if kind == "safetensors" else "pytorch_model.bin.index.json")
+    where = {key: f"part-{i % 2}.{kind}" for i, key in enumerate(tensors)}
+    for name in sorted(set(where.values())):
+        part = {key: tensors[key] for key in where if where[key] == name}
+        if kind == "bin":
+            torchsave.write(tmp_path / name, part)
+        else:
+            safetensors.numpy.save_file(part, tmp_path / name)
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
+    for source in (index, tmp_path):
+        found = sources.load(source)
+        assert native.digest(found.values) == native.digest(params.arrays(model))
+    (tmp_path / f"part-1.{kind}").unlink()
+    with pytest.raises(WeightsError, match=rf"names the file part-1\.{kind}, which is not beside it: get that too"):
+        sources.load(index)
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"a": "../x.safetensors"}, r"names the file \.\./x\.safetensors, which is not beside it"),
+        ({"a": "model.safetensors.index.json"}, "is not beside it"),
+        ({"a": ""}, "is not beside it"),
+        ({"a": 3}, "should be the index"),
+        ({}, "should be the index"),
+        ({"conv9.weight": "x.safetensors"}, r"names tensors that its files do not hold: conv9\.weight"),
+    ],
+)
+def test_a_strangers_index(tmp_path: Path, weight_map: dict, message: str) -> None:
+    safetensors.numpy.save_file({"a": np.ones(1, np.float32)}, tmp_path / "x.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(WeightsError, match=message):
+        sources.load(tmp_path / "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ([".metadata", "__0_0.distcp"], "format_utils dcp_to_torch"),
+        (["latest", "zero_to_fp32.py"], "its own zero_to_fp32.py"),
+        (["saved_model.pb"], "a SavedModel of TensorFlow"),
+        (["_CHECKPOINT_METADATA"], "a checkpoint of Orbax"),
+        (["a.pth", "b.pth", "notes.txt"], "name one of its files, a.pth, b.pth"),
+        (["notes.txt"], "there are notes.txt"),
+        ([], "there are no files"),
+    ],
+)
+def test_folders_without_weights(tmp_path: Path, names: list[str], message: str) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    with pytest.raises(WeightsError, match=message):
+        sources.load(tmp_path)
+    if names[-1:] == ["__0_0.distcp"]:
+        with pytest.raises(WeightsError, match=message):
+            sources.load(tmp_path / names[-1])
 
 
 @pytest.mark.parametrize(

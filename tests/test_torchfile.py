@@ -229,6 +229,119 @@ def test_checkpoint_of_many_tensors(load):
     assert [int(array) for array in saved.values()] == list(range(count))
 
 
+# --- Objects of classes that nobody imports.
+
+
+def module(kind: str, tensors=None, modules=None, **attributes) -> Raw:
+    """As torch.nn.Module pickles itself."""
+    state = {"training": True, "_parameters": tensors or {}, "_buffers": {}, "_modules": modules or {}} | attributes
+    return build(Raw(glob(kind) + op.EMPTY_TUPLE + op.NEWOBJ), state)
+
+
+def test_a_module_saved_whole(load, in_format):
+    hooks = {"_forward_hooks": call("collections.OrderedDict"), "act": glob("torch.nn.functional.relu")}
+    conv = module("torch.nn.modules.conv.Conv2d", {"weight": tensor(), "bias": None}, stride=(2, 2), **hooks)
+    net = module("__main__.Net", {"scale": tensor(None, 0, (6,), (1,))}, {"0": conv, "none": None})
+    saved = load(in_format(program({"model": net, "epoch": 3})))
+    assert saved["epoch"] == 3
+    assert saved["model"].kind == "__main__.Net"
+    assert list(saved["model"]) == ["scale", "0.weight"]
+    np.testing.assert_array_equal(saved["model"]["0.weight"], SIX.reshape(2, 3))
+    assert saved["model"].settings["0"] == {
+        "class": "torch.nn.modules.conv.Conv2d", "training": True, "stride": (2, 2),
+    }  # fmt: skip
+
+
+def test_the_class_of_a_module_in_the_legacy_format(load):
+    """Named beside its source code, which is not looked at."""
+    kind = Raw(emit(("module", glob("__main__.Net"), "/home/me/net.py", "class Net: ...")) + op.BINPERSID)
+    state = {"_parameters": {"w": tensor()}, "_buffers": {}, "_modules": {}}
+    saved = load(legacy_bytes(program(build(Raw(kind + op.EMPTY_TUPLE + op.NEWOBJ), state))))
+    assert list(saved) == ["w"]
+
+
+def test_torchscript(load):
+    """Its attributes are tensors and modules; code may be compressed, and is not read."""
+    inner = build(Raw(glob("__torch__.Conv") + op.EMPTY_TUPLE + op.NEWOBJ), {"weight": tensor(), "training": False})
+    outer = build(
+        Raw(glob("__torch__.Net") + op.EMPTY_TUPLE + op.NEWOBJ),
+        {"conv": inner, "sizes": call("torch.jit._pickle.build_intlist", [1])},
+    )
+    data = zip_bytes(program(outer), None, **{"archive/constants.pkl": "", "archive/version": "6"})
+    out = io.BytesIO(data)
+    with zipfile.ZipFile(out, "a") as archive:
+        archive.writestr("archive/code/__torch__.py", "class Net: ..." * 100, zipfile.ZIP_DEFLATED)
+    saved = load(out.getvalue())
+    np.testing.assert_array_equal(saved["conv.weight"], SIX.reshape(2, 3))
+    assert list(saved) == ["conv.weight"]
+
+
+def test_objects_beside_the_tensors(load, in_format):
+    """As plain data: what a script keeps of its arguments does not keep its weights from being read."""
+    new = lambda name: Raw(glob(name) + op.EMPTY_TUPLE + op.NEWOBJ)  # noqa: E731
+    array = build(
+        call("numpy.core.multiarray._reconstruct", glob("numpy.ndarray"), (0,), "b"),
+        (
+            1,
+            (2,),
+            call("numpy.dtype", "f8"),
+            False,
+            call("_codecs.encode", np.ones(2).tobytes().decode("latin1"), "latin1"),
+        ),
+    )
+    extras = {
+        "w": tensor(),
+        "args": build(new("my.Config"), {"lr": 0.1, "strides": (1, 2)}),
+        "dict": Raw(new("easydict.EasyDict") + op.MARK + emit("arch") + emit("resnet18") + op.SETITEMS),
+        "list": Raw(new("omegaconf.ListConfig") + op.MARK + emit(1) + emit(2) + op.APPENDS),
+        "path": call("pathlib.PosixPath", "home"),
+        "function": glob("my.function"),
+        "best": array,
+        "by object": Raw(
+            op.EMPTY_DICT
+            + op.MARK
+            + new("my.Key")
+            + emit(1)
+            + emit((1, 2))
+            + emit(2)
+            + emit("c")
+            + emit(3)
+            + op.SETITEMS
+        ),
+    }
+    saved = load(in_format(program(extras)))
+    np.testing.assert_array_equal(saved.pop("w"), SIX.reshape(2, 3))
+    np.testing.assert_array_equal(saved.pop("best"), [1.0, 1.0])
+    assert saved == {
+        "args": {"lr": 0.1, "strides": (1, 2)}, "dict": {"arch": "resnet18"}, "list": [1, 2], "path": None,
+        "function": None, "by object": {"c": 3},
+    }  # fmt: skip
+
+
+def test_objects_that_hold_one_another(load, refused, in_format, monkeypatch):
+    """A trainer and its callbacks; modules in modules by memo references, 2^60 of them in few bytes."""
+    me = put(Raw(glob("my.Trainer") + op.EMPTY_TUPLE + op.NEWOBJ), 0)
+    saved = load(in_format(program(build(me, {"model": tensor(), "self": get(0)}))))
+    assert saved["self"] is None
+    loop = put(Raw(glob("my.Net") + op.EMPTY_TUPLE + op.NEWOBJ), 0)
+    state = {"_parameters": {"w": tensor()}, "_buffers": {}, "_modules": {"self": get(0)}}
+    refused(in_format(program(build(loop, state))), "contains itself")
+    monkeypatch.setattr(unpickle, "FREE_STEPS", 20_000)
+    nets = [put(module("my.Net", {"w": tensor()}), 0)]
+    nets += [put(module("my.Net", {}, {"a": get(i), "b": get(i)}), i + 1) for i in range(60)]
+    refused(in_format(program(nets)), "builds far more")
+
+
+def test_copies_of_arrays_are_paid_for(refused, in_format, monkeypatch):
+    monkeypatch.setattr(unpickle, "FREE_STEPS", 20_000)
+    raw = put(call("_codecs.encode", "x" * 80_000, "latin1"), 0)
+    one = lambda i: build(  # noqa: E731
+        call("numpy.core.multiarray._reconstruct", glob("numpy.ndarray"), (0,), "b"),
+        (1, (10_000,), call("numpy.dtype", "f8"), False, raw if i == 0 else get(0)),
+    )
+    refused(in_format(program([tensor(), *map(one, range(100))])), "builds far more")
+
+
 # --- Files of other kinds.
 
 
@@ -242,7 +355,7 @@ def test_checkpoint_of_many_tensors(load):
         (struct.pack("<Q", 40) + b'{"__metadata__":{}}', "safetensors"),
         (b"Not Found", "not a file of torch.save"),
         (program({"a": 1}), "a pickle, but not one that torch.save wrote"),
-        (zip_bytes(b"", {}, **{"archive/constants.pkl": "", "archive/code/x.py": ""}), "TorchScript"),
+        (zip_bytes(program(1), {}, **{"archive/archive_format": "pt2"}), "a program of torch.export"),
         (zip_bytes(program(1), {}, **{"other/data.pkl": ""}), "not of torch.save"),
         (zip_bytes(program(1), {})[:100], "cut short"),
         (legacy_bytes(program(1), {}, little=False), "big-endian"),
@@ -364,7 +477,7 @@ HOSTILE = [
     (Raw(op.TUPLE), "IndexError"),
     (Raw(op.BINUNICODE + b"\x01\0\0\0\xff"), "UnicodeDecodeError"),
     (Raw(op.EMPTY_DICT + op.MARK + op.NONE + op.SETITEMS), "zip"),
-    (Raw(op.EMPTY_DICT + emit(()) + op.NONE + op.SETITEM), "tuple where str"),
+    (Raw(op.EMPTY_DICT + emit([]) + op.NONE + op.SETITEM), "list where str"),
     (Raw(op.EMPTY_DICT + emit((1 << 61) - 1 << 61) + op.NONE + op.SETITEM), "64 bits"),
     (Raw(op.NONE + op.NONE + op.APPEND), "NoneType where list"),
     (Raw(emit([1]) + emit(0) + emit(5) + op.SETITEM), "list where dict"),

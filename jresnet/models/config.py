@@ -8,13 +8,27 @@ from typing import Literal, get_args
 from jresnet.errors import InputError
 
 Block = Literal["basic", "bottleneck"]
-Stem = Literal["imagenet", "cifar"]
+Stem = Literal["imagenet", "cifar", "cifar_pool", "imagenet_no_pool"]
 # What a block adds its output to. The letters are the paper's (section 3.3):
 #   "pad"              A: every second pixel, zero-padded channels; no parameters
 #   "projection"       B: 1x1 convolution and BN where the shape changes, else the input itself
 #   "projection_first" B, and also at the first block of a stage that keeps the shape
 #   "conv"             B without the BN
 Shortcut = Literal["pad", "projection", "projection_first", "conv"]
+
+# Which convolution of a Bottleneck carries the stride of a stage: the 3x3 ("v1.5", torchvision), or the first 1x1 (the
+# paper, Caffe's and detectron2's weights, transformers' downsample_in_bottleneck): two functions of the same tensors.
+StrideIn = Literal["3x3", "1x1"]
+
+# Kernel size and stride of the stem's convolution, and whether a 3x3 max-pool at stride 2 follows. Those with a pool or
+# without are two functions of the same tensors: small images are often given a 3x3 whose max-pool was left in place, or a
+# 7x7 whose max-pool was taken out.
+STEMS: dict[str, tuple[int, int, bool]] = {
+    "imagenet": (7, 2, True),
+    "cifar": (3, 1, False),
+    "cifar_pool": (3, 1, True),
+    "imagenet_no_pool": (7, 2, False),
+}
 
 EXPANSION: dict[Block, int] = {"basic": 1, "bottleneck": 4}  # a block's output channels by its stage's width
 
@@ -28,8 +42,9 @@ class ResNetConfig:
     widths: tuple[int, ...] = (64, 128, 256, 512)  # channels of each stage, before a Bottleneck's expansion
     num_classes: int = 1000  # logits; 0: no head, the network gives pooled features
     in_channels: int = 3  # channels of the images
-    stem: Stem = "imagenet"  # 7x7 at stride 2 and max-pool, or "cifar": 3x3 at stride 1 and no pool
+    stem: Stem = "imagenet"  # 7x7 at stride 2 and max-pool, or "cifar": 3x3 at stride 1 and no pool; see STEMS
     shortcut: Shortcut = "projection"
+    stride_in: StrideIn = "3x3"  # a Bottleneck's; a basic block has its stride in its first 3x3
     groups: int = 1  # groups of a Bottleneck's 3x3 (ResNeXt, arXiv:1611.05431: cardinality)
     width_per_group: int = 64  # channels per group in the first stage (Wide ResNet, arXiv:1605.07146: 128)
     conv_bias: bool = False  # biased convolutions: BN makes them redundant, but resnet18_d2l's weights hold them
@@ -52,7 +67,8 @@ class ResNetConfig:
     @property
     def stem_stride(self) -> int:
         """Pixels of an image, a side, for one pixel of the stem's output."""
-        return 1 if self.stem == "cifar" else 4
+        _, stride, pool = STEMS[self.stem]
+        return stride * 2 if pool else stride
 
     @property
     def strides(self) -> tuple[tuple[int, int], ...]:
@@ -76,7 +92,12 @@ class ResNetConfig:
 
 
 MOST = 1_000_000  # of anything that is counted: more would be wrong, and XLA ends the process where memory lacks
-KINDS: dict[str, tuple[str, ...]] = {"block": get_args(Block), "stem": get_args(Stem), "shortcut": get_args(Shortcut)}
+KINDS: dict[str, tuple[str, ...]] = {
+    "block": get_args(Block),
+    "stem": get_args(Stem),
+    "shortcut": get_args(Shortcut),
+    "stride_in": get_args(StrideIn),
+}
 
 
 def _problems(config: ResNetConfig) -> list[str]:
@@ -120,6 +141,8 @@ def _problems(config: ResNetConfig) -> list[str]:
             f"groups {config.groups} and width_per_group {config.width_per_group} are for bottlenecks: "
             "basic blocks have 1 and 64"
         )
+    if config.block == "basic" and config.stride_in != "3x3":
+        problems.append(f"stride_in {config.stride_in!r} is for bottlenecks: basic blocks have 3x3 convolutions only")
     if config.block == "bottleneck" and min(config.widths) * config.width_per_group < 64:
         problems.append(
             f"width_per_group {config.width_per_group} leaves a stage of {min(config.widths)} without channels"

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from jresnet.errors import InputError
 from jresnet.kernels import add_relu, every_second, global_average_pool, max_pool, relu
 from jresnet.models import paths, zoo
-from jresnet.models.config import EXPANSION, ResNetConfig
+from jresnet.models.config import EXPANSION, STEMS, ResNetConfig
 from jresnet.models.layers import BatchNorm, Conv, Images, Linear, as_dtype
 
 
@@ -54,7 +54,7 @@ class BasicBlock(nnx.Module):
 
 
 class Bottleneck(nnx.Module):
-    """1x1, 3x3, 1x1 convolutions; the stride is on the 3x3 ("v1.5", as torchvision), not on the first 1x1 (paper)."""
+    """1x1, 3x3, 1x1 convolutions; the stride is on the 3x3 ("v1.5", as torchvision), or on the first 1x1 (paper)."""
 
     expansion = EXPANSION["bottleneck"]
 
@@ -69,9 +69,10 @@ class Bottleneck(nnx.Module):
         conv: Callable,
     ):
         width = planes * config.width_per_group // 64 * config.groups
-        self.conv1 = conv(inplanes, width, 1)
+        first, second = (stride, 1) if config.stride_in == "1x1" else (1, stride)
+        self.conv1 = conv(inplanes, width, 1, first)
         self.bn1 = BatchNorm(width)
-        self.conv2 = conv(width, width, 3, stride, dilations[0], config.groups, dilation=dilations[0])
+        self.conv2 = conv(width, width, 3, second, dilations[0], config.groups, dilation=dilations[0])
         self.bn2 = BatchNorm(width)
         self.conv3 = conv(width, planes * self.expansion, 1)
         self.bn3 = BatchNorm(planes * self.expansion)
@@ -136,7 +137,8 @@ class ResNet(nnx.Module):
         self.config, self.remat = config, remat
         self.deterministic = True  # Flax's name for evaluation, set by train() and eval(); use_running_average in a BN
         inplanes = config.widths[0]
-        self.conv1 = conv(config.in_channels, inplanes, *((3, 1, 1) if config.stem == "cifar" else (7, 2, 3)))
+        kernel, stride, _ = STEMS[config.stem]
+        self.conv1 = conv(config.in_channels, inplanes, kernel, stride, kernel // 2)
         self.bn1 = BatchNorm(inplanes)
         for i, (depth, planes) in enumerate(zip(config.depths, config.widths, strict=True)):
             blocks = []
@@ -195,7 +197,7 @@ class ResNet(nnx.Module):
         last = max((self._position(name) for name in wanted), default=0)
         found = {}
         y = relu(self.bn1(self.conv1(checked(x, self.config.in_channels)), train))
-        if self.config.stem == "imagenet":
+        if STEMS[self.config.stem][2]:
             y = max_pool(y)
         found["stem"] = y
         for name, block in list(self._blocks())[:last]:

@@ -15,13 +15,8 @@ from typing import Any
 from jresnet.errors import InputError
 from jresnet.models.config import Block, ResNetConfig
 
-FREE = (
-    "num_classes",
-    "in_channels",
-    "stem",
-    "shortcut",
-    "output_stride",
-)  # what may be chosen apart from an architecture's row
+# What may be chosen apart from an architecture's row
+FREE = ("num_classes", "in_channels", "stem", "shortcut", "stride_in", "output_stride")
 
 
 @dataclass(frozen=True)
@@ -115,13 +110,12 @@ def find(arch: str) -> Row:
 def name_of(config: ResNetConfig) -> str | None:
     """The row that ``config`` is of, whatever those of its fields say that may be chosen; None if of none."""
 
+    told = [field.name for field in dataclasses.fields(ResNetConfig)]
+
     def row(*free: str) -> str | None:
-        fixed = [field.name for field in dataclasses.fields(config) if field.name not in free]
-
-        def is_like(row: Row) -> bool:
-            return all(getattr(row.config, name) == getattr(config, name) for name in fixed)
-
-        return next((row.name for row in ZOO.values() if is_like(row)), None)
+        fields = [name for name in told if name not in free]
+        alike = (row.name for row in ZOO.values() if all(getattr(row.config, f) == getattr(config, f) for f in fields))
+        return next(alike, None)
 
     # A row is told by its shortcut where it can be: the zoo has a resnet34 of two kinds.
     return row(*(name for name in FREE if name != "shortcut")) or row(*FREE)

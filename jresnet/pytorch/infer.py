@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from jresnet.errors import InputError, WeightsError
 from jresnet.models import zoo
-from jresnet.models.resnet import ResNetConfig
+from jresnet.models.config import STEMS, ResNetConfig
 from jresnet.pytorch import keymap
 
 Shape = tuple[int, ...]
@@ -194,7 +194,7 @@ def configure(found: Found, shapes: Mapping[str, Shape], num_classes: int | None
         found: where it lies.
         shapes: the shape of every tensor by its key.
         num_classes: of a network without a head.
-        chosen: stem or shortcut where the tensors do not tell it.
+        chosen: stem, shortcut, stride_in or output_stride, where the tensors do not tell it.
 
     Raises:
         WeightsError: for what no ResNet of jresnet is.
@@ -222,7 +222,11 @@ def configure(found: Found, shapes: Mapping[str, Shape], num_classes: int | None
     kernel = shape.get("conv1.kernel", ())
     stem = chosen.get("stem") or like.get("stem", "imagenet")
     if len(kernel) == 4:
-        stem = {3: "cifar", 7: "imagenet"}.get(kernel[2], stem)
+        fitting = [name for name, (size, *_) in STEMS.items() if size == kernel[2]]
+        stem = next((name for name in (stem, like.get("stem"), *fitting) if name in fitting), stem)
+    function = {name: chosen[name] for name in ("output_stride",) if chosen.get(name) is not None}
+    if bottleneck:
+        function["stride_in"] = chosen.get("stride_in") or like.get("stride_in", "3x3")
     head = shapes.get(f"{found.head}.weight", ())
     head = head if math.prod(head) else ()
     try:
@@ -237,6 +241,7 @@ def configure(found: Found, shapes: Mapping[str, Shape], num_classes: int | None
             groups=groups,
             width_per_group=width_per_group,
             conv_bias=sum(path[2].startswith("conv") and path[3] == "bias" for path in paths) > len(paths) / 20,
+            **function,
         )  # fmt: skip
     except InputError as error:
         raise WeightsError(f"its tensors are of no ResNet that jresnet has: {error}") from error
@@ -288,25 +293,51 @@ def is_like(config: ResNetConfig, arch: str) -> bool:
 
 def describe(config: ResNetConfig) -> str:
     """The configuration in a line."""
-    stem, channels = "7x7" if config.stem == "imagenet" else "3x3", config.in_channels
+    (kernel, _, _), channels = STEMS[config.stem], config.in_channels
     parts = [
         f"{config.block} blocks {'-'.join(map(str, config.depths))}",
         f"widths {'-'.join(map(str, config.widths))}",
-        f"{stem} stem for {channels} channel{'s' * (channels > 1)}",
+        f"{kernel}x{kernel} stem for {channels} channel{'s' * (channels > 1)}",
         f"{config.shortcut} shortcuts",
     ]
     if (config.groups, config.width_per_group) != (1, 64):
         parts.append(f"{config.groups} group{'s' * (config.groups > 1)} of {config.width_per_group} channels")
     if config.conv_bias:
         parts.append("biased convolutions")
+    if config.stem not in ("imagenet", "cifar"):
+        parts.append(f"{'a' if STEMS[config.stem][2] else 'no'} max-pool")
+    if config.stride_in != "3x3":
+        parts.append(f"stride on the {config.stride_in} convolution")
+    if config.output_stride:
+        parts.append(f"dilated to output stride {config.output_stride}")
     return ", ".join([*parts, f"{config.num_classes:,} classes" if config.num_classes else "no head"])
 
 
-def assumed(config: ResNetConfig) -> tuple[str, ...]:
-    """What neither keys nor shapes tell, and is taken as it usually is; a phrase each."""
-    found = ["no dilation", "ReLU behind each block's sum"]
-    if config.block == "bottleneck":
-        found.insert(0, "stride on the 3x3 convolution")
-    if config.stem == "cifar":
-        found.insert(0, "stem at stride 1 without max-pool")
-    return tuple(found)
+def assumed(config: ResNetConfig, known: Collection[str] = ()) -> tuple[str, ...]:
+    """What neither keys nor shapes tell, and is taken as it usually is; a phrase each.
+
+    Args:
+        config: of the network.
+        known: fields that the user chose or the checkpoint stated.
+    """
+    found = []
+    _, stride, pool = STEMS[config.stem]
+    if stride == 1 and "stem" not in known:
+        found.append(f"stem at stride 1 with{'' if pool else 'out'} max-pool")
+    if config.block == "bottleneck" and "stride_in" not in known:
+        found.append(f"stride on the {config.stride_in} convolution")
+    if "output_stride" not in known:
+        found.append("no dilation")
+    return (*found, "ReLU behind each block's sum")
+
+
+def normalises_first(found: Found, shapes: Mapping[str, Shape]) -> bool:
+    """Whether most blocks that change the width normalise their input and not what their first convolution gives."""
+    votes = Counter()  # type: Counter[bool]
+    for path, key in found.keys.items():
+        norm = shapes.get(found.keys.get(path.removesuffix("conv1.kernel") + "bn1.scale", ""), ())
+        if path.startswith("layer") and path.endswith(".conv1.kernel") and len(shapes[key]) == 4 and len(norm) == 1:
+            outputs, inputs = shapes[key][:2]
+            if inputs != outputs and norm[0] in (inputs, outputs):
+                votes[norm[0] == inputs] += 1
+    return votes[True] > votes[False]

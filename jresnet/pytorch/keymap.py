@@ -32,9 +32,34 @@ BETWEEN = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_checkpoint_wrapped_module
 FIRST = re.compile(r"(^|[._])(ema|teacher)([._]|$)|(^|[._])ema_|model_ema")
 LAST = re.compile(r"(^|[._])(student|encoder_k|momentum_encoder|target_encoder)([._]|$)")
 
-# What a checkpoint may call its network beside the tensors: networks of timm's that have a ResNet's keys and are other
-# functions, since they average or blur before their strides.
-OTHER_FUNCTIONS = re.compile(r"(wide_)?resne(x)?t(aa|blur)")
+# Parts of other networks' blocks, by their keys: a message names what they are.
+OTHER_PARTS = (
+    (r"\.(se|se_module|se_block|senet|attn_se)\.|layer\d+\.\d+\.fc[12]?\.", "squeeze-and-excitation"),
+    (r"\.(eca|cbam|ca|sa|attn|attention|gc|sk|bam)\.|conv2\.fc\d", "attention in the blocks"),
+    (
+        r"(^|\.)conv1\.[36]\.weight|stem\.[036]\.weight|downsample\.2\.weight",
+        "a deep stem, or a pool in the shortcuts (ResNet-D)",
+    ),
+    (r"\.convs\.\d|\.bns\.\d", "blocks of several scales (Res2Net)"),
+    (r"(^|\.)gn\d?\.", "GroupNorm"),
+    (r"\.weight_(orig|mask)$", "pruning masks (torch.nn.utils.prune.remove makes weights of them)"),
+    (r"\.parametrizations\.|\.weight_[guv]$", "reparametrised weights (remove_parametrizations makes weights of them)"),
+    (r"(^|\.)attnpool\.", "an attention pool (CLIP's ResNet)"),
+    (r"\.(zero_point|_packed_params)|\.scale$", "quantised layers"),
+    (r"\.(IN|BN)\.(weight|bias)", "InstanceNorm beside BatchNorm (IBN-Net)"),
+)
+
+# The whole network is another one, by keys that no ResNet has.
+OTHER_NETWORKS = (
+    (r"stages\.\d+\.blocks\.\d+\.norm1\.", "a pre-activation ResNet of timm (resnetv2)"),
+    (r"stages\.\d+\.(blocks\.)?\d+\.(dwconv|conv_dw)\.", "a ConvNeXt"),
+    (r"blocks\.\d+\.attn\.|encoder\.layer\.\d+\.attention\.|encoder_layer_\d+\.", "a Vision Transformer"),
+    (r"features\.denseblock\d", "a DenseNet"),
+    (r"features\.\d+\.block\.|blocks\.\d+\.\d+\.conv_pwl", "an EfficientNet"),
+    (r"features\.\d+\.conv\.\d", "a MobileNet"),
+    (r"features\.\d+\.weight", "a VGG or AlexNet"),
+    (r"(down_blocks|up_blocks|inc\.double_conv)", "a U-Net"),
+)
 
 # The last layer by its module's first name, where it is not where the dialect has it.
 HEADS = ("fc", "linear", "classifier", "last_linear", "head", "cls_head", "logits", "output")

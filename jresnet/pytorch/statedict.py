@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from jresnet.errors import InputError, WeightsError
-from jresnet.files import few, printable
+from jresnet.files import few
 from jresnet.models import params, zoo
 from jresnet.models.resnet import ResNet, ResNetConfig
-from jresnet.pytorch import infer, keymap
+from jresnet.pytorch import infer, keymap, stated
+from jresnet.pytorch.torchfile import Module
 
 # In the order in which torchvision registers them, which is that of PyTorch's own state_dicts.
 _ORDER = (
@@ -81,8 +82,10 @@ def match(
         key: of the dict of tensors in a checkpoint, such as ``state_dict_ema`` or ``model.teacher``; ``None``: the one with
             the largest network.
         source: names the weights in errors.
-        chosen: those of num_classes, in_channels, stem and shortcut that are asked for: a stem or shortcut must be the
-            file's, a number of classes is that of the configuration where the file has no head.
+        chosen: those of num_classes, in_channels, stem, shortcut, stride_in and output_stride that are asked for. What
+            the tensors tell must be the file's; what they do not (a stem's max-pool, stride_in, output_stride) is taken
+            as asked for, else as the checkpoint states it, else as it usually is. A number of classes is that of the
+            configuration where the file has no head.
 
     Raises:
         InputError: for an unknown architecture or dialect.
@@ -91,24 +94,54 @@ def match(
     """
     if arch is not None:
         zoo.find(arch)
-    if keymap.OTHER_FUNCTIONS.match(stated := _stated(state_dict)):
-        raise WeightsError(
-            f"{source} says that its network is a {stated}: it has a ResNet's tensors and computes another function, which "
-            "jresnet does not have; look for weights of a plain ResNet"
-        )
-    tensors, found, notes = _network(state_dict, dialect, prefix, key, source)
+    # Who names the dict of tensors takes it as it is, whatever stands beside it.
+    said = stated.read(state_dict) if key is None else stated.Statement()
+    box, tensors, found, notes = _network(state_dict, dialect, prefix, key, source)
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    if said.refused:
+        raise WeightsError(
+            f"{source} says that its network {'; '.join(said.refused)}: it may have a ResNet's tensors and computes another "
+            "function, which jresnet does not have; look for weights of a plain ResNet"
+            + (f", or take the tensors for one all the same, by their key {box!r}" if box else "")
+        )
     if found is None:
         where = f" under {prefix!r}" if prefix else ""
         naming = f" in {dialect} naming" if dialect else ""
-        raise WeightsError(
-            f"{source} holds no ResNet{naming}{where}: expected tensors such as conv1.weight, bn1.weight and "
-            f"layer1.0.conv1.weight, found {few(shapes)}"
+        other = next(
+            (what for pattern, what in keymap.OTHER_NETWORKS if any(re.search(pattern, k) for k in shapes)), None
         )
+        raise WeightsError(
+            f"{source} holds no ResNet{naming}{where}{f' but {other}' if other else ''}: expected tensors such as "
+            f"conv1.weight, bn1.weight and layer1.0.conv1.weight, found {few(shapes)}"
+        )
+    if infer.normalises_first(found, shapes):
+        raise WeightsError(
+            f"{source} holds a pre-activation ResNet (He et al. 2016b): its blocks normalise before they convolve, which "
+            "jresnet's networks do not; look for weights of a plain ResNet"
+        )
+    asked = dict(chosen)
     try:
         config = infer.configure(found, shapes, **chosen)
-    except WeightsError as error:
+        layers = stated.layers(tensors.settings, found.keys, found.prefix) if isinstance(tensors, Module) else {}
+        own = stated.of_layers(layers, config)
+        if not layers and config.block == "bottleneck" and _is_segmentation(found, shapes):
+            said.choose("dilated", 2, "dilation in the last 2 stages, as torchvision's segmentation networks have it")
+        for statement in (own, said):
+            for name, value in stated.fields(statement.chosen, config).items():
+                if chosen.get(name) is None:
+                    chosen[name] = value
+                elif chosen[name] != value and asked.get(name) is not None:
+                    notes.append(f"the file says {name} {value!r}: taken as asked for, {chosen[name]!r}")
+        config = infer.configure(found, shapes, **chosen)
+    except (InputError, WeightsError) as error:
         raise WeightsError(f"{source}: {error}") from None
+    if different := stated.contradictions(layers, config):
+        raise WeightsError(
+            f"{source} holds a module of a ResNet's tensors that computes another function, which jresnet does not have, or "
+            f"not as asked for: {'; '.join(different)}"
+        )
+    if said.said or own.said:
+        notes.append(f"taken as the file says: {', '.join(own.said + said.said)}")
 
     wanted = params.shapes(config)
     paths = {found.keys.get(path) or _key(path, found): path for path in wanted}
@@ -122,7 +155,7 @@ def match(
     elif f"{found.head}.bias" not in got:
         del expected[f"{found.head}.bias"]
         notes.append(f"{found.head} has no bias: zeros are taken")
-    beside = _beside(got.keys() - expected.keys(), found)
+    beside = _beside(got.keys() - expected.keys(), found, expected)
     problems += params.differences(expected, {name: shape for name, shape in got.items() if name not in beside})
     if beside:
         notes.append(f"passed over beside the network: {few([name for name in got if name in beside])}")
@@ -143,9 +176,23 @@ def match(
     if odd:
         notes.append(f"not a number of batches, and not needed: {few(odd)}")
     row = infer.row(config)
-    if stated and stated not in (arch, row):
-        notes.append(f"the file calls its network {stated!r}")
+    if said.name and said.name not in (arch, row):
+        notes.append(f"the file calls its network {said.name!r}; its tensors are those of {_a(row)}")
     if problems:
+        strange = [name for name in got if name not in expected]
+        parts = [what for pattern, what in keymap.OTHER_PARTS if any(re.search(pattern, name) for name in strange)]
+        if parts:
+            problems.insert(0, f"it has {' and '.join(parts)}, which jresnet's networks have not")
+        norms = [name for name, path in paths.items() if path.endswith(".var")]
+        if not any(name in got for name in norms):
+            folded = not any(path.endswith(".scale") and name in got for name, path in paths.items())
+            problems.insert(
+                0,
+                "it has no BatchNorm: convert it from before that was folded into the convolutions"
+                if folded
+                else "it has no running statistics: it is of parameters alone, where model.state_dict() has the buffers "
+                "too, or its normalisation is not BatchNorm",
+            )
         what = f"a whole {arch or row or 'ResNet'}"
         raise WeightsError(f"{source} does not hold {what} ({found.dialect} naming): {'; '.join(problems)}")
     if "fc.kernel" in values and "fc.bias" not in values:
@@ -154,7 +201,19 @@ def match(
     if found.head is None:
         config = dataclasses.replace(config, num_classes=0)
     arch = arch or row
-    return Conversion(arch, config, values, found.dialect, counts, tuple(notes), infer.assumed(config))
+    known = [name for name, value in chosen.items() if value is not None]
+    known += ["stride_in", "output_stride"] if layers else []
+    return Conversion(arch, config, values, found.dialect, counts, tuple(notes), infer.assumed(config, known))
+
+
+def _is_segmentation(found: infer.Found, shapes: Mapping[str, Any]) -> bool:
+    """Whether the body lies beside the head of torchvision's FCN or DeepLab, whose last layer is a 1x1 convolution."""
+    base = found.prefix.removesuffix("backbone.")
+    return base != found.prefix and len(shapes.get(f"{base}classifier.4.weight", ())) == 4
+
+
+def _a(row: str | None) -> str:
+    return f"a {row}" if row else "a ResNet that has no name here"
 
 
 def _check_asked(
@@ -168,8 +227,10 @@ def _check_asked(
             f"{source} holds a ResNet that has no name here, not a {arch}: {infer.describe(config)}; leave the "
             "architecture out"
         )
-    for field in ("stem", "shortcut"):
-        if chosen.get(field) not in (None, getattr(config, field)):
+    for field in ("stem", "shortcut", "stride_in", "output_stride"):
+        if chosen.get(field) not in (None, getattr(config, field)) and not (
+            field == "output_stride" and chosen[field] == config.full_stride  # None is another word for it
+        ):
             raise WeightsError(
                 f"{source} holds a network whose {field} is {getattr(config, field)!r}, not {chosen[field]!r}: "
                 f"leave the {field} out"
@@ -190,8 +251,8 @@ def _counter(path: str, found: infer.Found) -> str:
 
 def _network(
     saved: Any, dialect: str | None, prefix: str | None, key: str | None, source: str
-) -> tuple[dict[str, Any], infer.Found | None, list[str]]:
-    """The dict of tensors in a checkpoint that holds the largest network, that network, and what was passed over."""
+) -> tuple[str, dict[str, Any], infer.Found | None, list[str]]:
+    """The key of the dict of tensors with the largest network, the dict, the network, and what was passed over."""
     boxes = _boxes(saved)
     if key is not None:
         if key not in boxes:
@@ -201,13 +262,16 @@ def _network(
         what = type(saved).__name__
         if isinstance(saved, Mapping) and saved:
             what = f"entries that are no tensors: {few(map(str, saved))}"
+        elif isinstance(saved, Mapping):
+            what = "nothing"
         raise WeightsError(f"{source} should hold a state_dict, names to tensors, but holds {what}")
     networks = {}
     for name, tensors in boxes.items():
         if found := infer.find({k: tuple(v.shape) for k, v in tensors.items()}, dialect, prefix):
             networks[name] = found
     if not networks:
-        return max(boxes.values(), key=len), None, []
+        largest = max(boxes, key=lambda name: len(boxes[name]))
+        return largest, boxes[largest], None, []
     most = max(found.score for found in networks.values())
     rivals = [name for name, found in networks.items() if found.score >= infer.RIVAL * most]
     rivals.sort(key=lambda name: (infer.preference(name), infer.preference(networks[name].prefix)))
@@ -216,40 +280,42 @@ def _network(
         notes.append(f"taken from {name!r}, not from {few(map(repr, rivals[1:]))} beside it")
     if found.rivals:
         notes.append(f"taken from {found.prefix!r}, not from {few(map(repr, found.rivals))} beside it")
-    tensors = {k: v for k, v in boxes[name].items() if k.rpartition(".")[2] not in keymap.IGNORED}
-    return tensors, found, notes
-
-
-def _stated(saved: Any) -> str:
-    """What a checkpoint calls its network, as timm's and torchvision's training scripts do; empty where it does not."""
-    if not isinstance(saved, Mapping):
-        return ""
-    arguments = saved.get("args")
-    names = (saved.get("arch"), arguments.get("model") if isinstance(arguments, Mapping) else None)
-    return next((printable(name) for name in names if isinstance(name, str)), "")
+    tensors = boxes[name]
+    for ignored in [k for k in tensors if k.rpartition(".")[2] in keymap.IGNORED]:
+        del tensors[ignored]
+    return name, tensors, found, notes
 
 
 def _boxes(saved: Any) -> dict[str, dict[str, Any]]:
     """Every dict with tensors in a checkpoint, by the keys that lead there, ``""`` for the checkpoint itself."""
     boxes: dict[str, dict[str, Any]] = {}
     seen: set[int] = set()
-    waiting = deque([("", saved)] if isinstance(saved, Mapping) else [])
+    waiting: deque[tuple[str, Any]] = deque([("", saved)])
     while waiting and len(seen) < 10_000:
         name, node = waiting.popleft()
         if id(node) in seen or name.count(".") > 8:  # deeper than any script nests them
             continue
         seen.add(id(node))
+        if isinstance(node, list | tuple):  # [epoch, state_dict], say
+            node = {str(i): value for i, value in enumerate(node[:100])}
+        elif not isinstance(node, Mapping):
+            continue
         if tensors := {k: v for k, v in node.items() if isinstance(k, str) and hasattr(v, "shape")}:
             own = {keymap.BETWEEN.sub("", k): v for k, v in tensors.items()}
             boxes[name] = own if len(own) == len(tensors) else tensors
-        inside = [(k, v) for k, v in node.items() if isinstance(k, str) and len(k) <= 200 and isinstance(v, Mapping)]
+            if isinstance(node, Module):
+                boxes[name] = module = Module(boxes[name])
+                module.settings = node.settings
+        holders = (Mapping, list, tuple)
+        inside = [(k, v) for k, v in node.items() if isinstance(k, str) and len(k) <= 200 and isinstance(v, holders)]
         waiting += [(f"{name}.{k}" if name else k, v) for k, v in inside]
     return boxes
 
 
-def _beside(names: Collection[str], found: infer.Found) -> set[str]:
+def _beside(names: Collection[str], found: infer.Found, expected: Collection[str]) -> set[str]:
     """Those of ``names`` that are no part of the network's modules: a loss's weights, a queue, another head."""
-    own = {key[len(found.prefix) :].partition(".")[0] for key in found.keys.values()}
+    body = [key for key in expected if key.startswith(found.prefix) and not key.startswith(f"{found.head}.")]
+    own = {key[len(found.prefix) :].partition(".")[0] for key in body}
 
     def is_part(name: str) -> bool:
         module = name[len(found.prefix) :].partition(".")[0]

@@ -4,7 +4,9 @@ A ``.npz`` of numpy's ``savez`` is read too, by its own headers: see :func:`_rea
 
 A ``torch.save`` file is a pickle beside raw storages, and a pickle is a program: it is run by
 :mod:`jresnet.pytorch.unpickle`, which builds plain data and runs nothing. The worst file can build dicts, lists, tuples,
-numbers, strings, and descriptions of tensors.
+numbers, strings, descriptions of tensors, and inert records of the attributes of objects. A module that was saved whole
+(``torch.save(model)``, ``torch.jit.save``) is such a record, and its tensors are read from it as a :class:`Module`: neither
+its class nor its code is needed, or looked at.
 
 What a file of S bytes costs is bounded before it is spent: its pickle is at most 64 MiB long and may run half a million
 instructions and S / 64 more. While it runs, tensors are only described. Their storages, which must lie in the file
@@ -20,6 +22,7 @@ flipped byte of a number cannot be seen, and a caller who knows the file's SHA-2
 import io
 import math
 import pickle  # the name of an opcode only: nothing here is unpickled by it
+import re
 import stat
 import struct
 import zipfile
@@ -33,6 +36,7 @@ import ml_dtypes
 import numpy as np
 
 from jresnet.errors import WeightsError
+from jresnet.files import printable
 from jresnet.pytorch import unpickle
 from jresnet.pytorch.unpickle import Refused, expect
 
@@ -44,6 +48,9 @@ MAX_INFLATED = 32  # a .npz's arrays, as a multiple of the file; numpy.savez_com
 CHUNK = 1 << 20  # bytes read at a time, so that a large storage is not held twice
 LEGACY_MAGIC, LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001  # torch/serialization.py: MAGIC_NUMBER, PROTOCOL_VERSION
 ADVICE = "only tensors, numbers and strings in dicts and lists are read; save with torch.save(model.state_dict(), path)"
+
+# torch's globals that may stand for modules, or for objects beside them; of its others, tensors might be made.
+_MODULES = re.compile(r"torch\.(nn|optim|utils|distributed|fx|amp|cuda\.amp|ao\.nn|jit\._pickle|_dynamo)\.")
 
 _NUMPY = "float64 float32 float16 complex128 complex64 bool int64 int32 int16 int8 uint64 uint32 uint16 uint8"
 _ML = "bfloat16 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu"
@@ -67,8 +74,9 @@ def read(path: str | Path) -> object:
         The saved object: dict, OrderedDict, list, tuple, str, int, float, complex, bool, bytes, None. A tensor or
         Parameter, wherever it lay (``cuda:0`` too), is a C-contiguous, writable array; two that the file describes
         alike (tied weights) are one array, all others share no memory. A ``torch.dtype`` is numpy's, a ``torch.device``
-        a tuple, an ``argparse.Namespace`` or ``Counter`` a dict, a numpy scalar a Python number. Attributes of an
-        OrderedDict (``_metadata``) are dropped.
+        a tuple, an ``argparse.Namespace`` or ``Counter`` a dict, a numpy scalar a Python number, a module a
+        :class:`Module`, any other object the dict of its attributes or items, None where it has neither. Attributes of
+        an OrderedDict (``_metadata``) are dropped.
 
     Raises:
         WeightsError: the file is missing, damaged, of another format, or asks for more than tensors.
@@ -113,14 +121,22 @@ def _foreign(head: bytes) -> str:
         return f"is an ONNX file, a program with its constants; {_ONLY}"
     if head.lstrip().startswith((b'{"', b"{\n", b"[")):
         return (
-            "is JSON, such as the index of a checkpoint in several files, not the tensors themselves; load the checkpoint "
-            "with the library that wrote it, and save it in one file with torch.save(model.state_dict(), path)"
+            "is JSON, not the tensors themselves; the index of a checkpoint in several files is read where it is called "
+            "*.index.json; else load it with what wrote it, and save it with torch.save(model.state_dict(), path)"
         )
     if 0x80 < head[0] < 0x90 and 0xA0 < head[1] < 0xC0:
         return f"is a msgpack file, as flax writes, of another network's names and layouts; {_ONLY}"
     if head[4:9] == b"\0\0\0\0{":
         return "is a safetensors file; give it the ending .safetensors"
     return f"is not a file of torch.save: it begins with {head[:8]!r}, not like a zip archive or a pickle"
+
+
+class Module(dict[str, Any]):
+    """The tensors of a module that was saved whole, by the names that its ``state_dict()`` has."""
+
+    kind: str = ""  # its class: "torchvision.models.resnet.ResNet"
+    # Of every module inside, by its name: "class", and its plain attributes, such as a convolution's "stride": (2, 2)
+    settings: dict[str, dict[str, Any]]
 
 
 # --- The pickle: what it may hold while it runs, and what it may cause.
@@ -159,15 +175,20 @@ class _Interpreter(unpickle.Interpreter):
         ),
     }
 
-    def __init__(self, data: bytes, size: int):
-        super().__init__(data, _GLOBALS, size=size, advice=ADVICE)
+    def __init__(self, data: bytes, size: int, inert: bool = True):
+        super().__init__(data, _GLOBALS, size=size, inert=inert, advice=ADVICE)
         self.storages: dict[str, tuple[np.dtype[Any], int]] = {}  # key: dtype, size in bytes
         self.tensors: dict[_Tensor, None] = {}  # a set in the order of the file
 
     # The arguments are a stranger's: each function checks all that it uses.
 
-    def persistent(self, tag: Any, kind: Any, key: Any, _location: Any, numel: Any, view: Any = None) -> _Storage:  # type: ignore[override]
-        """A storage. A view (key, start, count), of the legacy format, is a window into the storage."""
+    def persistent(self, tag: Any, kind: Any, key: Any, _location: Any, numel: Any = None, view: Any = None) -> Any:  # type: ignore[override]
+        """A storage. A view (key, start, count), of the legacy format, is a window into the storage.
+
+        The legacy format also names the class of a module so, with its source code: ("module", class, file, code).
+        """
+        if tag == "module" and type(kind) is unpickle.Unknown:
+            return kind
         key, numel = expect(key, str), expect(numel, int)
         _, start, count = (None, 0, numel) if view is None else expect(view, tuple)
         inside = 0 <= expect(start, int) <= start + expect(count, int) <= numel
@@ -207,8 +228,14 @@ class _Interpreter(unpickle.Interpreter):
         elif isinstance(target, np.dtype):
             if expect(expect(state, tuple)[1], str) not in "<|=":
                 raise Refused("holds a big-endian number; save it again on a little-endian machine")
+        elif type(target) is unpickle.Record:
+            target.state = state
         elif type(target) is not OrderedDict:
             raise Refused(f"sets attributes of a {type(target).__name__}, which torch.save does not do; {ADVICE}")
+
+    def is_inert(self, full: str) -> bool:
+        """torch's own globals that make tensors of kinds which are not read are refused, not passed over."""
+        return super().is_inert(full) and (not full.startswith("torch.") or _MODULES.match(full) is not None)
 
     def scalar(self, dtype: Any, raw: Any) -> Any:
         """``numpy.core.multiarray.scalar``, as a Python number."""
@@ -262,6 +289,8 @@ def _assemble(saved: object, run: _Interpreter, keys: Iterable[str], load: Calla
             arrays[tensor] = _array(tensor, storage, alone=len(users[key]) == 1)
     run.steps = run.limit  # memo references can put one list in many places, and that list in many more
 
+    finished: dict[unpickle.Record, object] = {}  # by the record itself: they may hold one another
+
     def finish(node: Any, depth: int = 0) -> object:
         run.charge(1)
         kind = type(node)
@@ -275,9 +304,93 @@ def _assemble(saved: object, run: _Interpreter, keys: Iterable[str], load: Calla
             return kind([(key, finish(child, depth + 1)) for key, child in node.items()])
         if kind in (str, int, float, complex, bool, bytes, type(None)) or isinstance(node, np.dtype):
             return node
+        if kind is unpickle.Unknown:
+            return None
+        if kind is unpickle.Record:
+            if node not in finished:
+                finished[node] = None  # what it holds itself is not looked at again
+                finished[node] = record(node, depth + 1)
+            return finished[node]
         raise Refused(f"holds a storage or a function by itself, where values belong; {ADVICE}")
 
+    def record(node: unpickle.Record, depth: int) -> object:
+        # What records share by the memo is copied for each of them, and so paid for by each.
+        held = [node.state, node.items, *node.args[:1]]
+        run.charge(sum(len(value) for value in held if isinstance(value, dict)))
+        if type(node.state) is tuple:
+            run.charge(sum(len(value) for value in node.state if type(value) is bytes) // unpickle.BYTES_PER_STEP)
+        if (array := _numpy_array(node)) is not None:
+            return array
+        if _parts(node) is not None:
+            module = Module()
+            module.kind, module.settings = node.name, {}
+            collect(node, "", module, depth)
+            return module
+        if isinstance(node.items, list):
+            return finish(node.items, depth)
+        named = node.state if isinstance(node.state, dict) else {}
+        return finish(named | (node.items or {}), depth) if named or node.items else None
+
+    def collect(node: unpickle.Record, prefix: str, into: Module, depth: int) -> None:
+        """The tensors of a module and of those inside it, and what they say of themselves."""
+        if depth > MAX_DEPTH:
+            raise Refused(f"nests modules deeper than {MAX_DEPTH} levels, or contains itself; {ADVICE}")
+        run.charge(len(prefix) // unpickle.BYTES_PER_STEP)
+        own, attributes = _parts(node) or ({}, {})
+        run.charge(1 + len(own) + len(attributes))
+        plain = {name: value for name, value in attributes.items() if _is_plain(value)}
+        into.settings[prefix.removesuffix(".")] = {"class": node.name} | plain
+        for name, child in own.items():
+            if type(child) is _Tensor:
+                into[f"{prefix}{name}"] = arrays[child]
+            elif type(child) is unpickle.Record:
+                collect(child, f"{prefix}{name}.", into, depth + 1)
+
+    if type(saved) is unpickle.Record and not run.tensors:
+        raise Refused(f"names the forbidden global {printable(saved.name)}, which this reader never runs; {ADVICE}")
     return finish(saved)
+
+
+def _parts(node: unpickle.Record) -> tuple[dict[str, Any], dict[str, Any]] | None:
+    """The tensors and modules that a module registers, and its other attributes; None of what is no module.
+
+    Of torch.nn.Module's ``__dict__``, which a graph module gives as an argument, or of TorchScript's attributes.
+    """
+    state = node.state
+    if state is None and node.args and isinstance(node.args[0], dict):
+        state = node.args[0]
+    if not isinstance(state, dict):
+        return None
+    named = {name: value for name, value in state.items() if isinstance(name, str)}
+    if node.name.startswith("__torch__."):
+        return named, named
+    groups = [named.get(group) for group in ("_parameters", "_buffers", "_modules")]
+    if not all(isinstance(group, dict) for group in groups):
+        return None
+    own = {name: value for group in groups for name, value in group.items() if isinstance(name, str)}  # type: ignore[union-attr]
+    return own, named
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether an attribute says how a layer computes: a number, a short text, or a few numbers."""
+    if isinstance(value, str):
+        return len(value) <= 40
+    if isinstance(value, tuple):
+        return len(value) <= 4 and all(type(one) is int for one in value)
+    return type(value) in (int, float, bool)
+
+
+def _numpy_array(node: unpickle.Record) -> np.ndarray | None:
+    """An array of numpy's that was pickled beside the tensors, or instead of them."""
+    if not node.name.endswith("multiarray._reconstruct") or not isinstance(node.state, tuple) or len(node.state) != 5:
+        return None
+    _, shape, dtype, by_columns, raw = node.state
+    if not isinstance(dtype, np.dtype) or type(raw) is not bytes or not isinstance(shape, tuple):
+        return None
+    if any(type(n) is not int or n < 0 for n in shape) or math.prod(shape) * dtype.itemsize != len(raw):
+        return None
+    flat: np.ndarray = np.frombuffer(raw, dtype).copy()
+    return np.ascontiguousarray(flat.reshape(shape, order="F" if by_columns else "C"))
 
 
 def _array(tensor: _Tensor, storage: np.ndarray, alone: bool) -> np.ndarray:
@@ -307,14 +420,18 @@ def _read_zip(file: io.BufferedReader, size: int) -> object:
         entries = {info.filename: info for info in archive.infolist()}
         if len(entries) != len(archive.infolist()):
             raise Refused("is a zip archive with two entries of one name; get the file again")
-        if any(name.endswith("/constants.pkl") for name in entries):
-            raise Refused("is TorchScript; open it with torch.jit.load and torch.save its state_dict()")
+        if any(name.endswith(("/archive_format", "/serialized_exported_program.json")) for name in entries):
+            raise Refused("is a program of torch.export; load it with torch.export.load and torch.save its state_dict")
+        script = any(name.endswith("/constants.pkl") for name in entries)
         npz = all(name.endswith(".npy") for name in entries)
         end = 0
         for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
             name, parts = info.filename[:80], PurePosixPath(info.filename).parts
             packed = info.compress_type or info.file_size != info.compress_size
-            if info.flag_bits & 0x2041 or (packed and not (npz and info.compress_type in (0, zipfile.ZIP_DEFLATED))):
+            code = script and "code" in parts[1:-1]  # TorchScript's, which is never read
+            if info.flag_bits & 0x2041 or (
+                packed and not ((npz or code) and info.compress_type in (0, zipfile.ZIP_DEFLATED))
+            ):
                 raise Refused(f"has the compressed or encrypted entry {name!r}; torch.save stores; save it again")
             if {"/", "//", ".."} & set(parts) or "\\" in info.filename:
                 raise Refused(f"has the entry {name!r}, which leads out of the archive; get the file again")
@@ -377,12 +494,14 @@ def _check_directory(file: io.BufferedReader, size: int) -> None:
 
 def _read_legacy(file: io.BufferedReader, size: int) -> object:
     file.seek(0)
-    run = _Interpreter(file.read(min(size, MAX_PICKLE)), size)  # read() reserves all that it is asked for
+    run = _Interpreter(file.read(min(size, MAX_PICKLE)), size, inert=False)  # read() reserves all that it is asked for
     if run.load() != LEGACY_MAGIC or run.load() != LEGACY_VERSION:
         raise Refused("is a pickle, but not one that torch.save wrote; save it again with torch.save")
     if expect(run.load(), dict).get("little_endian") is not True:
         raise Refused("is big-endian; load it with torch and save it again on a little-endian machine")
+    run.inert = True
     saved = run.load()
+    run.inert = False
     keys = [expect(key, str) for key in expect(run.load(), list)]
     if sorted(keys) != sorted(run.storages):
         raise Refused("lists other storages than its tensors use; get the file again")

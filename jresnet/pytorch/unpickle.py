@@ -7,12 +7,18 @@ no others. A global's name is looked up in a table that the caller gives, an all
 constants, and nothing is imported: the worst program can build dicts, lists, tuples, numbers, strings, and what the
 table's functions make.
 
+Where a caller wants it (``inert``), a class or function that the table lacks becomes an :class:`Unknown`, and what a pickle
+makes with it a :class:`Record`, which keeps the attributes that it was given and does nothing. Those of Python's own
+library are refused all the same, but for a few that hold values: no honest file needs ``os.system``.
+
 What a pickle of a file of S bytes costs is bounded before it is spent: it may run half a million instructions and S / 64
 more.
 """
 
 import pickle as op  # the opcodes' names only: nothing here is unpickled by it
+import re
 import struct
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from types import FunctionType
@@ -43,6 +49,33 @@ class Instance:
         self.args, self.state = args, None
 
 
+class Unknown:
+    """A class or a function that no table has; nothing is imported."""
+
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class Record:
+    """What a pickle says that an :class:`Unknown` made: its arguments, its state, and the items of a dict or a list."""
+
+    __slots__ = ("args", "items", "name", "state")
+
+    def __init__(self, name: str, args: tuple[Any, ...]) -> None:
+        self.name, self.args = name, args
+        self.state: Any = None
+        self.items: dict[Any, Any] | list[Any] | None = None
+
+
+# Of Python's own library, what holds values and may stand beside a network.
+HARMLESS = re.compile(
+    r"(builtins|__builtin__)\.(set|frozenset|slice|range|xrange|bytearray|complex|object|dict|list|tuple|int|long|float|bool|str|unicode"
+    r"|bytes|type)|copy_?reg\._reconstructor|functools\.partial|collections\.(defaultdict|deque|UserDict)|types\.SimpleNamespace"
+    r"|(pathlib|datetime|decimal|fractions|uuid|enum|typing|dataclasses|inspect)\.[\w.]+|pathlib\._local\.\w+|logging\.Logger"
+)
+
 _FIXED = {  # opcode: struct format of its operand
     op.PROTO: "<B", op.FRAME: "<Q", op.BININT: "<i", op.BININT1: "<B", op.BININT2: "<H", op.BINFLOAT: ">d",
     op.BINGET: "<B", op.LONG_BINGET: "<I", op.BINPUT: "<B", op.LONG_BINPUT: "<I",
@@ -56,6 +89,7 @@ _POPS = {  # opcode: how many values it takes from the stack
     op.STACK_GLOBAL: 2, op.REDUCE: 2, op.NEWOBJ: 2, op.STOP: 1,
 }  # fmt: skip
 _POPS_TO_MARK = (op.TUPLE, op.APPENDS, op.SETITEMS)
+_PYTHON = sys.stdlib_module_names | {"__builtin__", "copy_reg", "commands", "cPickle"}  # the last of Python 2
 _CONSTANTS = {op.NONE: None, op.NEWTRUE: True, op.NEWFALSE: False, op.EMPTY_TUPLE: ()}
 
 
@@ -74,6 +108,7 @@ class Interpreter:
         allowed: by full name, such as ``"numpy.dtype"``, what stands for each global that a pickle may name: a function
             that takes the interpreter before the pickle's arguments and checks all that it uses, or a constant.
         size: bytes of the whole file, by which the number of instructions is bounded; ``None``: of ``data``.
+        inert: make an :class:`Unknown` of a global that ``allowed`` lacks, unless it is Python's own.
         bytes_of_python2: read Python 2's ``str`` as bytes, else as text in UTF-8.
         advice: the end of every refusal: what is read, and what to do.
 
@@ -90,12 +125,13 @@ class Interpreter:
         allowed: Mapping[str, object],
         *,
         size: int | None = None,
+        inert: bool = False,
         bytes_of_python2: bool = False,
         advice: str,
     ):
         self.data, self.allowed, self.advice, self.position = data, allowed, advice, 0
         self.size = size = len(data) if size is None else size
-        self.bytes_of_python2 = bytes_of_python2
+        self.inert, self.bytes_of_python2 = inert, bytes_of_python2
         self.steps = self.limit = FREE_STEPS + size // BYTES_PER_STEP
 
     def load(self) -> Any:
@@ -141,15 +177,19 @@ class Interpreter:
                 case op.TUPLE | op.TUPLE1 | op.TUPLE2 | op.TUPLE3:
                     stack.append(tuple(items))
                 case op.APPEND | op.APPENDS:
-                    expect(stack[-1], list).extend(items)
+                    self.items_of(stack[-1], list).extend(items)
                 case op.SETITEM | op.SETITEMS:
-                    self.fill(expect(stack[-1], dict, OrderedDict), zip(items[::2], items[1::2], strict=True))
+                    self.fill(self.items_of(stack[-1], dict, OrderedDict), zip(items[::2], items[1::2], strict=True))
                 case op.GLOBAL:
                     stack.append(self.named(self.line(), self.line()))
                 case op.STACK_GLOBAL:
                     stack.append(self.named(*items))
                 case op.REDUCE | op.NEWOBJ:
-                    stack.append(expect(items[0], FunctionType)(self, *expect(items[1], tuple)))
+                    function, arguments = items[0], expect(items[1], tuple)
+                    if type(function) is Unknown:
+                        stack.append(Record(function.name, arguments))
+                    else:
+                        stack.append(expect(function, FunctionType)(self, *arguments))
                 case op.BUILD:
                     self.build(stack[-1], items[0])
                 case op.BINPERSID:
@@ -186,9 +226,24 @@ class Interpreter:
         """What the allow-list has for a global."""
         full = f"{expect(module, str)[:200]}.{expect(name, str)[:200]}"
         if full not in self.allowed:
+            if self.inert and self.is_inert(full):
+                return Unknown(full)
             advice = next((text for begin, text in self.hints.items() if full.startswith(begin)), self.advice)
             raise Refused(f"names the forbidden global {printable(full)}, which this reader never runs; {advice}")
         return self.allowed[full]
+
+    def is_inert(self, full: str) -> bool:
+        """Whether a global that no table has may become an :class:`Unknown`, and is not refused."""
+        python = full.partition(".")[0] in _PYTHON
+        return HARMLESS.fullmatch(full) is not None or not python
+
+    def items_of(self, target: Any, *types: type) -> Any:
+        """What APPENDS and SETITEMS fill: a list or a dict, or that of a :class:`Record`."""
+        if type(target) is not Record:
+            return expect(target, *types)
+        if target.items is None:
+            target.items = types[0]()
+        return expect(target.items, *types)
 
     def persistent(self, *_: Any) -> Any:
         """A persistent id, by which a pickle names what lies beside it."""
@@ -197,6 +252,8 @@ class Interpreter:
     def fill(self, target: dict[Any, Any], pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
         for key, value in pairs:
             self.charge(1)
+            if self.inert and type(key) in (Record, Unknown, tuple):
+                continue  # of an optimizer's state, say, which nobody reads
             # No tuples: to hash nested ones can take exponential time. No huge integers: they can be made to collide.
             if type(expect(key, str, int, float, bool, bytes, type(None))) is int and key.bit_length() > 64:
                 raise ValueError("an integer of more than 64 bits as a key")
@@ -205,7 +262,7 @@ class Interpreter:
 
     def build(self, target: Any, state: Any) -> None:
         """BUILD, which sets attributes."""
-        expect(target, Instance).state = state
+        expect(target, Instance, Record).state = state
 
     def encode(self, text: Any, codec: Any) -> bytes:
         """``_codecs.encode``, as protocol 2 spells bytes."""

@@ -1,8 +1,9 @@
 """Weights on the Hugging Face Hub: ``hf:ORG/REPO[@REVISION]``, through ``huggingface_hub`` (the extra ``hub``).
 
-Only ``model.safetensors`` and ``config.json`` are fetched, the latter in the form that timm writes
-(:mod:`jresnet.weights.timm_config`). They lie in the Hub's own cache (``HF_HUB_CACHE``, ``HF_HOME``), shared with
-every other library that uses it.
+Only ``model.safetensors`` and ``config.json`` are fetched, the latter as timm or transformers write it
+(:mod:`jresnet.weights.timm_config`), and with the latter's ``preprocessor_config.json``. They lie in the Hub's own cache
+(``HF_HUB_CACHE``, ``HF_HOME``), shared with every other library that uses it. A folder of these files is read alike
+(:func:`local`), without the library and the network.
 
 **Integrity.** The cache keeps a file of Git LFS or Xet under its SHA-256, which is computed and compared at every load.
 Where the file system has no symbolic links the cache does not keep that name: there the digest is compared only by a call
@@ -15,14 +16,14 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent import futures
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jresnet.errors import DownloadError, InputError, WeightsError
-from jresnet.files import sha256_of
+from jresnet.files import few, sha256_of
 from jresnet.weights import timm_config
 from jresnet.weights.preprocessing import Preprocessing
 
@@ -32,8 +33,14 @@ if TYPE_CHECKING:
     from jresnet.models.resnet import ResNetConfig
 
 PREFIX = "hf:"
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
-MAX_BYTES = {WEIGHTS: 4 << 30, CONFIG: timm_config.MAX_BYTES}  # the zoo's largest network has 0.5 GB
+WEIGHTS, CONFIG, PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
+# Of a folder, in the order in which they are taken: whole files, then those in several with an index.
+LOCAL = (WEIGHTS, "pytorch_model.bin", f"{WEIGHTS}.index.json", "pytorch_model.bin.index.json")
+MAX_BYTES = {
+    WEIGHTS: 4 << 30,
+    CONFIG: timm_config.MAX_BYTES,
+    PREPROCESSOR: timm_config.MAX_BYTES,
+}  # the zoo's largest network has 0.5 GB
 ANSWER_SECONDS = 4.0  # for the Hub's first answer: a command without network must end within 5 s
 _COMMIT = re.compile("[0-9a-f]{40}")
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -42,16 +49,18 @@ _REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_.+/-]*")  # a branch, 
 
 @dataclass(frozen=True)
 class Published:
-    """Weights on the Hub, fetched."""
+    """Weights on the Hub, fetched; or in a folder."""
 
     spec: str  # with the commit in full, such as "hf:timm/resnet50.a1_in1k@<40 hex digits>"
     path: Path  # model.safetensors in the Hub's cache
     sha256: str  # of that file
-    commit: str
+    commit: str  # empty of a folder
     arch: str | None  # a name of the zoo; None, as those below, where no config.json says
     num_classes: int | None
     preprocessing: Preprocessing | None
     categories: tuple[str, ...] | None  # in the order of the logits
+    network: Mapping[str, Any] | None = None  # fields of its ResNetConfig
+    notes: tuple[str, ...] = ()  # what of the configuration was passed over
 
 
 def is_spec(text: str | os.PathLike[str]) -> bool:
@@ -92,8 +101,11 @@ def fetch(spec: str, *, progress: bool = True) -> Published:
     else:
         raise WeightsError(_no_weights(repo, revision))
     # The small file first: it tells whether the large one is of any use.
-    config = _config(repo, commit, progress)
-    described = timm_config.read(config) if config else timm_config.Described()
+    config = _beside(repo, commit, CONFIG, progress)
+    described = timm_config.Described()
+    if config:
+        transformers = "model_type" in timm_config.load(config)
+        described = timm_config.read(config, _beside(repo, commit, PREPROCESSOR, progress) if transformers else None)
     if head:  # asked for by branch or tag, so that the cache remembers where that was
         path = _download(repo, revision, WEIGHTS, progress)
         if path is None or path.parent.name != commit:
@@ -103,9 +115,52 @@ def fetch(spec: str, *, progress: bool = True) -> Published:
     return Published(f"{PREFIX}{repo}@{commit}", path, sha256, commit, *described)
 
 
+def local(folder: Path) -> Published:
+    """The weights in a folder such as ``save_pretrained`` of transformers, or timm's ``save_for_hf``, writes.
+
+    Raises:
+        InputError: its configuration names a network that the zoo has not.
+        WeightsError: there are no weights, or a configuration that is not usable; one message lists everything.
+    """
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise WeightsError(f"cannot read {folder}: {error.strerror or error}") from error
+    path = next((folder / name for name in LOCAL if name in names), None)
+    if path is None:
+        raise WeightsError(_no_weights_in(folder, names))
+    return beside(path)
+
+
+def beside(path: Path) -> Published:
+    """The weights in a file, with what the configuration in its folder says; errors as :func:`local`."""
+    config, preprocessor = (path.parent / name for name in (CONFIG, PREPROCESSOR))
+    described = timm_config.Described()
+    if config.is_file():
+        described = timm_config.read(config, preprocessor if preprocessor.is_file() else None)
+    return Published(str(path), path, sha256_of(path), "", *described)
+
+
+def _no_weights_in(folder: Path, names: list[str]) -> str:
+    if ".metadata" in names or any(name.endswith(".distcp") for name in names):
+        return (
+            f"{folder} is a checkpoint of torch.distributed in several files: make one file of it with "
+            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} model.pth"
+        )
+    if "zero_to_fp32.py" in names:
+        return f"{folder} is a checkpoint of DeepSpeed in several files: make one of it with its own zero_to_fp32.py"
+    if "saved_model.pb" in names:
+        return f"{folder} is a SavedModel of TensorFlow: only PyTorch's weights are converted"
+    if any(name.startswith("_CHECKPOINT") or name in ("_METADATA", "manifest.ocdbt") for name in names):
+        return f"{folder} is a checkpoint of Orbax: restore it with the library that wrote it"
+    weights = [name for name in names if Path(name).suffix in (".safetensors", ".pth", ".pt", ".th", ".bin", ".ckpt")]
+    advice = f"name one of its files, {few(weights)}" if weights else f"there are {few(names) or 'no files'}"
+    return f"{folder} is a folder without {' or '.join(LOCAL[:2])}: {advice}"
+
+
 def metadata(published: Published) -> dict[str, str]:
     """What a native file says of weights from the Hub: source, commit, and as JSON preprocessing and categories."""
-    entries = {"source": published.spec, "commit": published.commit}
+    entries = {"source": published.spec} | ({"commit": published.commit} if published.commit else {})
     if published.preprocessing:
         entries["preprocessing"] = published.preprocessing.to_json()
     if published.categories:
@@ -118,8 +173,15 @@ def check(published: Published, arch: str, config: "ResNetConfig | None" = None)
     problems = []
     if published.arch not in (None, arch):
         problems.append(f"a {published.arch}, not a {arch}")
-    if config and published.num_classes not in (None, config.num_classes):
+    if (
+        config
+        and published.num_classes not in (None, config.num_classes)
+        and not (published.network and not config.num_classes)
+    ):
         problems.append(f"{published.num_classes} classes, not {config.num_classes}")
+    for name, value in (published.network or {}).items() if config else ():
+        if getattr(config, name) != value:
+            problems.append(f"{name} {value!r}, not {getattr(config, name)!r}")
     if config and published.preprocessing and len(published.preprocessing.mean) != config.in_channels:
         problems.append(f"images of {len(published.preprocessing.mean)} channels, not {config.in_channels}")
     if problems:
@@ -161,17 +223,17 @@ def _cached(repo: str, revision: str, filename: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def _config(repo: str, commit: str, progress: bool) -> Path | None:
-    """``config.json`` of a commit, from the cache or the Hub; None where the commit has none."""
+def _beside(repo: str, commit: str, filename: str, progress: bool) -> Path | None:
+    """A small file of a commit, from the cache or the Hub; None where the commit has none."""
     from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 
-    found = try_to_load_from_cache(repo, CONFIG, revision=commit)
+    found = try_to_load_from_cache(repo, filename, revision=commit)
     if isinstance(found, str):
         return Path(found)
     if found is _CACHED_NO_EXIST:
         return None
-    _head(repo, commit, CONFIG)
-    return _download(repo, commit, CONFIG, progress)
+    _head(repo, commit, filename)
+    return _download(repo, commit, filename, progress)
 
 
 def _no_weights(repo: str, revision: str) -> str:

@@ -1,6 +1,7 @@
-"""``config.json`` in the form that timm writes for the Hugging Face Hub (``timm.models._hub.save_config_for_hf``).
+"""``config.json`` of a repository or a folder: timm's (``timm.models._hub.save_config_for_hf``), or of transformers' ResNet
+(:mod:`jresnet.weights.transformers_config`).
 
-**Preprocessing** is that of timm's ``validate.py``, and so of its tables of results,
+**Preprocessing** in timm's form is that of timm's ``validate.py``, and so of its tables of results,
 ``create_transform(**resolve_model_data_config(model, use_test_size=True), is_training=False)``: shorter side resized to
 ``floor(size / crop_pct)``, central square of ``size``, with ``test_input_size`` and ``test_crop_pct`` where a configuration
 has them, else ``input_size`` and ``crop_pct``.
@@ -9,31 +10,34 @@ has them, else ``input_size`` and ``crop_pct``.
 import json
 import math
 import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from jresnet.errors import InputError, WeightsError
 from jresnet.models import zoo
+from jresnet.weights import transformers_config
 from jresnet.weights.preprocessing import Preprocessing
 
 MAX_BYTES = 4 << 20  # a table of 21,841 names takes 1 MB
 
 
 class Described(NamedTuple):
-    """What a ``config.json`` says; None throughout where there is none, or it is not timm's."""
+    """What a ``config.json`` says; None throughout where there is none, or it is nobody's who is known."""
 
     arch: str | None = None  # a name of the zoo
     num_classes: int | None = None
     preprocessing: Preprocessing | None = None
     categories: tuple[str, ...] | None = None  # in the order of the logits
+    network: Mapping[str, Any] | None = None  # fields of its ResNetConfig, of which the tensors do not tell stride_in
+    notes: tuple[str, ...] = ()  # what was passed over, a sentence each
 
 
-def read(path: Path) -> Described:
-    """What a ``config.json`` of timm's says. It may be anyone's: size, types and ranges are checked.
+def load(path: Path) -> dict[str, Any]:
+    """The object in a small JSON file, which may be anyone's.
 
     Raises:
-        InputError: it describes a network that the zoo has not.
-        WeightsError: it is no JSON object, or states what jresnet cannot do; one message lists everything.
+        WeightsError: it is no JSON object, or a large one.
     """
     try:
         size, content = path.stat().st_size, b""
@@ -49,13 +53,23 @@ def read(path: Path) -> Described:
         raise WeightsError(f"{path} is no JSON file: {error}") from error
     if not isinstance(config, dict):
         raise WeightsError(f"{path} should hold an object, not {reprlib.repr(config)}")
+    return config
+
+
+def read(path: Path, preprocessor: Path | None = None) -> Described:
+    """What a ``config.json`` says. It may be anyone's: size, types and ranges are checked.
+
+    Args:
+        path: of the file.
+        preprocessor: that of ``preprocessor_config.json``, which transformers writes beside it.
+
+    Raises:
+        InputError: it describes a network that the zoo has not.
+        WeightsError: it is no JSON object, or states what jresnet cannot do; one message lists everything.
+    """
+    config = load(path)
     if "architecture" not in config:
-        if "model_type" in config:
-            raise WeightsError(
-                f"{path} is a configuration of the transformers library, which names its tensors in another way: "
-                f"only repositories in timm's form are read, such as hf:timm/resnet50.a1_in1k"
-            )
-        return Described()
+        return _of_transformers(path, config, preprocessor) if "model_type" in config else Described()
     arch = config["architecture"]
     if not isinstance(arch, str) or arch not in zoo.ZOO:
         raise InputError(
@@ -74,6 +88,20 @@ def read(path: Path) -> Described:
     if problems:
         raise WeightsError(f"{path} cannot be used: {'; '.join(problems)}")
     return Described(arch, num_classes, preprocessing, categories)
+
+
+def _of_transformers(path: Path, config: dict[str, Any], preprocessor: Path | None) -> Described:
+    try:
+        network, num_classes, categories = transformers_config.network(config)
+    except WeightsError as error:
+        raise WeightsError(f"{path} cannot be used: {error}") from None
+    found = Described(None, num_classes, None, categories, network)
+    if preprocessor is None:
+        return found
+    try:
+        return found._replace(preprocessing=transformers_config.preprocessing(load(preprocessor)))
+    except WeightsError as error:  # the network is of use without it
+        return found._replace(notes=(f"the preprocessing of {preprocessor.name} is not taken over: {error}",))
 
 
 def _num_classes(config: dict[str, Any], pretrained: dict[str, Any], problems: list[str]) -> int | None:

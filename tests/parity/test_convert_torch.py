@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import networks
+import numpy as np
 import pytest
 import torch
 from conftest import command
@@ -62,17 +63,9 @@ def test_a_published_file_through_the_cache(
     assert fresh.fc.bias[...].shape == (10,)
 
 
-def test_a_whole_module_is_refused_with_advice(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = tmp_path / "whole.pth"
-    torch.save(networks.CifarResNet(20), source)
-    assert torch2flax.main(["resnet20_cifar", "--weights", str(source), "--output", str(tmp_path / "x")]) == 1
-    assert "torch.save(model.state_dict()" in capsys.readouterr().err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["whole.pth"]
-
-
 def test_pytorchs_networks_bring_in_no_jax() -> None:
     """In the benchmark it would count as PyTorch's memory and start."""
-    code = "import sys; from convert import reference; reference.CifarResNet; assert 'jax' not in sys.modules"
+    code = "import sys; from convert import reference; reference.ResNet; assert 'jax' not in sys.modules"
     done = command("-W", "ignore", "-c", code)
     assert done.returncode == 0, done.stderr
 
@@ -89,8 +82,15 @@ def small(classes: int = 7) -> torch.nn.Module:
 
 FORMS = (
     "compile of DataParallel", "Lightning", "timm's train.py", "DINO", "mmpretrain", "a head behind a Dropout", "halved",
-    "a module of modules",
+    "a module of modules", "a list", "an object beside it", "a whole module", "a whole DataParallel",
 )  # fmt: skip
+
+
+class Beside:
+    """A script's own class, whose objects it saves beside the tensors."""
+
+    def __init__(self) -> None:
+        self.lr, self.me = 0.1, self
 
 
 def forms(model: torch.nn.Module) -> dict[str, object]:
@@ -122,6 +122,10 @@ def forms(model: torch.nn.Module) -> dict[str, object]:
         },
         "a head behind a Dropout": behind_dropout,
         "halved": {key: value.half() for key, value in state.items()},
+        "a list": [3, state],
+        "an object beside it": {"model": state, "args": Beside(), "where": Path("x"), "best": np.float32(3) * np.ones(2)},
+        "a whole module": model,
+        "a whole DataParallel": {"model": DataParallel(model), "epoch": 3},
         "a module of modules": nn.ModuleDict({"any": nn.ModuleList([nn.Linear(2, 2), model])}).state_dict(),
     }  # fmt: skip
 
@@ -141,7 +145,6 @@ def test_what_people_have(tmp_path: Path, form: str) -> None:
 
 def test_backbones_of_torchvision(tmp_path: Path) -> None:
     """IntermediateLayerGetter has no head; a segmentation network's is none of a ResNet's."""
-    import numpy as np
     from torchvision.models._utils import IntermediateLayerGetter
 
     import jresnet
@@ -167,15 +170,14 @@ def test_the_command_needs_a_file_alone(
     printed = capsys.readouterr().out
     line = "basic blocks 2-2-2-2, widths 64-128-256-512, 7x7 stem for 3 channels, projection shortcuts, 10 classes"
     assert f"found    resnet18: {line}\n" in printed
-    assert "assumed  no dilation, ReLU behind each block's sum\n" in printed
-    assert "verified as PyTorch's resnet18: relative distance" in printed
+    assert "assumed  no dilation (else --output-stride), ReLU behind each block's sum\n" in printed
+    assert "verified as PyTorch's resnet18, with what is assumed: relative distance" in printed
     assert Path("resnet18-model.safetensors").exists()
 
 
 @pytest.mark.slow
 def test_no_draw_decides_whether_a_conversion_is_right() -> None:
     """200 correct conversions pass, and each of 20 with one wrong tensor is refused."""
-    import numpy as np
 
     from jresnet.errors import WeightsError
     from jresnet.models import params
@@ -197,3 +199,126 @@ def test_no_draw_decides_whether_a_conversion_is_right() -> None:
                 verify.check(params.fill(found.config, broken), "resnet20_cifar", tensors, "always")
             refused += 1
     assert refused == 20
+
+
+# --- Networks of the same tensors and another function
+
+
+@pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_resnet50"])
+def test_segmentation_networks_are_dilated(name: str) -> None:
+    from jresnet.pytorch import statedict
+
+    model = getattr(networks.models.segmentation, name)(weights=None, weights_backbone=None, num_classes=2)
+    found = statedict.match(model.state_dict())
+    assert (found.arch, found.config.output_stride, found.config.num_classes) == ("resnet50", 8, 0)
+    assert any("as torchvision's segmentation networks have it" in note for note in found.notes)
+    assert statedict.match(model.state_dict(), output_stride=32).config.output_stride is None
+
+
+def bottlenecks(**options: object) -> torch.nn.Module:
+    from torchvision.models.resnet import Bottleneck, ResNet
+
+    torch.manual_seed(0)
+    model = ResNet(Bottleneck, [1, 1, 2, 2], num_classes=7, **options)
+    networks.randomise(model)
+    return model.eval()
+
+
+def caffe() -> torch.nn.Module:
+    model = bottlenecks()
+    for stage in (model.layer2, model.layer3, model.layer4):
+        stage[0].conv1.stride, stage[0].conv2.stride = (2, 2), (1, 1)
+    return model
+
+
+def pooled() -> torch.nn.Module:
+    model = small()
+    model.conv1 = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+    return model
+
+
+def unpooled() -> torch.nn.Module:
+    model = small()
+    model.maxpool = torch.nn.Identity()
+    return model
+
+
+FUNCTIONS = {
+    "caffe": (caffe, {"stride_in": "1x1"}, {"meta": {"cfg": "backbone=dict(type='ResNet', depth=50, style='caffe')"}}),
+    "dilated": (
+        lambda: bottlenecks(replace_stride_with_dilation=[False, True, True]),
+        {"output_stride": 8},
+        {"hyper_parameters": {"replace_stride_with_dilation": [False, True, True]}},
+    ),
+    "pooled": (pooled, {"stem": "cifar_pool"}, {"args": {"use_maxpool": True}}),
+    "unpooled": (unpooled, {"stem": "imagenet_no_pool"}, {"args": {"no_max_pool": True}}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FUNCTIONS)
+def test_what_shapes_do_not_tell(tmp_path: Path, kind: str) -> None:
+    """By an option, by what the checkpoint says, and by the whole module: the logits of the network that wrote the file."""
+    import jresnet
+    from jresnet.models import params
+    from jresnet.pytorch import statedict
+
+    build, option, said = FUNCTIONS[kind]
+    model = build()
+    state = model.state_dict()
+    right = params.fill(*_of(statedict.match(state, **option)))
+    found = verify.compare(right, model, 64)
+    assert found.is_rounding, found
+    for i, saved in enumerate((said | {"state_dict": state}, model, {"model": model})):
+        torch.save(saved, tmp_path / f"{i}.pth")
+        assert jresnet.load(tmp_path / f"{i}.pth").config == right.config
+    if "stem" not in option:  # a 3x3 stem is taken to have no max-pool
+        other = params.fill(*_of(statedict.match(state)))
+        assert not verify.compare(other, model, 64).jresnet < 0.01
+
+
+def _of(found: object) -> tuple:
+    return found.config, found.values  # type: ignore[attr-defined]
+
+
+def test_the_command_takes_the_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = caffe()
+    torch.save(model.state_dict(), tmp_path / "caffe.pth")
+    arguments = [str(tmp_path / "caffe.pth"), "--output", str(tmp_path / "x.safetensors"), "--force"]
+    assert torch2flax.main([*arguments, "--verify", "never"]) == 0
+    printed = capsys.readouterr().out
+    assert "assumed  stride on the 3x3 convolution (else --stride-in 1x1), no dilation (else " in printed
+    assert torch2flax.main([*arguments, "--stride-in", "1x1"]) == 0
+    printed = capsys.readouterr().out
+    assert "stride on the 1x1 convolution, 7 classes" in printed
+    assert "verified as PyTorch's network of this configuration" in printed
+
+
+@pytest.mark.parametrize("how", ["script", "trace"])
+@pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
+def test_torchscript(tmp_path: Path, how: str) -> None:
+    import jresnet
+
+    model = small()
+    program = torch.jit.script(model) if how == "script" else torch.jit.trace(model, torch.ones(1, 3, 64, 64))
+    torch.jit.save(program, tmp_path / "model.pt")
+    found = verify.compare(jresnet.load(tmp_path / "model.pt"), model, 64)
+    assert found.is_rounding, found
+
+
+def test_pre_activation_is_refused(tmp_path: Path) -> None:
+    """The blocks of He et al. 2016b: normalisation, ReLU, convolution."""
+    import jresnet
+    from jresnet.errors import WeightsError
+
+    class Block(torch.nn.Module):
+        def __init__(self, inputs: int, outputs: int):
+            super().__init__()
+            self.bn1, self.conv1 = torch.nn.BatchNorm2d(inputs), torch.nn.Conv2d(inputs, outputs, 3, 2, 1, bias=False)
+            self.bn2, self.conv2 = torch.nn.BatchNorm2d(outputs), torch.nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
+            self.shortcut = torch.nn.Sequential(torch.nn.Conv2d(inputs, outputs, 1, 2, bias=False))
+
+    model = torch.nn.ModuleDict({"conv1": torch.nn.Conv2d(3, 8, 3, bias=False), "linear": torch.nn.Linear(32, 10)})
+    model.update({f"layer{i + 1}": torch.nn.Sequential(Block(8 * 2**i, 16 * 2**i)) for i in range(2)})
+    torch.save({"net": model.state_dict()}, tmp_path / "model.pth")
+    with pytest.raises(WeightsError, match="holds a pre-activation ResNet"):
+        jresnet.load(tmp_path / "model.pth")

@@ -96,9 +96,9 @@ def network(folder: Path) -> Any:
     """PyTorch's network with the first weights."""
     import torch
 
-    from convert.reference import CifarResNet
+    from convert.reference import ResNet
 
-    model = CifarResNet(TINY).double()
+    model = ResNet(TINY).double()
     model.load_state_dict({key: torch.from_numpy(value) for key, value in np.load(folder / "start.npz").items()})
     return model
 
@@ -127,11 +127,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from conftest import command
 
-    from convert.reference import CifarResNet, randomise
+    from convert.reference import ResNet, randomise
 
     folder = tmp_path_factory.mktemp("ddp")
     torch.manual_seed(0)
-    model = CifarResNet(TINY).double()
+    model = ResNet(TINY).double()
     randomise(model)
     np.savez(folder / "start.npz", **model.state_dict())
     draw = np.random.default_rng(0)

@@ -232,13 +232,12 @@ def test_values_beyond_tensors(save):
 @pytest.mark.parametrize(
     ("value", "match"),
     [
-        (network(), r"forbidden global torch\.nn\.modules\.container\.Sequential,.*model\.state_dict\(\)"),
         (torch.eye(2).to_sparse(), "forbidden global"),
         (torch.ones(1).expand(1000), r"larger than its storage of 4 bytes.*contiguous\(\)"),
         (torch.ones(2, dtype=torch.complex64).conj(), "lazy"),
         (torch.ones(2).untyped_storage(), "by itself"),
     ],
-    ids=["module", "sparse", "expanded", "conjugated", "storage"],
+    ids=["sparse", "expanded", "conjugated", "storage"],
 )
 @pytest.mark.parametrize("zipped", [True, False])
 def test_refused(tmp_path, value, match, zipped):
@@ -247,12 +246,33 @@ def test_refused(tmp_path, value, match, zipped):
         read(tmp_path / "model.pth")
 
 
-def test_archives_of_other_kinds(tmp_path):
+@pytest.mark.parametrize("form", ["zip", "legacy", "script", "trace"])
+def test_whole_modules(tmp_path, form):
+    """The tensors that its state_dict has, by the same names, of a module whose class is not imported."""
+    model, path = network().eval(), tmp_path / "model.pt"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is deprecated
-        torch.jit.save(torch.jit.script(torch.nn.ReLU()), tmp_path / "script.pt")
-    with pytest.raises(WeightsError, match="is TorchScript"):
-        read(tmp_path / "script.pt")
+        if form == "script":
+            torch.jit.save(torch.jit.script(model), path)
+        elif form == "trace":
+            torch.jit.save(torch.jit.trace(model, torch.ones(1, 3, 4, 4)), path)
+        else:
+            torch.save(model, path, _use_new_zipfile_serialization=form == "zip")
+    found, state = read(path), model.state_dict()
+    assert found.keys() == state.keys()
+    for name, value in state.items():
+        np.testing.assert_array_equal(found[name], value.numpy(), strict=True)
+    if form in ("zip", "legacy"):
+        assert found.settings["0"]["stride"] == (1, 1)
+
+
+def test_archives_of_other_kinds(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(network().eval(), (torch.ones(1, 3, 4, 4),))
+        torch.export.save(program, tmp_path / "program.pt2")
+    with pytest.raises(WeightsError, match=r"is a program of torch\.export"):
+        read(tmp_path / "program.pt2")
     with torch.package.PackageExporter(str(tmp_path / "package.pt")) as exporter:
         exporter.save_pickle("model", "model.pkl", {"w": 1})
     with pytest.raises(WeightsError, match="not of torch"):

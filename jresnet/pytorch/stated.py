@@ -1,0 +1,287 @@
+"""What a checkpoint says of its network beside the tensors, and what that makes of the configuration.
+
+Networks of one set of tensors may be several functions: the stride on another convolution, dilation, a pool more, another
+activation. Training scripts keep what they were called with, and a module saved whole keeps each layer's stride: what they
+say is taken where jresnet's networks can compute it, and refused by its name where they cannot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from jresnet.files import printable
+from jresnet.models.config import STEMS, ResNetConfig
+from jresnet.pytorch import keymap
+
+# Where scripts keep arguments: argparse's args, Lightning's hyper_parameters, timm's and mm's model_args and meta, ...
+_BOXES = (
+    "args", "arguments", "hyper_parameters", "hparams", "hparams_initial", "config", "cfg", "conf", "opt", "opts", "options",
+    "params", "model_args", "model_kwargs", "model_config", "model_cfg", "kwargs", "meta", "model", "backbone", "encoder",
+)  # fmt: skip
+
+# Under which they name the network, the surest first.
+_NAMES = (
+    "arch", "architecture", "model_name", "model_arch", "net_type", "network", "backbone_name", "encoder_name", "base_model",
+    "backbone", "encoder", "model", "net", "type",
+)  # fmt: skip
+
+# What a name says of a function that jresnet's networks do not compute, whatever the tensors are.
+_OTHER = (
+    (r"resne(x)?t(aa|blur)", "averages or blurs before its strides"),
+    (r"pre_?act|resnet_?v2", "normalises before it convolves (pre-activation)"),
+    (r"(^|[_\W])(se|sk|eca|gc|cbam|bam)_?resne|^senet", "has attention in its blocks"),
+    (r"resnest|res2ne|resnetrs", "has other blocks"),
+    (r"resnet_?v1[cde]|resne(x)?t\d+[cdst](_|$)", "has a deep stem or averages in its shortcuts"),
+    (r"resne(x)?t\d+\w*[_-](gn|ibn)", "has other normalisation than BatchNorm"),
+)
+
+DILATIONS = {
+    (1, 1, 1, 2): 1,
+    (1, 1, 2, 4): 2,
+    (1, 2, 4, 8): 3,
+}  # of mm's stages -> how many of the last ones are dilated
+
+_ACTIVATIONS = re.compile(
+    r"(gelu\w*|silu|(hard_?)?swish|mish|leaky_?relu|prelu|rrelu|elu|selu|celu|relu6|softplus|tanh)", re.IGNORECASE
+)
+
+
+@dataclass
+class Statement:
+    """What was said: a name, fields of ResNetConfig, and what jresnet cannot compute."""
+
+    name: str = ""  # of the network; empty where it has none
+    # stride_in and output_stride as in ResNetConfig; "pool": the stem's; "dilated": how many of the last stages
+    chosen: dict[str, Any] = field(default_factory=dict)
+    said: list[str] = field(default_factory=list)  # where each of these is from, a phrase each
+    refused: list[str] = field(default_factory=list)  # phrases that go on after "its network"
+
+    def choose(self, name: str, value: Any, why: str) -> None:
+        if name not in self.chosen:
+            self.chosen[name] = value
+            self.said.append(why)
+
+
+def read(saved: Any) -> Statement:
+    """What the plain entries of a checkpoint say; everything of it may be anyone's."""
+    found = Statement()
+    for arguments in _arguments(saved):
+        for name in _NAMES:
+            value = arguments.get(name)
+            if not isinstance(value, str) or not 0 < len(value) <= 200:
+                continue
+            if name in _NAMES[:4] or re.search("resne|senet|preact", value, re.I):  # not the method's name, or a loss's
+                _read_name(printable(value), found)
+        for name, value in arguments.items():
+            if isinstance(name, str):
+                _read_setting(name, value, arguments, found)
+    return found
+
+
+def _arguments(saved: Any) -> Iterator[Mapping[Any, Any]]:
+    """The mappings of arguments in a checkpoint, itself first."""
+    if not isinstance(saved, Mapping):
+        return
+    level: list[Mapping[Any, Any]] = [saved]
+    for _ in range(4):
+        inside: list[Mapping[Any, Any]] = []
+        for node in level:
+            if not any(hasattr(value, "shape") for value in node.values()):
+                yield node
+            for name in _BOXES:
+                value = node.get(name)
+                if isinstance(value, Mapping):
+                    inside.append(value)
+                elif isinstance(value, str) and "backbone" in value:  # mm's configuration is kept as its Python text
+                    inside.append(_of_text(value))
+        level = inside
+
+
+def _of_text(text: str) -> dict[str, Any]:
+    """The arguments in ``backbone=dict(type='ResNet', depth=50, style='caffe', ...)``."""
+    begin = re.search(r"backbone\s*=\s*dict\(", text[: 1 << 20])
+    if not begin:
+        return {}
+    level, at = 1, begin.end()
+    while at < len(text) and level and at < begin.end() + 4000:
+        level += (text[at] == "(") - (text[at] == ")")
+        at += 1
+    found: dict[str, Any] = {}
+    for name, value in re.findall(
+        r"(\w+)\s*=\s*('[^']*'|\"[^\"]*\"|\([\d, ]*\)|True|False|\d+)", text[begin.end() : at]
+    ):
+        if value[0] in "'\"":
+            found.setdefault(name, value[1:-1])
+        elif value[0] == "(":
+            found.setdefault(name, tuple(int(number) for number in re.findall(r"\d{1,9}", value)))
+        else:
+            found.setdefault(name, {"True": True, "False": False}.get(value, value))
+    return found
+
+
+def _read_name(name: str, found: Statement) -> None:
+    for pattern, what in _OTHER:
+        if re.search(pattern, name, re.I):
+            phrase = f"is a {name}, which {what}"
+            found.refused += [phrase] if phrase not in found.refused else []
+    if "caffe" in name.lower():
+        found.choose("stride_in", "1x1", f"stride on the 1x1 convolution, as it is a {name}")
+    found.name = found.name or name
+
+
+def _read_setting(name: str, value: Any, arguments: Mapping[Any, Any], found: Statement) -> None:
+    text = f"{name}={value!r:.60}"
+    match name:
+        case "style" if value in ("caffe", "pytorch"):
+            found.choose("stride_in", "1x1" if value == "caffe" else "3x3", f"{text}")
+        case "stride_in_1x1" | "STRIDE_IN_1X1" | "downsample_in_bottleneck" if isinstance(value, bool):
+            found.choose("stride_in", "1x1" if value else "3x3", text)
+        case "replace_stride_with_dilation" if isinstance(value, list | tuple) and any(value):
+            dilated = [bool(one) for one in value]
+            if dilated == sorted(dilated):  # the last ones
+                found.choose("dilated", sum(dilated), text)
+            else:
+                found.refused.append(f"is dilated before a stage that is not ({text})")
+        case "output_stride" if type(value) is int and 0 < value <= 1024:
+            found.choose("output_stride", value, text)
+        case "dilations" if _are_numbers(value) and set(value) != {1}:
+            # mm's blocks are all dilated, torchvision's first one as the stage before: contract_dilation is that.
+            stages = DILATIONS.get(tuple(value))
+            if stages and arguments.get("contract_dilation") is True:
+                found.choose("dilated", stages, text)
+            else:
+                found.refused.append(f"is dilated in another way than torchvision's ({text})")
+        case "strides" if (
+            _are_numbers(value) and 1 in value[1:] and arguments.get("dilations") in (None, (1,) * len(value))
+        ):
+            found.refused.append(f"has a stage at stride 1 ({text})")
+        case "last_stride" if value == 1:
+            found.refused.append(f"has its last stage at stride 1 ({text})")
+        case "preact" | "pre_act" | "preactivation" | "pre_activation" if value is True:
+            found.refused.append(f"normalises before it convolves ({text})")
+        case "deep_stem" | "avg_down" | "use_se" | "se" | "use_cbam" | "antialias" | "anti_alias" if value is True:
+            found.refused.append(f"has {name.replace('_', ' ')} ({text})")
+        case "stem_type" | "aa_layer" | "attn_layer" if isinstance(value, str) and value:
+            found.refused.append(f"has another stem, anti-aliasing or attention ({text})")
+        case "act_layer" | "activation" | "hidden_act" | "act" if isinstance(value, str) and _ACTIVATIONS.fullmatch(
+            value
+        ):
+            found.refused.append(f"has another activation than ReLU ({text})")
+        case "no_max_pool" | "no_maxpool" | "remove_maxpool" if isinstance(value, bool):
+            found.choose("pool", not value, text)
+        case "max_pool" | "maxpool" | "use_maxpool" | "first_pool" if isinstance(value, bool):
+            found.choose("pool", value, text)
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list | tuple) and 0 < len(value) <= 16 and all(type(one) is int for one in value)
+
+
+# --- A module that was saved whole
+
+
+def layers(
+    settings: Mapping[str, Mapping[str, Any]], keys: Mapping[str, str], prefix: str
+) -> dict[str, dict[str, Any]]:
+    """What each layer of a network says of itself, by jresnet's path: ``layer2.0.conv1`` -> ``{"stride": (2, 2), ...}``.
+
+    Args:
+        settings: of :class:`jresnet.pytorch.torchfile.Module`.
+        keys: jresnet's paths to the file's keys, of the body.
+        prefix: of the network in the file; its max-pool is found as ``maxpool``.
+    """
+    plain = {keymap.BETWEEN.sub("", f"{name}.").removesuffix("."): value for name, value in settings.items()}
+    found = {}
+    for path, key in keys.items():
+        if (said := plain.get(key.rpartition(".")[0])) is not None:
+            found[path.rpartition(".")[0]] = dict(said)
+    for name in ("maxpool", "pool", "max_pool"):
+        if (said := plain.get(prefix + name)) is not None:
+            found["maxpool"] = dict(said)
+    for name, said in plain.items():
+        if name.startswith(prefix) and not name.startswith("__"):
+            found.setdefault(f"({name})", dict(said))
+    return found
+
+
+def of_layers(said: Mapping[str, Mapping[str, Any]], config: ResNetConfig) -> Statement:
+    """What a module's own layers say: strides, dilation, pool, activations, whatever its forward method does with them."""
+    found, stages = Statement(), len(config.depths)
+    if config.block == "bottleneck":
+        strides = [
+            [_pair(said.get(f"layer{i}.0.conv{j}", {}).get("stride")) for j in (1, 2)] for i in range(2, stages + 1)
+        ]
+        if [(2, 2), (1, 1)] in strides:
+            found.choose("stride_in", "1x1", "stride on the 1x1 convolution")
+        elif [(1, 1), (2, 2)] in strides:
+            found.choose("stride_in", "3x3", "stride on the 3x3 convolution")
+    if pool := said.get("maxpool"):
+        has = not str(pool.get("class")).endswith("Identity")
+        found.choose("pool", has, "a max-pool behind the stem" if has else "no max-pool behind the stem")
+    dilated = [_pair(said.get(f"layer{i}.0.downsample.0", {}).get("stride")) for i in range(2, stages + 1)]
+    if (count := dilated.count((1, 1))) and dilated[-count:] == [(1, 1)] * count:
+        found.choose(
+            "dilated", count, f"dilation in the last {count} stages" if count > 1 else "dilation in the last stage"
+        )
+    return found
+
+
+def contradictions(said: Mapping[str, Mapping[str, Any]], config: ResNetConfig) -> list[str]:
+    """In what a module's layers are not those of ``config``; the first of each kind."""
+    problems: dict[str, str] = {}
+    for path, layer in said.items():
+        if path.startswith("("):
+            name, kind = path[1:-1] or "it", str(layer.get("class"))
+            if _ACTIVATIONS.fullmatch(kind.rpartition(".")[2]) and ".activation." in kind:
+                problems.setdefault("activation", f"{name} is a {kind.rpartition('.')[2]}")
+            if re.search(r"pre_?act", kind, re.I):
+                problems.setdefault("class", f"{name} is a {kind}, pre-activation")
+            continue
+        usual = dict(zip(("stride", "dilation"), _stride(path, config) or (None, None), strict=True))
+        for name, value in (usual | {"eps": 1e-5, "padding_mode": "zeros"}).items():
+            own = _pair(layer.get(name)) if name in usual else layer.get(name)
+            if value is not None and own is not None and own != value:
+                problems.setdefault(name, f"{path} has {name} {own}, not {value}")
+    return list(problems.values())
+
+
+def _pair(value: Any) -> tuple[int, ...] | None:
+    if type(value) is int:
+        return (value, value)
+    return value if isinstance(value, tuple) and len(value) == 2 else None
+
+
+def _stride(path: str, config: ResNetConfig) -> tuple[tuple[int, int], tuple[int, int]] | None:
+    """Stride and dilation of a convolution of ``config``; None of another layer."""
+    parts = path.split(".")
+    if parts == ["conv1"]:
+        return (STEMS[config.stem][1],) * 2, (1, 1)
+    if not parts[0].startswith("layer") or "bn" in parts[2] or parts[2:] == ["downsample", "1"]:
+        return None
+    stage, first = int(parts[0][5:]) - 1, parts[1] == "0"
+    stride, dilation = config.strides[stage]
+    carries = "conv1" if config.block == "basic" or config.stride_in == "1x1" else "conv2"
+    strided = first and parts[2] in (carries, "downsample")
+    wide = parts[2] == "conv2" or (parts[2] == "conv1" and config.block == "basic")
+    begins = first and parts[2] == ("conv2" if config.block == "bottleneck" else "conv1")
+    if wide and begins:  # a stage begins with the dilation of the one before
+        dilation = config.strides[stage - 1][1] if stage else 1
+    return (stride if strided else 1,) * 2, (dilation if wide else 1,) * 2
+
+
+def fields(chosen: Mapping[str, Any], config: ResNetConfig) -> dict[str, Any]:
+    """What a :class:`Statement` chose, as fields of a configuration like ``config``."""
+    found = {name: value for name, value in chosen.items() if name in ("stride_in", "output_stride")}
+    if config.block == "basic":
+        found.pop("stride_in", None)  # scripts have the option for all their networks
+    if (pool := chosen.get("pool")) is not None:
+        kernel, stride, _ = STEMS[config.stem]
+        found["stem"] = next(name for name, parts in STEMS.items() if parts == (kernel, stride, pool))
+        config = dataclasses.replace(config, stem=found["stem"])
+    if stages := chosen.get("dilated"):
+        found.setdefault("output_stride", config.full_stride >> stages)
+    return found
