@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import jresnet
 from jresnet.errors import InputError
 from jresnet.models import params
+from jresnet.models.config import STEMS
 
 
 def randomised(arch: str, **chosen) -> jresnet.ResNet:
@@ -96,13 +97,14 @@ def configs(draw: st.DrawFn) -> jresnet.ResNetConfig:
         block,
         draw(several),
         tuple(sorted(widths)) if shortcut == "pad" else widths,
-        draw(st.integers(1, 5)),
-        draw(st.integers(1, 4)),
-        draw(st.sampled_from(["imagenet", "cifar"])),
-        shortcut,
-        draw(st.sampled_from([1, 2, 4])) if bottleneck else 1,
-        draw(st.sampled_from([8, 64])) if bottleneck else 64,
-        draw(st.booleans()),
+        num_classes=draw(st.integers(1, 5)),
+        in_channels=draw(st.integers(1, 4)),
+        stem=draw(st.sampled_from(list(STEMS))),
+        shortcut=shortcut,
+        stride_in=draw(st.sampled_from(["3x3", "1x1"])) if bottleneck else "3x3",
+        groups=draw(st.sampled_from([1, 2, 4])) if bottleneck else 1,
+        width_per_group=draw(st.sampled_from([8, 64])) if bottleneck else 64,
+        conv_bias=draw(st.booleans()),
     )
 
 

@@ -44,13 +44,13 @@ class ResNetConfig:
     in_channels: int = 3  # channels of the images
     stem: Stem = "imagenet"  # 7x7 at stride 2 and max-pool, or "cifar": 3x3 at stride 1 and no pool; see STEMS
     shortcut: Shortcut = "projection"
-    stride_in: StrideIn = "3x3"  # a Bottleneck's; a basic block has its stride in its first 3x3
     groups: int = 1  # groups of a Bottleneck's 3x3 (ResNeXt, arXiv:1611.05431: cardinality)
     width_per_group: int = 64  # channels per group in the first stage (Wide ResNet, arXiv:1605.07146: 128)
     conv_bias: bool = False  # biased convolutions: BN makes them redundant, but resnet18_d2l's weights hold them
     # Pixels of an image, a side, for one pixel of the last stage: from where the strides would exceed it, convolutions are
     # dilated instead (torchvision's replace_stride_with_dilation, timm's output_stride). None: as the strides make it.
     output_stride: int | None = None
+    stride_in: StrideIn = "3x3"  # a Bottleneck's; a basic block has its stride in its first 3x3
 
     def __post_init__(self) -> None:
         """Raises :class:`jresnet.InputError` with everything that is wrong."""
