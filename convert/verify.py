@@ -250,7 +250,7 @@ def survey(arch: str, networks: int = 3, size: int = 64, batch: int = 2, **chose
             narrow = network(x).float().numpy()
         with torch.no_grad():
             x = x.contiguous(memory_format=torch.channels_last)
-            theirs = network.to(memory_format=torch.channels_last)(x).numpy()
+            theirs = network.to(memory_format=torch.channels_last)(x).numpy()  # type: ignore[call-overload]
         logits = [_logits(model, images), _logits(params.fill(found.config, found.values, "bfloat16"), images)]
         with jax.enable_x64(True):
             double = params.fill(found.config, {path: value.astype(np.float64) for path, value in found.values.items()})

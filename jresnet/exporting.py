@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import importlib
 import json
 import os
 import tempfile
@@ -31,6 +32,7 @@ from jresnet.weights.preprocessing import Preprocessing, normalise
 
 FORMATS = ("jax", "onnx")
 PLATFORMS = ("cpu", "cuda", "tpu")
+LARGEST = 16384  # pixels a side
 _FILTERS = {"bilinear": "linear", "bicubic": "cubic"}  # what jax.image calls them
 
 
@@ -58,8 +60,9 @@ def export(
     Args:
         model: a model, or weights of :func:`jresnet.get_weights`, which bring their preprocessing and categories.
         path: the file to write.
-        format: ``"jax"``, for ``jax.export.deserialize``: StableHLO, which programs of newer versions of JAX read, too (JAX
-            promises six months). ``"onnx"``, for ONNX runtimes, through jax2onnx (the extra ``onnx``).
+        format: ``"jax"``, for ``jax.export.deserialize`` (the extra ``export``, here and there): StableHLO, which newer
+            versions of JAX read, too (it promises six months). ``"onnx"``, for ONNX runtimes, through jax2onnx (the extra
+            ``onnx``).
         image_size: pixels of the images that the program takes: height and width, or one number for both. ``None``: those
             of the preprocessing, else those that the architecture was designed for.
         preprocess: the program takes uint8 pixels ``[N, H, W, C]`` and prepares them as the preprocessing says; otherwise
@@ -82,9 +85,12 @@ def export(
     beside = path.with_name(f"{path.name}.json")
     for file in (path, beside):
         _check_free(file, force)
-    write = _to_onnx if format == "onnx" else _to_jax
+    # What is missing is told before anything is computed.
     if format == "onnx":
-        _jax2onnx()  # what is missing is told before anything is computed
+        _needed("jax2onnx", "ONNX", "onnx")
+    else:
+        _needed("flatbuffers", "jax.export's format", "export")
+    write = _to_onnx if format == "onnx" else _to_jax
     if isinstance(model, sources.Weights):
         preprocessing, categories = preprocessing or model.preprocessing, categories or model.categories
         model = factory.create(weights=model)
@@ -148,8 +154,8 @@ def _size(
         else:
             raise InputError("the architecture has no name to tell the images' size by: give `image_size`")
     found = wanted if isinstance(wanted, tuple) else (wanted, wanted)
-    if len(found) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= 2**14 for n in found):
-        raise InputError(f"`image_size` must be 1 to 16384 pixels, or two such numbers, got {wanted!r}")
+    if len(found) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= LARGEST for n in found):
+        raise InputError(f"`image_size` must be 1 to {LARGEST} pixels, or two such numbers, got {wanted!r}")
     return found
 
 
@@ -221,7 +227,7 @@ def _to_jax(
 def _to_onnx(
     program: Callable[[jax.Array], jax.Array], shape: tuple[int, ...], dtype: Any, platforms: Sequence[str]
 ) -> tuple[bytes, dict[str, Any]]:
-    jax2onnx, images = _jax2onnx(), _any_number(shape, dtype)
+    jax2onnx, images = _needed("jax2onnx", "ONNX", "onnx"), _any_number(shape, dtype)
     with plainly():
         closed = jax.make_jaxpr(program)(
             images
@@ -284,11 +290,11 @@ def _any_number(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jax.export.symbolic_shape(", ".join(["batch", *map(str, shape)])), dtype)
 
 
-def _jax2onnx() -> Any:
+def _needed(library: str, of: str, extra: str) -> Any:
+    """A library that is no dependency of jresnet's."""
     try:
-        import jax2onnx
+        return importlib.import_module(library)
     except ImportError as error:
         raise InputError(
-            f"ONNX files are written by jax2onnx, which cannot be imported ({error}): pip install 'jresnet[onnx]'"
+            f"{of} is written by {library}, which cannot be imported ({error}): pip install 'jresnet[{extra}]'"
         ) from error
-    return jax2onnx

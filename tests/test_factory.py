@@ -155,10 +155,8 @@ def test_a_missing_file(tmp_path: Path) -> None:
 def test_importing_the_package_is_light() -> None:
     """JAX comes with the name that needs it, and so does what is optional or large."""
     code = """
-import sys, time
-began = time.perf_counter()
+import sys
 import jresnet
-print(time.perf_counter() - began)
 heavy = {"jax", "flax", "optax", "numpy", "safetensors", "torch", "tqdm"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 assert {*jresnet.__all__, "__version__"} <= {*dir(jresnet)}
@@ -169,7 +167,6 @@ assert "jax" in sys.modules and "torch" not in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 0.1
 
 
 def test_every_public_name_is_there() -> None:

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jresnet import exporting, pretrained
-from jresnet.commands.flags import naming_flags
+from jresnet.commands.flags import Parser, check_output, naming_flags
 
 _FORMATS = {".onnx": "onnx"}  # by ending; any other: "jax"
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """The command line's options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=prog,
         description="Write a model as a program for any number of images of one size, with its weights inside: StableHLO "
         "for jax.export.deserialize, or ONNX. FILE.json beside it says what it takes and gives.",
@@ -41,8 +41,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 
 def _pixels(text: str) -> int:
-    if not (text.isascii() and text.isdecimal() and len(text) < 10):
-        raise argparse.ArgumentTypeError(f"expected a whole number of pixels, got {text!r}")
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and 1 <= int(text) <= exporting.LARGEST):
+        raise argparse.ArgumentTypeError(f"expected 1 to {exporting.LARGEST} pixels, got {text!r}")
     return int(text)
 
 
@@ -55,6 +55,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "jresnet export") -> int
     size = (
         None if args.image_size is None else args.image_size[0] if len(args.image_size) == 1 else tuple(args.image_size)
     )
+    for file in (args.output, args.output.with_name(f"{args.output.name}.json") if args.output.name else args.output):
+        check_output(file, args.force)  # before weights are fetched
     with naming_flags(options):
         said = exporting.export(
             pretrained.get_weights(args.model), args.output, args.format or _FORMATS.get(args.output.suffix, "jax"),
