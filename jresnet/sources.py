@@ -104,7 +104,8 @@ def load(
               ``"IMAGENET1K_V1"`` or ``"DEFAULT"``: published weights, downloaded into torch's own cache;
             * ``"hf:ORG/REPO[@REVISION]"``: safetensors on the Hugging Face Hub (with the extra ``hub``);
             * a path: a native file, a file of ``torch.save`` or ``torch.jit.save``, safetensors with PyTorch's names, the
-              index (``*.index.json``) of a checkpoint in several files, or a folder such as transformers and timm write.
+              index (``*.index.json``) of a checkpoint in several files, or a folder such as transformers, timm and
+              :func:`jresnet.sharing.push` write.
               What is called like published weights is never taken for a path; ``./resnet50`` is one.
         arch: a name of :func:`jresnet.list_models`; ``None``: as the weights say.
         dialect: how a file from PyTorch names its tensors (:data:`jresnet.pytorch.keymap.DIALECTS`); ``None``: the one

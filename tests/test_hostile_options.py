@@ -82,6 +82,23 @@ ALLOWED: dict[tuple[str, str], tuple[set[str], str]] = {
     ("evaluate", "--limit"): ({"huge"}, "all images that there are"),
     ("evaluate", "--batch-size"): ({"huge"}, "at most as many as there are images"),
     ("evaluate", "--mean"): ({"0"}, "of grey images"),
+    ("finetune", "--out"): ({*NAMES, "codes", "folder"}, "a folder by that name is made; an empty one is used"),
+    ("finetune", "--seed"): ({"0"}, "a seed"),
+    ("finetune", "--split-seed"): ({"0"}, "a seed"),
+    ("finetune", "--workers"): ({"0"}, "threads"),
+    ("finetune", "--freeze"): ({"empty"}, "nothing is frozen"),
+    ("finetune", "--lr"): ({"huge"}, "the run stops where the loss is not finite"),
+    ("finetune", "--checkpoint-minutes"): ({"0", "huge"}, "after each stretch of steps; at an epoch's end"),
+    ("finetune", "--warmup-epochs"): ({"0"}, "none"),
+    ("finetune", "--momentum"): ({"0"}, "plain SGD"),
+    **{("finetune", option): ({"0", "huge"}, "none; no limit; halves of two images")
+       for option in ("--weight-decay", "--clip-norm", "--mixup", "--cutmix")},
+    **{("finetune", option): ({"0"}, "none") for option in ("--label-smoothing", "--ema", "--random-erasing")},
+    ("predict", "--top"): ({"huge"}, "all classes that there are"),
+    ("predict", "--batch-size"): ({"huge"}, "at most as many as there are images"),
+    ("push", "target"): ({*NAMES, "codes", "folder"}, "a folder by that name is made"),
+    ("push", "--title"): ({*ALL}, "words"),
+    ("push", "--license"): ({"nan", "inf", "1e308", "huge"}, "identifiers of licences"),
     ("convert", "--num-classes"): ({"0"}, "no head"),
     ("convert", "--output"): ({*NAMES, "codes"} - {"lost"}, "a file by that name is written"),
     ("convert", "--prefix"): ({"empty"}, "the names as they are"),
@@ -101,6 +118,7 @@ DATA = ("jresnet.data.cifar10:_read_layout", "jresnet.data.cifar10:_read_store")
 TRAINING = ("jresnet.commands.train:fit_seeds", "jresnet.commands.train:Trainer", "jresnet.training.program:Program",
             "jax:distributed.initialize")  # fmt: skip
 SCORING = ("jresnet.evaluation:score", "jresnet.cache:compiled")
+TUNING = ("jresnet.data.folder:load", "jresnet.training.finetune:embed", "jresnet.commands.finetune:Trainer")
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +174,19 @@ def commands_of(root: Path) -> dict[str, Command]:
             run("evaluate"), {"--weights": [weights], "--data": [images]}, ("jresnet.sources:load", *SCORING),
             {"--weights": SCORING, "--data-dir": (*SCORING, *DATA)},
         ),
+        "finetune": Command(
+            run("finetune"), {"--weights": [weights], "--data": [images], "--out": ["out"]},
+            ("jresnet.sources:load", *TUNING),
+            {"--weights": TUNING, "--freeze": TUNING, "--data-dir": ("jresnet.sources:load", *TUNING, *DATA)},
+        ),
+        "predict": Command(
+            run("predict"), {"images": [images], "--weights": [weights]}, ("jresnet.sources:load", *SCORING),
+            {"--weights": ("jresnet.commands.predict:predict",)},
+        ),
+        "push": Command(run("push"), {"weights": [weights], "target": ["new"]}, ("jresnet.sources:load",),
+                        {"weights": ("jresnet.sharing:_write",)}),
+        "pull": Command(run("pull"), {"source": [weights], "out": ["new.safetensors"]}, ("jresnet.sources:load",),
+                        {"source": ("jresnet.weights.native:save",)}),
         "report": Command(run("report"), {"runs": [str(root / "run")]}, ("jresnet.commands.report:read_entries",),
                           {"runs": ("jresnet.reports.plots:plot_runs",)}),
         "convert": Command(
@@ -338,7 +369,7 @@ def complaints(code: int | str, out: str, err: str) -> Iterator[str]:
 
 WALKED = [
     ("train", 35), ("evaluate", 8), ("report", 3), ("info", 0), ("convert", 10), ("export-torch", 4), ("verify", 3),
-    ("benchmark", 10), ("results add", 9),
+    ("benchmark", 10), ("results add", 9), ("finetune", 38), ("predict", 5), ("push", 4), ("pull", 2),
 ]  # fmt: skip
 
 

@@ -19,12 +19,12 @@ RANKS = {
     "sources": 4,
     "factory": 5,
     "data": 6,
-    "evaluation": 7, "pretrained": 7, "explain": 7, "exporting": 7,
+    "sharing": 7, "evaluation": 7, "pretrained": 7, "explain": 7, "exporting": 7,
     "reports": 8,
     "training": 9,
     "__init__": 10,  # jresnet's own, which shows what is public; it imports from anywhere below
     "commands": 11,
-    "__main__": 12,
+    "__main__": 12, "hub": 12,
     "convert": 13,
     "scripts": 14,
 }  # fmt: skip
@@ -38,7 +38,7 @@ ONLY: dict[str, set[str]] = {
 # torch's own networks and numbers, to compare with. TensorFlow is imported nowhere.
 TORCH = (
     "convert/verify.py", "convert/reference.py", "convert/installed.py", "scripts/benchmark/torch_worker.py",
-    "tests/parity/", "tests/golden/",
+    "scripts/compare_finetuning.py", "tests/parity/", "tests/golden/",
 )  # fmt: skip
 
 # What is known and to be removed, as the beginning of a problem; one that nothing begins with fails as well.

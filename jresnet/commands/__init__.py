@@ -23,11 +23,16 @@ from jresnet.version import __version__
 OWN = {  # modules of this package
     "train": "train a ResNet on CIFAR-10, CIFAR-100 or digits",
     "evaluate": "accuracy and loss of weights on labelled images",
+    "finetune": "trained weights for one's own images: a folder of photos",
+    "predict": "what is in images: names and probabilities",
+    "push": "weights with their model card to the Hugging Face Hub, or into a folder",
+    "pull": "weights from the Hugging Face Hub, or from such a folder, into a file",
     "export": "a model as a program for JAX or ONNX that runs without jresnet",
     "report": "compare training runs in a table and a plot",
     "info": "versions, devices, compilation cache and compiler options",
 }
-COMPUTING = ("train", "evaluate")  # those that gain from large pages
+PLACES = {"push": ("share", "push"), "pull": ("share", "pull")}  # where it is not the main of a module of the name
+COMPUTING = ("train", "evaluate", "finetune", "predict")  # those that gain from large pages
 SLOW = (*COMPUTING, "convert", "export-torch")  # those that import JAX and then work for a while
 OTHERS = {  # of the package convert, which comes with jresnet
     "convert": "turn PyTorch's weights into a file of jresnet's",
@@ -129,7 +134,7 @@ def guarded(command: Callable[[], int], name: str) -> int:
 
 def greet(name: str, arguments: Sequence[str]) -> None:
     """The first line of a command that computes: JAX takes seconds to import, in which one would see nothing."""
-    if name in SLOW and not {"-h", "--help", "--json"} & set(arguments):
+    if name in SLOW and not {"-h", "--help", "--json", "--csv"} & set(arguments):
         print(f"jresnet  {__version__}, starting JAX ...", flush=True)
 
 
@@ -162,7 +167,8 @@ def failed(message: str) -> int:
 
 def _command(name: str) -> Callable[..., int]:
     if name in OWN:
-        return import_module(f"jresnet.commands.{name}").main
+        module, function = PLACES.get(name, (name, "main"))
+        return getattr(import_module(f"jresnet.commands.{module}"), function)
     return _registered()[name].load()
 
 

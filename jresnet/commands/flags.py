@@ -58,18 +58,24 @@ def check_output(path: Path, force: bool, flag: str = "--output") -> None:
         raise InputError(f"{path} exists: --force replaces it, or name another file with {flag}")
 
 
-def add_flags(groups: Mapping[str, Any], record: type) -> None:
-    """Adds a flag for each field of ``record`` whose option names one of the ``groups``; what is not given is None."""
+def add_flags(groups: Mapping[str, Any], record: type, defaults: Mapping[str, str] | None = None) -> None:
+    """Adds a flag for each field of ``record`` whose option names one of the ``groups``; what is not given is None.
+
+    Args:
+        groups: of the parser, by name.
+        record: a dataclass whose fields are made by :func:`jresnet.training.fields.option`.
+        defaults: what holds where a flag is not given, in words, where that is not what training's recipes say.
+    """
     for field in dataclasses.fields(record):
         if field.metadata["option"].group in groups:
-            add_flag(groups[field.metadata["option"].group], record, field.name)
+            add_flag(groups[field.metadata["option"].group], record, field.name, (defaults or {}).get(field.name))
 
 
-def add_flag(group: Any, record: type, name: str) -> None:
+def add_flag(group: Any, record: type, name: str, default: str | None = None) -> None:
     """Adds the flag of one field: --batch-size for ``batch_size``."""
     (field,) = (field for field in dataclasses.fields(record) if field.name == name)
     option, hint = field.metadata["option"], hints_of(record)[name]
-    text = f"{option.help} ({_default(field, hint)})".replace("%", "%%")
+    text = f"{option.help} ({f'default: {default}' if default else _default(field, hint)})".replace("%", "%%")
     given: dict[str, Any] = {"help": text, "default": None}
     if hint is bool:
         given["action"] = "store_true" if option.switch else argparse.BooleanOptionalAction
@@ -111,3 +117,10 @@ def naming_flags(parser: argparse.ArgumentParser) -> Iterator[None]:
     except Exception as error:
         error.args = tuple(re.sub(r"`(\w+)`", flag, part) if isinstance(part, str) else part for part in error.args)
         raise
+
+
+def given_for(args: argparse.Namespace, record: type) -> dict[str, Any]:
+    """The values that the user gave for the fields of a dataclass."""
+    values = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(record)}
+    given = {name: value for name, value in values.items() if value is not None and value != "auto"}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}

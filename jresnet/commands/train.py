@@ -10,13 +10,12 @@ import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import jax
 
 from jresnet import cache
 from jresnet.commands import check_devices, failed
-from jresnet.commands.flags import Parser, add_flag, add_flags, folder, naming_flags
+from jresnet.commands.flags import Parser, add_flag, add_flags, folder, given_for, naming_flags
 from jresnet.training import devices, initial, outputs, program, recipes
 from jresnet.training.config import RunConfig, default_config, read_config, read_runs
 from jresnet.training.console import Console
@@ -116,7 +115,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "jresnet train") -> int:
 
 
 def _train(args: argparse.Namespace) -> int:
-    session = Options(**_given(args, Options))
+    session = Options(**given_for(args, Options))
     session.check()
     if session.deterministic:  # XLA reads it once, when its first device is asked for
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
@@ -124,7 +123,7 @@ def _train(args: argparse.Namespace) -> int:
     if args.coordinator is not None or args.distributed:
         devices.connect(args.coordinator, args.num_processes, args.process_id)
     check_devices()
-    given = _given(args, RunConfig)
+    given = given_for(args, RunConfig)
     if args.depth is not None:
         given["arch"] = DEPTHS[args.depth]
     before = read_config(args.out) if args.resume else None
@@ -183,10 +182,3 @@ def mistakes(args: argparse.Namespace) -> list[str]:
     elif args.wandb is not None and not find_spec("wandb"):  # else this is told when all is compiled
         found.append("--wandb needs the package wandb: pip install wandb")
     return found
-
-
-def _given(args: argparse.Namespace, record: type) -> dict[str, Any]:
-    """The values that the user gave for the fields of a dataclass."""
-    values = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(record)}
-    given = {name: value for name, value in values.items() if value is not None and value != "auto"}
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}

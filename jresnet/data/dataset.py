@@ -38,7 +38,8 @@ class Dataset:
     source: str  # one line for people
     notes: tuple[str, ...]  # lines to show: what is not official, what could not be kept
     verified: dict[str, bool]  # official batch -> do its records here equal the official ones?
-    digest: str  # SHA-256 over the records of train, then test, in hex
+    digest: str  # SHA-256 over the records of train, then test, in hex; of a folder over the files
+    skipped: tuple[tuple[str, str], ...] = ()  # images that were passed over: the file, and what is wrong with it
 
 
 def from_records(

@@ -2,7 +2,8 @@
 
 The same as torchvision's ``ImageFolder`` with ``Resize`` and ``CenterCrop`` on PIL images, to the last grey level:
 pixels as stored (EXIF's orientation is not looked at), converted to RGB, shorter side resized with antialiasing, centre
-cut out. Normalisation is left to the device (:func:`jresnet.weights.preprocessing.normalise`).
+cut out. Normalisation is left to the device (:func:`jresnet.weights.preprocessing.normalise`). :func:`photo` reads a file
+as a person sees it instead: upright, transparency over white, 16 bits as 8.
 
 Files may come from anyone. Only the formats below are decoded (Pillow would hand PostScript to a program), and an image
 of more than Pillow's ``MAX_IMAGE_PIXELS`` is refused, as read and as resized.
@@ -10,6 +11,8 @@ of more than Pillow's ``MAX_IMAGE_PIXELS`` is refused, as read and as resized.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import warnings
 from collections import Counter, deque
@@ -17,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -29,7 +32,19 @@ from jresnet.weights.preprocessing import Preprocessing
 # torchvision/datasets/folder.py's IMG_EXTENSIONS, in any case.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # by content: some of ImageNet's .JPEG files are PNG
-_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+Reader = Callable[[Any], Image.Image]  # a file's path to its image in mode RGB
+_TURNS = {  # by EXIF's orientation (EXIF 2.32, table 4, tag 274)
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class BadImage(DataError):
@@ -134,15 +149,38 @@ def read(path: str | Path) -> Image.Image:
     Raises:
         BadImage: it is missing, empty, cut short, too large, or of none of ``FORMATS``.
     """
+    with opened(path) as image:
+        return as_rgb(image)
+
+
+def photo(source: str | Path | bytes) -> Image.Image:
+    """An image as RGB, as a person sees it; the arguments and errors are those of :func:`opened`, the image :func:`seen`."""
+    with opened(source) as image:
+        return seen(image)
+
+
+@contextlib.contextmanager
+def opened(source: str | Path | bytes) -> Iterator[Image.Image]:
+    """The image in a file, or in a file's content, not decoded yet; what goes wrong with it in the block is BadImage.
+
+    Raises:
+        BadImage: it is missing, empty, cut short, too large, or of none of ``FORMATS``.
+    """
     try:
-        if not os.path.isfile(path):  # a pipe would never end
-            raise BadImage("no ordinary file" if os.path.exists(path) else "missing")
-        if os.path.getsize(path) == 0:
+        if not isinstance(source, bytes):
+            if not os.path.isfile(source):  # a pipe would never end
+                raise BadImage("no ordinary file" if os.path.exists(source) else "missing")
+            if os.path.getsize(source) == 0:
+                raise BadImage("empty")
+        elif not source:
             raise BadImage("empty")
-        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
+        with (
+            io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file,
+            Image.open(file, formats=FORMATS) as image,
+        ):
             if image.width * image.height > _limit():  # Pillow warns here, and raises only beyond twice that
                 raise BadImage(f"{image.width} x {image.height} pixels are more than {_limit():,}")
-            return as_rgb(image)
+            yield image
     except BadImage:
         raise
     except UnidentifiedImageError as error:
@@ -150,6 +188,30 @@ def read(path: str | Path) -> Image.Image:
     except Exception as error:  # Pillow's decoders fail in ways of their own
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
         raise BadImage(" ".join(reason.split())) from error
+
+
+def seen(image: Image.Image) -> Image.Image:
+    """An open image as RGB, as a person sees it: its first frame, turned as EXIF says, transparent parts over white.
+
+    Grey levels and errors as :func:`as_rgb`.
+    """
+    turn = _TURNS.get(orientation(image))
+    image.load()
+    if turn is not None:
+        image = image.transpose(turn)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return as_rgb(image)
+
+
+def orientation(image: Image.Image) -> int:
+    """EXIF's orientation of an open image, 1 to 8; 1, as it is stored, where EXIF is damaged or does not say."""
+    try:
+        return int(image.getexif().get(0x0112, 1))
+    except Exception:  # Pillow's parser fails in ways of its own
+        return 1
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
@@ -206,7 +268,7 @@ def preprocess(image: Image.Image, preprocessing: Preprocessing) -> UInt8[np.nda
         if preprocessing.resize * longer > _limit():
             raise BadImage(f"{width} x {height} pixels are too narrow to be resized to {preprocessing.resize}")
         size = (preprocessing.resize, longer) if width <= height else (longer, preprocessing.resize)
-        image = image.resize(size, _FILTERS[preprocessing.interpolation])
+        image = image.resize(size, FILTERS[preprocessing.interpolation])
     pixels = np.asarray(image)
     if pixels.ndim == 2:
         pixels = pixels[..., None]
@@ -217,21 +279,26 @@ def preprocess(image: Image.Image, preprocessing: Preprocessing) -> UInt8[np.nda
     return pixels[top : top + crop, left : left + crop]
 
 
-def load(source: Path | UInt8[np.ndarray, "h w 3"], preprocessing: Preprocessing) -> UInt8[np.ndarray, "s s c"]:
-    """:func:`preprocess` of a file or of RGB pixels."""
-    return preprocess(Image.fromarray(source) if isinstance(source, np.ndarray) else read(source), preprocessing)
+def load(
+    source: Path | bytes | UInt8[np.ndarray, "h w 3"], preprocessing: Preprocessing, reader: Reader = read
+) -> UInt8[np.ndarray, "s s c"]:
+    """:func:`preprocess` of a file, as ``reader`` reads it, or of RGB pixels."""
+    return preprocess(Image.fromarray(source) if isinstance(source, np.ndarray) else reader(source), preprocessing)
 
 
-def batches(sources: Iterable[Path | np.ndarray], preprocessing: Preprocessing, batch_size: int) -> Iterator[Batch]:
+def batches(
+    sources: Iterable[Path | bytes | np.ndarray], preprocessing: Preprocessing, batch_size: int, reader: Reader = read
+) -> Iterator[Batch]:
     """Every source once and in order, decoded by a pool of threads a batch ahead; bad images are left out.
 
-    Each batch has ``batch_size`` images, the last one filled up with zeros. Nothing is raised for a bad image.
+    Files are read by ``reader``, :func:`read` or :func:`photo`. Each batch has ``batch_size`` images, the last one filled up
+    with zeros. Nothing is raised for a bad image.
     """
     shape = (batch_size, preprocessing.crop, preprocessing.crop, len(preprocessing.mean))
     positions: list[int] = []
     bad: list[Bad] = []
     images = np.zeros(shape, np.uint8)
-    for position, found in enumerate(_in_threads(sources, preprocessing, batch_size)):
+    for position, found in enumerate(_in_threads(sources, preprocessing, batch_size, reader)):
         if isinstance(found, BadImage):
             bad.append(Bad(position, str(found)))
             continue
@@ -245,13 +312,13 @@ def batches(sources: Iterable[Path | np.ndarray], preprocessing: Preprocessing, 
 
 
 def _in_threads(
-    sources: Iterable[Path | np.ndarray], preprocessing: Preprocessing, ahead: int
+    sources: Iterable[Path | bytes | np.ndarray], preprocessing: Preprocessing, ahead: int, reader: Reader
 ) -> Iterator[np.ndarray | BadImage]:
     """:func:`load` of each source in order, begun up to ``ahead`` sources early; Pillow decodes outside Python's lock."""
 
-    def attempt(source: Path | np.ndarray) -> np.ndarray | BadImage:
+    def attempt(source: Path | bytes | np.ndarray) -> np.ndarray | BadImage:
         try:
-            return load(source, preprocessing)
+            return load(source, preprocessing, reader)
         except BadImage as error:
             return error
 

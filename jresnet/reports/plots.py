@@ -63,7 +63,7 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> No
         if axes.lines:
             axes.legend()
     figure.suptitle(title, parse_math=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_confusion(labels: np.ndarray, predictions: np.ndarray, classes: Sequence[str], path: Path, title: str) -> None:
@@ -94,14 +94,14 @@ def plot_confusion(labels: np.ndarray, predictions: np.ndarray, classes: Sequenc
                 color = "white" if shares[row, column] > 0.5 else "black"
                 axes.text(column, row, str(count), ha="center", va="center", fontsize=8, color=color)
     ticks = range(0, len(classes), -(-len(classes) // TICKS))
-    names = [_short(classes[tick]) for tick in ticks]
+    names = [short(classes[tick]) for tick in ticks]
     fontsize = 9 if len(classes) <= NUMBERED else 7
     axes.set_xticks(ticks, names, rotation=90, fontsize=fontsize, parse_math=False)
     axes.set_yticks(ticks, names, fontsize=fontsize, parse_math=False)
     axes.set(xlabel="predicted", ylabel="true")
     figure.suptitle(title, parse_math=False)
     figure.colorbar(image, ax=axes, label="share of the true class's images", shrink=0.6)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_worst(
@@ -138,7 +138,7 @@ def plot_worst(
     for index, axes in zip(worst, grid.flat, strict=False):
         axes.imshow(images[index].squeeze(-1) if images.shape[-1] == 1 else images[index], "gray", vmin=0, vmax=255,
                     interpolation="nearest")  # fmt: skip
-        predicted, true = (_short(classes[int(found[index])]) for found in (predictions, labels))
+        predicted, true = (short(classes[int(found[index])]) for found in (predictions, labels))
         # On one line where both names are short: the cell is some 26 letters wide.
         names = f"{predicted} / {true}" if len(predicted) + len(true) <= 20 else f"{predicted} /\n{true}"
         axes.set_title(f"{names}\nloss {losses[index]:.2f}", fontsize=8, parse_math=False)
@@ -147,7 +147,7 @@ def plot_worst(
     shown = f", the {len(worst)} worst" if len(worst) < len(wrong) else ""
     mistakes = f"{len(wrong):,} of {len(labels):,} images misclassified{shown}; predicted / true"
     figure.suptitle(f"{title}\n{mistakes}", fontsize=10, parse_math=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def plot_runs(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: Path) -> None:
@@ -182,7 +182,7 @@ def plot_runs(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: P
         notes = [f"{len(seeds)} seeds"] if len(seeds) > 1 else []
         notes += [SPLITS[own]] if split is None and name in drawn else []
         notes += [] if name in drawn else ["no epoch yet"]
-        labels.append(_short(name, 40) + (f" ({', '.join(notes)})" if notes else ""))
+        labels.append(short(name, 40) + (f" ({', '.join(notes)})" if notes else ""))
     _dress(loss_axes, "training loss (nats)", log=True)
     _dress(accuracy_axes, f"{SPLITS[split]} accuracy (%)" if split else "accuracy (%)")
     columns = max(1, min(5, 150 // max(map(len, labels))))  # some 150 letters and their lines fill the width
@@ -192,7 +192,7 @@ def plot_runs(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: P
     for text, label in zip(legend.get_texts(), labels, strict=True):
         text.set_parse_math(False)
         text.set_text(label)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _plot_seeds(axes: Axes, seeds: Sequence[tuple[list[int], list[float]]], color: Any) -> None:
@@ -237,7 +237,7 @@ def _dress(axes: Axes, ylabel: str, log: bool = False) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _short(name: str, letters: int = LETTERS) -> str:
+def short(name: str, letters: int = LETTERS) -> str:
     """A name of at most ``letters``, on one line: its beginning and its end say more than its middle."""
     name = " ".join(name.split())
     half = (letters - 1) // 2
@@ -256,7 +256,7 @@ def _figure(size: tuple[float, float]) -> Figure:
     return Figure(figsize=size, layout="constrained")
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     """Writes a PNG, whole or not at all."""
     content = io.BytesIO()
     figure.savefig(content, dpi=120, format="png")

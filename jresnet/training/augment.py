@@ -24,7 +24,9 @@ from jresnet.weights.preprocessing import normalise
 class Pipeline:
     """From uint8 ``[N, H, W, C]`` to normalised float32 ``[N, size, size, C]``."""
 
-    crop: str  # "pad": random crop of the image with 4 black pixels around; "resized": random resized crop
+    # "pad": random crop of the image with 4 black pixels around; "resized": random resized crop; "done": cut out already;
+    # "features": no images but embeddings, which stay as they are
+    crop: str
     size: int  # pixels, height and width of the result
     flip: str  # mirror a training image: "none"; "random", with probability 1/2; "alternate", every second epoch
     mean: tuple[float, ...]  # of pixels in [0, 1], by channel
@@ -32,16 +34,19 @@ class Pipeline:
     random_erasing: float = 0.0  # probability of a rectangle of the mean colour
     mixup: float = 0.0  # parameter of mixup's Beta distribution; 0: none
     cutmix: float = 0.0  # of cutmix's; where both are given, each batch has one of them, with probability 1/2
+    min_area: float = 0.08  # the smallest share of the area that a random resized crop keeps
 
     def train(
         self, key: jax.Array, images: UInt8[Array, "n h w c"], turned: Bool[Array, " n"] | None = None
     ) -> Float[Array, "n s s c"]:
         """A random view of each image; with flip "alternate", ``turned`` (of :func:`alternate`) are mirrored."""
+        if self.crop == "features":
+            return images
         crop_key, flip_key, erase_key = jax.random.split(key, 3)
         views = images.astype(jnp.float32)
         if self.crop == "resized":
-            views = random_resized_crop(crop_key, views, self.size)
-        else:
+            views = random_resized_crop(crop_key, views, self.size, self.min_area)
+        elif self.crop == "pad":
             views = random_crop(crop_key, views, self.size, padding=4)
         if self.flip == "random":
             turned = jax.random.bernoulli(flip_key, 0.5, (len(views),))
@@ -65,6 +70,8 @@ class Pipeline:
 
     def evaluate(self, images: UInt8[Array, "n h w c"]) -> Float[Array, "n s s c"]:
         """The one view for evaluation: the image itself, or the centre 7/8 of it enlarged (224 of 256)."""
+        if self.crop == "features":
+            return images
         views = images.astype(jnp.float32)
         if self.crop == "resized":
             views = resize_and_center_crop(views, round(self.size * 8 / 7), self.size)
@@ -161,14 +168,16 @@ def box(
     return in_rows[:, :, None] & in_columns[:, None, :]
 
 
-def random_resized_crop(key: jax.Array, images: Float[Array, "n h w c"], size: int) -> Float[Array, "n s s c"]:
-    """A window of 8 to 100 % of each image's area and aspect ratio 3/4 to 4/3, scaled to ``size`` x ``size``.
+def random_resized_crop(
+    key: jax.Array, images: Float[Array, "n h w c"], size: int, min_area: float = 0.08
+) -> Float[Array, "n s s c"]:
+    """A window of ``min_area`` to 100 % of each image's area and aspect ratio 3/4 to 4/3, scaled to ``size`` x ``size``.
 
     As torchvision: ten draws, the first window that fits in the image; else the whole of a square image.
     """
     n, height, width, _ = images.shape
     area_key, ratio_key, place_key = jax.random.split(key, 3)
-    areas = height * width * jax.random.uniform(area_key, (n, 10), minval=0.08, maxval=1.0)
+    areas = height * width * jax.random.uniform(area_key, (n, 10), minval=min_area, maxval=1.0)
     ratios = jnp.exp(jax.random.uniform(ratio_key, (n, 10), minval=math.log(3 / 4), maxval=math.log(4 / 3)))
     widths, heights = jnp.round(jnp.sqrt(areas * ratios)), jnp.round(jnp.sqrt(areas / ratios))
     fits = (widths >= 1) & (widths <= width) & (heights >= 1) & (heights <= height)

@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import jax
 
@@ -18,9 +18,10 @@ from jresnet.training import recipes
 from jresnet.training.augment import Pipeline
 from jresnet.training.fields import option, problems
 from jresnet.training.recipes import Hyperparameters
-from jresnet.weights.preprocessing import STATISTICS
+from jresnet.weights.preprocessing import STATISTICS, Preprocessing
 
 MAX_CONFIG = 2**20  # bytes of a config.json that is read; they have some 2,000
+Config = TypeVar("Config", bound="RunConfig")
 IMAGE = 32  # pixels, height and width of the datasets' images
 
 
@@ -81,14 +82,28 @@ class RunConfig(Hyperparameters):
             self.crop, self.image_size, self.flip, mean, std, self.random_erasing, self.mixup, self.cutmix
         )  # fmt: skip
 
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Parts of the network that do not learn (:mod:`jresnet.models.paths`)."""
+        return ()
+
+    def preprocessing(self) -> Preprocessing:
+        """Of images to be evaluated."""
+        pipeline = self.pipeline()
+        resize = round(self.image_size * 8 / 7) if self.crop == "resized" else None
+        return Preprocessing(resize, self.image_size, pipeline.mean, pipeline.std)
+
     def check(self) -> None:
         """Raises :class:`InputError` with everything that is wrong: types, choices, ranges, what does not go together."""
+        self._check_fields()
+        zoo.find(self.arch)
+
+    def _check_fields(self) -> None:
         found = problems(self)
         if not found:  # else the comparisons below may not even be possible
             found = self._contradictions()
         if found:
             raise InputError("; ".join(found))
-        zoo.find(self.arch)
 
     def _contradictions(self) -> list[str]:
         found = ["`nesterov` needs a `momentum` above 0"] if self.nesterov and self.momentum == 0 else []
@@ -144,30 +159,33 @@ def default_config(
     return config
 
 
-def read_config(out: Path) -> RunConfig | None:
-    """The configuration of the run in ``out``; None where there is no run.
+def read_config(out: Path, kind: type[Config] = RunConfig) -> Config | None:  # type: ignore[assignment]
+    """The configuration of the run in ``out``, of that kind of runs; None where there is no run.
 
     Raises:
         InputError: where its ``config.json`` is damaged.
     """
-    content = _read(out)
+    content = _read(out, kind)
     return content and content[0]
 
 
-def read_runs(out: Path) -> int | None:
+def read_runs(out: Path, kind: type[RunConfig] = RunConfig) -> int | None:
     """How many seeds the run in ``out`` has; None where it is a single run, or none; raises as :func:`read_config`."""
-    content = _read(out)
+    content = _read(out, kind)
     return content and content[1]
 
 
-def _read(out: Path) -> tuple[RunConfig, int | None] | None:
+def _read(out: Path, kind: type[Config]) -> tuple[Config, int | None] | None:
     path = out / "config.json"
     try:
         if not path.exists():
             return None
         content = json.loads(read_ordinary(path, MAX_CONFIG))
         values, runs = content["run"], content.get("runs")
-        config = RunConfig(**{**values, "milestones": tuple(values["milestones"])})
+        known: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        config = kind(**known)
         config.check()
         if runs is not None and (type(runs) is not int or runs < 1):
             raise InputError(f"runs must be a whole number of at least 1, got {str(runs)[:60]}")
@@ -204,6 +222,6 @@ def differences(before: RunConfig, now: RunConfig) -> list[str]:
     """``field was X, now Y`` for each field that differs."""
     return [
         f"`{field.name}` was {getattr(before, field.name)!r}, now {getattr(now, field.name)!r}"
-        for field in dataclasses.fields(RunConfig)
+        for field in dataclasses.fields(now)
         if getattr(before, field.name) != getattr(now, field.name)
     ]

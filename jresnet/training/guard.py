@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jresnet.training.feed import Feed
 from jresnet.training.nans import find_non_finite
 from jresnet.training.program import Program
-from jresnet.training.step import TrainState, prepare
+from jresnet.training.step import Images, TrainState, prepare
 
 ROLLBACKS = 3  # how often a run goes back to its last checkpoint
 
@@ -37,7 +38,13 @@ class Guard:
         return jax.tree.map(jnp.copy, state) if self.search else None
 
     def check(
-        self, state: TrainState, losses: np.ndarray, before: TrainState | None, order: np.ndarray, key: jax.Array
+        self,
+        state: TrainState,
+        losses: np.ndarray,
+        before: TrainState | None,
+        split: Images | Feed,
+        order: np.ndarray,
+        key: jax.Array,
     ) -> None:
         """Checks the losses of the last steps, and the weights too where it searches.
 
@@ -45,6 +52,7 @@ class Guard:
             state: after these steps.
             losses: float32 ``[steps]``.
             before: what :meth:`copy` gave before them.
+            split: what the epoch's batches are taken from.
             order: the epoch's batches, int ``[steps an epoch, batch]``.
             key: of the augmentation.
 
@@ -54,9 +62,9 @@ class Guard:
         bad = np.flatnonzero(~np.isfinite(losses))
         if len(bad):
             step = int(state.step) - len(losses) + int(bad[0])
-            raise self._error(f"the loss is {losses[bad[0]]}", step, self._layers(before, order, key))
+            raise self._error(f"the loss is {losses[bad[0]]}", step, self._layers(before, split, order, key))
         if before is not None and not self.program.finite(state):
-            raise self._error("a weight is not finite", int(state.step) - 1, self._layers(before, order, key))
+            raise self._error("a weight is not finite", int(state.step) - 1, self._layers(before, split, order, key))
 
     def check_weights(self, state: TrainState) -> None:
         """Raises :class:`NonFiniteLoss` where a weight is not finite: before anything of the state is kept."""
@@ -72,16 +80,15 @@ class Guard:
             "`precision` float32 may help, `on_nan` rollback goes back by itself, `debug_nans` names the layer"
         )
 
-    def _layers(self, before: TrainState | None, order: np.ndarray, key: jax.Array) -> list[str]:
+    def _layers(self, before: TrainState | None, split: Images | Feed, order: np.ndarray, key: jax.Array) -> list[str]:
         """Where in the step after ``before`` the first non-finite value is; nothing where nobody searches."""
         if before is None:
             return []
         program = self.program
         views = prepare(program.pipeline, program.steps_per_epoch, program.config.label_smoothing)
-        indices = order[int(before.step) % program.steps_per_epoch]
-        found = jax.jit(views, static_argnums=4)(
-            before.step, program.train_images, indices, key, len(program.data.classes)
-        )
+        step = int(before.step) % program.steps_per_epoch
+        batch = split.again(step) if isinstance(split, Feed) else split
+        found = jax.jit(views, static_argnums=4)(before.step, batch, order[step], key, len(program.data.classes))
         images, targets = (jnp.asarray(np.asarray(part)) for part in found)  # on one device
         model = nnx.merge(program.graph, *jax.tree.map(np.asarray, (before.params, before.batch_stats)))
         return find_non_finite(model, images, targets) or ["forward and backward pass are finite: the update is not"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,13 @@ from jaxtyping import Array, Int
 
 from jresnet import cache
 from jresnet.data.dataset import Split
+from jresnet.errors import DataError
 from jresnet.training.devices import Devices
+from jresnet.training.feed import Feed
 from jresnet.training.step import Averaged, Images, Metrics, TrainState, TrainStep
+
+if TYPE_CHECKING:
+    from jresnet.data.folder import Files  # needs grain only where it is used
 
 STRETCH = 2.0  # seconds of training between two looks: at metrics, signals and the clock
 
@@ -38,6 +43,8 @@ def epoch_order(key: jax.Array, epoch: int, images: int, batch_size: int) -> Int
 
 class StepsLoop:
     """Runs steps of an epoch: ``loop(state, split, order [steps, B], start, end, key) -> (state, metrics)``.
+
+    ``split`` is what a data source gives: the images themselves, whole on the devices, or a :class:`Feed` of batches.
 
     The metrics are numpy arrays, one row for each step that was taken. The state that is given is gone afterwards: its
     memory is used again.
@@ -69,15 +76,16 @@ class StepsLoop:
         )
         self._jitted, self._compiled = function, cast(Callable, function)
 
-    def compile(self, state: TrainState, split: Images, order: np.ndarray, key: jax.Array) -> None:
+    def compile(self, state: TrainState, split: Images | Feed, order: np.ndarray, key: jax.Array) -> None:
         """Compiles for arguments like these, all at once: the first call is then as quick as any."""
         if self._compiled is self._jitted:
-            self._compiled = cache.compiled(self._jitted, state, split, *self._bounds(order, 0, 1), key)
+            images = split.like() if isinstance(split, Feed) else split
+            self._compiled = cache.compiled(self._jitted, state, images, *self._bounds(order, 0, 1), key)
 
     def __call__(
         self,
         state: TrainState,
-        split: Images,
+        split: Images | Feed,
         order: np.ndarray,
         start: int,
         end: int,
@@ -87,10 +95,15 @@ class StepsLoop:
     ) -> tuple[TrainState, Metrics]:
         """Takes steps ``start`` to ``end`` and tells ``after_steps`` how many were taken; on the host after each one.
 
-        On the host ``stop`` is asked before each step, and ends the loop where it says yes.
+        On the host ``stop`` is asked before each step, and ends the loop where it says yes. So does a batch that cannot be
+        had, where steps were taken before it.
+
+        Raises:
+            DataError: the first batch of these cannot be had; the state is as it was given.
         """
         taken: list[Metrics] = []
         if self.on_device:
+            assert not isinstance(split, Feed), "a feed gives its batches one by one, on the host"
             state, rows = self._compiled(state, split, *self._bounds(order, start, end), key)
             loss, correct = (np.asarray(row)[start:end] for row in rows)
             after_steps(end - start)
@@ -98,7 +111,13 @@ class StepsLoop:
         for i in range(start, end):
             if stop():
                 break
-            state, metrics = self._compiled(state, split, *self._bounds(order, i, i + 1), key)
+            try:
+                images = split.batch(i) if isinstance(split, Feed) else split
+            except DataError:
+                if not taken:
+                    raise
+                break  # the steps taken count, as the state that was given is gone; asked again, it fails again
+            state, metrics = self._compiled(state, images, *self._bounds(order, i, i + 1), key)
             if taken:
                 taken[-1].loss.block_until_ready()  # one step ahead of the device: no gap, and a signal is soon seen
             taken.append(metrics)
@@ -138,10 +157,22 @@ def _many_steps(
 
 def batches(split: Split, batch_size: int, devices: Devices) -> Iterator[tuple[Images, int]]:
     """(a batch, how many of its images count): every image once, the last batch filled with the last image."""
-    for start in range(0, len(split.labels), batch_size):
-        indices = np.arange(start, start + batch_size)
-        parts = (part.take(indices, axis=0, mode="clip") for part in (split.images, split.labels))
-        yield Images(*(devices.put(part, devices.cut()) for part in parts)), min(batch_size, len(split.labels) - start)
+    starts = range(0, len(split.labels), batch_size)
+    for start, images in zip(starts, _pixels(split.images, batch_size), strict=True):
+        labels = split.labels.take(np.arange(start, start + batch_size), mode="clip")
+        yield (
+            Images(*(devices.put(part, devices.cut()) for part in (images, labels))),
+            min(batch_size, len(split.labels) - start),
+        )
+
+
+def _pixels(images: np.ndarray | Files, batch_size: int) -> Iterator[np.ndarray]:
+    """The images of a split in batches of one size."""
+    if not isinstance(images, np.ndarray):
+        yield from images.batches(batch_size)
+        return
+    for start in range(0, len(images), batch_size):
+        yield images.take(np.arange(start, start + batch_size), axis=0, mode="clip")
 
 
 def evaluate(

@@ -22,6 +22,7 @@ import numpy as np
 
 from jresnet.errors import InputError
 from jresnet.files import printable, read_ordinary, write_atomically
+from jresnet.models import zoo
 from jresnet.reports import plots
 from jresnet.reports.metrics_file import finite, no_figures, read_metrics
 from jresnet.training import devices
@@ -33,7 +34,6 @@ from jresnet.training.metrics import Metrics, WandB
 from jresnet.training.program import Program
 from jresnet.version import __version__, installed
 from jresnet.weights import native as weights
-from jresnet.weights.preprocessing import Preprocessing
 
 FILES = (
     "config.json", "metrics.jsonl", "summary.json", "last.safetensors", "best.safetensors", "checkpoints", "curves.png",
@@ -149,18 +149,17 @@ class Outputs:
         """Writes the model of a state, with how to prepare images for it and the figures of ``row``."""
         if not devices.is_first():
             return
-        config, pipeline = self.config, self.program.pipeline
-        resize = round(config.image_size * 8 / 7) if config.crop == "resized" else None
         weights.save(
             self.out / name,
-            train.model_of(self.program.graph, state),
-            config.arch,
+            self.program.network(train.model_of(self.program.graph, state)),
+            self.config.arch if self.config.arch in zoo.ZOO else None,
             source=f"trained by jresnet on {self.program.data.name}",
             step=str(int(state.step)),
-            preprocessing=Preprocessing(resize, config.image_size, pipeline.mean, pipeline.std).to_json(),
+            preprocessing=self.config.preprocessing().to_json(),
             categories=json.dumps(self.program.data.classes),
             metrics=json.dumps(finite(row)),
-            started_from=config.weights,
+            started_from=self.config.weights,
+            **self.program.provenance(),
         )
 
     def finish(self, test: Evaluation, judge: str, best_epoch: int, **more: Any) -> dict[str, Any]:
@@ -202,6 +201,7 @@ class Outputs:
             "best": {key: best[key] for key in best if key == "epoch" or key.startswith(measured[1:])},
             "best_chosen_on": chosen_on,
             "test_accuracy_by_class": plots.per_class_accuracy(labels, predictions, data.classes),
+            **program.more(labels, test.predictions),
             "compile_seconds": program.compile_seconds,
             "images_per_second": last["images_per_second"],
             "device": f"{program.devices.first.device_kind} ({program.devices.platform})",
@@ -225,7 +225,13 @@ class Outputs:
         plots.plot_curves(self.rows, self.out / "curves.png", title)
         plots.plot_confusion(labels, predictions, classes, self.out / "confusion.png", scored)
         plots.plot_worst(
-            held.images[known], labels, predictions, test.losses[known], classes, self.out / "worst.png", scored
+            self.program.shown("test")[known],
+            labels,
+            predictions,
+            test.losses[known],
+            classes,
+            self.out / "worst.png",
+            scored,
         )
         for name in ("curves", "confusion", "worst"):
             if self._metrics:
@@ -250,7 +256,7 @@ def claimed(
         if lock.note:
             say(f"note     {lock.note}")
         check(config, out, resume, runs)  # another run may just have ended
-        if (before := read_config(out)) and (changed := differences(before, config)):
+        if (before := read_config(out, type(config))) and (changed := differences(before, config)):
             say(f"note     the run goes on with another configuration: {'; '.join(changed)}")
             (out / "summary.json").unlink(missing_ok=True)  # of the shorter run; its end writes it anew
         for name in FILES:  # of a run that was killed while it wrote
@@ -274,17 +280,18 @@ def check(config: RunConfig, out: Path, resume: bool, runs: int | None = None) -
     """
     if why := unusable(out):
         raise InputError(f"cannot use `out` {out}: {why}; choose another folder")
-    before = read_config(out)
+    before = read_config(out, type(config))
     taken = [name for name in FILES if (out / name).exists()]
     if taken and not resume:
         raise InputError(f"`out` {out} already holds a run ({', '.join(taken)}): `resume` it, or choose another folder")
     changed = differences(before, config) if before else []
-    if before and runs != read_runs(out):
-        changed.append(f"`runs` was {read_runs(out) or 'not given'}, now {runs or 'not given'}")
+    begun = read_runs(out, type(config)) if before else None
+    if before and runs != begun:
+        changed.append(f"`runs` was {begun or 'not given'}, now {runs or 'not given'}")
     if before and changed:
         why = ""
         if dataclasses.replace(config, epochs=before.epochs, milestones=before.milestones) == before and (
-            runs == read_runs(out)
+            runs == begun
         ):
             if not (reason := why_not_longer(before, config, _begun(out))):
                 return

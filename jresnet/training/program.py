@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable
@@ -22,8 +23,10 @@ from jresnet.models import params, zoo
 from jresnet.models.resnet import ResNet
 from jresnet.training import devices, initial, loop, optim
 from jresnet.training import step as train
+from jresnet.training.augment import Pipeline
 from jresnet.training.config import RunConfig
 from jresnet.training.devices import Devices
+from jresnet.training.feed import Feed
 from jresnet.training.initial import Initial
 from jresnet.training.loop import Evaluation, StepsLoop
 from jresnet.training.stop import Interrupted, StopRequest
@@ -37,13 +40,21 @@ class Program:
         data: the dataset, of :func:`load_data`.
         where: the devices; all of this process by default.
         initial: what ``config.weights`` names, where it is read already.
+        workers: processes that decode images which come from disk; 0: threads of this one.
 
     Raises:
         InputError: where data, configuration and devices do not go together.
     """
 
-    def __init__(self, config: RunConfig, data: Dataset, where: Devices | None = None, initial: Initial | None = None):
-        self.config, self.data, self._initial = config, data, initial
+    def __init__(
+        self,
+        config: RunConfig,
+        data: Dataset,
+        where: Devices | None = None,
+        initial: Initial | None = None,
+        workers: int = 0,
+    ):
+        self.config, self.data, self._initial, self.workers = config, data, initial, workers
         self.devices = where or devices.find()
         self.splits = split_dataset(config, data)
         images = len(self.splits["train"].labels)
@@ -72,11 +83,16 @@ class Program:
         self.optimizer = optim.optimizer(
             config.optimizer, self.schedule, momentum=config.momentum, nesterov=config.nesterov,
             weight_decay=config.weight_decay, decoupled_decay=config.decoupled_decay, decay_norms=config.decay_norms,
-            clip_norm=config.clip_norm,
+            clip_norm=config.clip_norm, rates=self.rates(), frozen=config.frozen,
         )  # fmt: skip
-        self.pipeline = config.pipeline()
+        self.pipeline = self.views()
         training = self.splits["train"]
-        self.train_images = train.Images(*self.devices.replicate((training.images, training.labels)))
+        self.min_area = self.pipeline.min_area
+        self.streams = not isinstance(training.images, np.ndarray)
+        if self.streams:  # what remains for the device
+            self.pipeline = dataclasses.replace(self.pipeline, crop="done")
+        else:
+            self.train_images = train.Images(*self.devices.replicate((training.images, training.labels)))
         self.graph, params, *_ = nnx.split(self.model(None), nnx.Param, nnx.BatchStat)
         self.parameters = sum(value.size for value in jax.tree.leaves(params))
         self.compile_seconds = 0.0
@@ -84,8 +100,10 @@ class Program:
             train.train_step(
                 self.graph, self.optimizer, self.pipeline, steps_per_epoch=self.steps_per_epoch,
                 label_smoothing=config.label_smoothing, ema=config.ema, devices=self.devices, bn=config.bn,
+                frozen=config.frozen,
             ),
             self.devices,
+            on_device=False if self.streams else None,
             compiler_options=compiler_options(config.remat),
         )  # fmt: skip
         self.eval_step: Any = jax.jit(
@@ -106,9 +124,52 @@ class Program:
             rngs=None if seed is None else nnx.Rngs(seed),
         )
 
+    def views(self) -> Pipeline:
+        """What happens to the images on the devices."""
+        return self.config.pipeline()
+
+    def rates(self) -> dict[str, float] | None:
+        """Factors of the learning rate by parts of the network; None: the same for all."""
+        return None
+
+    def network(self, model: Any) -> ResNet:
+        """The network to be kept, of the model that was trained."""
+        return model
+
+    def shown(self, name: str) -> Any:
+        """The images of a split as people look at them."""
+        return self.splits[name].images
+
+    def provenance(self) -> dict[str, str]:
+        """More metadata for the files of weights."""
+        return {}
+
+    def more(self, labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
+        """More fields of the summary; of the test images' labels and predictions, -1 where there is none."""
+        return {}
+
     def state(self, seed: int) -> train.TrainState:
         """The state before the first step, on the devices."""
         return self.devices.replicate(train.init(self.model(seed), self.optimizer, average=self.config.ema > 0))
+
+    def source(self, seed: int, rollbacks: int = 0) -> train.Images | Feed:
+        """What batches are taken from: the images on the devices, or a stream of them in a seed's order.
+
+        Args:
+            seed: of the run.
+            rollbacks: how often the run went back, and on in another order.
+        """
+        if not self.streams:
+            return self.train_images
+        from jresnet.data.folder import Stream
+
+        config, training = self.config, self.splits["train"]
+        files: Any = training.images  # no array: decoded as they are asked for
+        stream = Stream(
+            files, batch_size=config.batch_size, epochs=config.epochs, seed=seed + (rollbacks << 32),
+            size=config.image_size, min_area=self.min_area, workers=self.workers,
+        )  # fmt: skip
+        return Feed(stream, training.labels, self.devices)
 
     def pretrained(self, seed: int) -> tuple[train.TrainState, list[str]]:
         """The state before the first step with ``config.weights`` in it, and what there is to say about these.
@@ -130,6 +191,7 @@ class Program:
     def compile(
         self,
         state: train.TrainState,
+        split: train.Images | Feed,
         order: np.ndarray,
         key: jax.Array,
         stop: StopRequest,
@@ -150,7 +212,7 @@ class Program:
 
         def work() -> None:
             try:
-                self.loop.compile(state, self.train_images, order, key)
+                self.loop.compile(state, split, order, key)
                 batch, _ = next(loop.batches(self.splits["test"], self.config.batch_size, self.devices))
                 self.eval_step = cache.compiled(self.eval_step, train.evaluated(state), batch)
             except BaseException as error:

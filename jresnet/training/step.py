@@ -6,7 +6,7 @@ The uint8 images live on the device; a step gathers its batch from them, augment
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, Int32, UInt8
 
 from jresnet.models.resnet import ResNet
+from jresnet.training import optim
 from jresnet.training.augment import Pipeline, alternate
 from jresnet.training.devices import Devices
 
@@ -86,6 +87,7 @@ def train_step(
     ema: float = 0.0,
     devices: Devices | None = None,
     bn: str = "global",
+    frozen: Sequence[str] = (),
 ) -> TrainStep:
     """A pure function: one step of ``optimizer`` on the batch ``split[indices]``.
 
@@ -102,9 +104,11 @@ def train_step(
         devices: cuts the batch over them.
         bn: ``"global"``: BatchNorm sees the whole batch, as ``torch.nn.SyncBatchNorm``; ``"per-device"``: each device's
             part, and the running statistics follow the first device's, as in ``DistributedDataParallel``.
+        frozen: parts that the optimizer holds (:func:`jresnet.training.optim.freeze`): no gradient is computed for them.
     """
     views = prepare(pipeline, steps_per_epoch, label_smoothing)
-    gradients: Callable = partial(_gradients, graph)
+
+    gradients: Callable = partial(_gradients, graph, tuple(frozen))
     if bn == "per-device" and devices:
         gradients = _on_each_device(gradients, devices)
 
@@ -141,10 +145,20 @@ def prepare(
     return views
 
 
-def _gradients(graph: nnx.GraphDef, params: nnx.State, batch_stats: nnx.State, images: jax.Array, targets: jax.Array):
-    """-> (mean loss, logits, new BN statistics), the gradients of the loss."""
+def _gradients(
+    graph: nnx.GraphDef,
+    frozen: tuple[str, ...],
+    params: nnx.State,
+    batch_stats: nnx.State,
+    images: jax.Array,
+    targets: jax.Array,
+):
+    """-> (mean loss, logits, new BN statistics), the gradients of the loss, 0 for what is frozen."""
+    constant = optim.mask(*frozen)(params) if frozen else None
 
     def loss_of(params: nnx.State) -> tuple[jax.Array, tuple[jax.Array, nnx.State]]:
+        if constant is not None:  # nothing is computed for their derivatives
+            params = jax.tree.map(lambda held, value: lax.stop_gradient(value) if held else value, constant, params)
         model = nnx.merge(graph, params, batch_stats, copy=True)  # its own variables, to be updated
         logits = model(images, train=True)
         return optax.softmax_cross_entropy(logits, targets).mean(), (logits, nnx.state(model, nnx.BatchStat))

@@ -15,17 +15,18 @@ import jax
 import numpy as np
 
 from jresnet.data.dataset import Dataset
-from jresnet.errors import InputError
+from jresnet.errors import DataError, InputError
 from jresnet.reports.metrics_file import duration
 from jresnet.training import console, devices, fields
 from jresnet.training.config import RunConfig
 from jresnet.training.console import Console
+from jresnet.training.feed import Feed, every_image
 from jresnet.training.fields import option
 from jresnet.training.guard import ROLLBACKS, Guard, NonFiniteLoss, next_rollback
 from jresnet.training.loop import Evaluation, Pace, epoch_order
 from jresnet.training.outputs import Outputs
 from jresnet.training.program import Program
-from jresnet.training.step import Metrics
+from jresnet.training.step import Images, Metrics
 from jresnet.training.stop import Interrupted, StopRequest
 
 TROUBLE = "when something is wrong"
@@ -106,6 +107,7 @@ class Trainer:
         self.judge = "val" if "val" in self.program.splits else "test"  # the split that chooses the best epoch
         self.order_key, self.image_key = jax.random.split(jax.random.key(config.seed))
         self.state, self.done, self.pace = self.program.state(config.seed), Done(), Pace()
+        self.source = self.program.source(config.seed)
         self.saved_at = time.monotonic()
 
     def fit(self, resume: bool = False) -> dict[str, Any]:
@@ -126,6 +128,7 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.outputs.opened(resume, options=dataclasses.asdict(self.options)))
             stack.callback(self.console.end)
+            stack.callback(self._close)
             for line in console.introduction(self.config, self.program, jax.process_count()):
                 self.console.say(line)
             if not (resume and self._restore()):
@@ -138,22 +141,24 @@ class Trainer:
                     self._epoch()
                 except NonFiniteLoss as error:
                     self._roll_back(error)
+                except DataError as error:
+                    self._save_what_is(error)
             self.outputs.wait()
             return self._finish()
 
     def _epoch(self) -> None:
         """Takes the rest of the epoch that the state is in, evaluates, and keeps what came of it."""
         program, done, pace, steps = self.program, self.done, self.pace, self.program.steps_per_epoch
-        order, key = self._order(done.epochs), self._image_key()
+        split, order, key = self._split(done.epochs), self._order(done.epochs), self._image_key()
         taken = int(self.state.step) - done.epochs * steps
         self.console.begin(done.epochs + 1, self.config.epochs, steps, taken)
         while taken < steps:
             end = min(steps, taken + (1 if self.guard.search else pace.stretch(steps)))
             before, began = self.guard.copy(self.state), time.perf_counter()
             self.state, rows = program.loop(
-                self.state, program.train_images, order, taken, end, key, self._stop_at_once, self.console.step
+                self.state, split, order, taken, end, key, self._stop_at_once, self.console.step
             )
-            self.guard.check(self.state, np.asarray(rows.loss), before, order, key)
+            self.guard.check(self.state, np.asarray(rows.loss), before, split, order, key)
             pace.count(len(rows.loss), time.perf_counter() - began)
             done.count(rows)
             self.outputs.steps(int(self.state.step), np.asarray(rows.loss))
@@ -244,7 +249,7 @@ class Trainer:
             self.console.minute(lambda: f"compiling, {duration(time.monotonic() - began)} so far")
 
         try:
-            self.program.compile(self.state, self._order(0), self._image_key(), self.stop, tick)
+            self.program.compile(self.state, self._split(0), self._order(0), self._image_key(), self.stop, tick)
         except Interrupted:
             self.console.say("stopped  while compiling: nothing is lost")
             raise
@@ -265,6 +270,8 @@ class Trainer:
             self.console.say("resumed  nothing: no checkpoint yet, so the run begins")
             return False
         self.state, self.done = found[0], Done(**found[1])
+        if self.done.rollbacks:
+            self.source = self.program.source(self.config.seed, self.done.rollbacks)
         self.console.say(f"resumed  at step {int(self.state.step):,} of {self.program.total_steps:,}")
         return True
 
@@ -284,6 +291,16 @@ class Trainer:
         )
         raise Interrupted(self.stop.signal)
 
+    def _save_what_is(self, error: DataError) -> NoReturn:
+        """Saves the state of the last whole look, where images can no longer be had, and raises the error."""
+        self.console.end()
+        self.guard.check_weights(self.state)
+        self._save()
+        self.outputs.wait()
+        raise DataError(
+            f"{error}\nthe state at step {int(self.state.step):,} is saved: mend the data, and resume"
+        ) from error
+
     def _roll_back(self, error: NonFiniteLoss) -> None:
         """Goes back to the last checkpoint, or to the beginning, and on in another order; or raises the error."""
         number = next_rollback(error, self.config.on_nan, self.done.rollbacks)
@@ -294,12 +311,24 @@ class Trainer:
         if not self._restore():
             self._begin_from_weights()
         self.done.rollbacks = number
+        self._close()
+        self.source = self.program.source(self.config.seed, number)
         self.outputs.rewind_rows(self.done.epochs, int(self.state.step))
 
     # What the loop asks for.
 
+    def _split(self, epoch: int) -> Images | Feed:
+        """What the epoch's batches are taken from."""
+        return self.source.epoch(epoch, self.program.steps_per_epoch) if isinstance(self.source, Feed) else self.source
+
+    def _close(self) -> None:
+        if isinstance(self.source, Feed):
+            self.source.close()
+
     def _order(self, epoch: int) -> np.ndarray:
         """The epoch's batches; others after each rollback."""
+        if isinstance(self.source, Feed):  # the stream has an order of its own
+            return every_image(self.config.batch_size, self.program.steps_per_epoch)
         return np.asarray(
             epoch_order(self._own(self.order_key), epoch, self.program.images["train"], self.config.batch_size)
         )

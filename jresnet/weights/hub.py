@@ -85,7 +85,7 @@ def fetch(spec: str, *, progress: bool = True) -> Published:
         WeightsError: there are no weights in safetensors, the file in the cache is damaged, or the configuration is not
             usable; one message lists all that is wrong with it.
     """
-    repo, revision = _parse(spec)
+    repo, revision = parse(spec)
     path = _cached(repo, revision, WEIGHTS)
     head = None
     if path is None or path.parent.name != revision:
@@ -160,7 +160,9 @@ def _no_weights_in(folder: Path, names: list[str]) -> str:
 
 def metadata(published: Published) -> dict[str, str]:
     """What a native file says of weights from the Hub: source, commit, and as JSON preprocessing and categories."""
-    entries = {"source": published.spec} | ({"commit": published.commit} if published.commit else {})
+    entries = {"source": published.spec, "commit": published.commit}
+    if not published.commit:  # a file here, of which only the name is anybody's business
+        entries = {"source": os.fsencode(Path(published.spec).name).decode(errors="replace")}
     if published.preprocessing:
         entries["preprocessing"] = published.preprocessing.to_json()
     if published.categories:
@@ -188,8 +190,8 @@ def check(published: Published, arch: str, config: "ResNetConfig | None" = None)
         raise WeightsError(f"{published.spec} has a {CONFIG} that describes {'; '.join(problems)}")
 
 
-def _parse(spec: str) -> tuple[str, str]:
-    """Repository and revision."""
+def parse(spec: str) -> tuple[str, str]:
+    """Repository and revision of ``hf:ORG/REPO[@REVISION]``; raises InputError for anything else."""
     if not is_spec(spec):
         raise InputError(f"weights on the Hub are written {PREFIX}ORG/REPO[@REVISION], not {spec!r}")
     try:
@@ -353,10 +355,10 @@ def _explained(repo: str, revision: str, filename: str) -> Iterator[None]:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             advice = "free some space there" if full else "choose another folder by HF_HOME"
             raise failed(f"{error.filename or constants.HF_HUB_CACHE}: {error.strerror}; {advice}") from error
-        raise failed(f"{_reason(error)}; check the network, HF_ENDPOINT and the proxy settings, or try again") from None
+        raise failed(f"{reason(error)}; check the network, HF_ENDPOINT and the proxy settings, or try again") from None
 
 
-def _reason(error: BaseException | None) -> str:
+def reason(error: BaseException | None) -> str:
     """What the operating system said at the bottom of an error, else the error's kind."""
     kind = type(error).__name__
     while error is not None:

@@ -1,0 +1,61 @@
+"""``jresnet push run/last.safetensors hf:ME/flowers`` and ``jresnet pull hf:ME/flowers flowers.safetensors``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jresnet import sharing
+from jresnet.commands import run
+from jresnet.commands.flags import Parser, naming_flags
+
+
+def push(argv: Sequence[str] | None = None, prog: str = "jresnet push") -> int:
+    """Runs ``push``; returns its exit code."""
+    parser = Parser(
+        prog=prog,
+        description="Write weights, their configuration and a model card into a repository of the Hugging Face Hub, or a "
+        "folder of the same layout, from which jresnet and timm load them.",
+    )
+    parser.add_argument("weights", metavar="WEIGHTS", help="such as run/last.safetensors, or whatever evaluate takes")
+    parser.add_argument(
+        "target", metavar="hf:ORG/REPO|FOLDER", help="a repository, made where it is missing, or a folder"
+    )
+    parser.add_argument("--title", help="of the model card (default: the architecture)")
+    parser.add_argument("--license", metavar="ID", help="an identifier of the Hub's, such as apache-2.0")
+    parser.add_argument("--private", action="store_true", help="make the repository a private one")
+    parser.add_argument("--force", action="store_true", help="write over the model that the folder holds")
+    args = parser.parse_args(argv)
+    with naming_flags(parser):
+        where = sharing.push(
+            args.weights, args.target, title=args.title, license=args.license, private=args.private, force=args.force
+        )
+    print(f"pushed   {where}")
+    return 0
+
+
+def pull(argv: Sequence[str] | None = None, prog: str = "jresnet pull") -> int:
+    """Runs ``pull``; returns its exit code."""
+    parser = Parser(
+        prog=prog,
+        description="Fetch weights from the Hugging Face Hub, or a folder of jresnet push, into a native file.",
+    )
+    parser.add_argument("source", metavar="hf:ORG/REPO[@REVISION]|FOLDER", help="where they are")
+    parser.add_argument("out", metavar="FILE", type=Path, help="file to write, *.safetensors")
+    parser.add_argument("--force", action="store_true", help="write over the file")
+    args = parser.parse_args(argv)
+    with naming_flags(parser):
+        found = sharing.pull(args.source, args.out, force=args.force)
+    classes = f"{found.config.num_classes:,} classes{', named' if found.categories else ''}"
+    print(f"pulled   {args.out}: {found.arch or 'a network of no name'}, {classes}")
+    print(f"images   {found.preprocessing or 'the weights do not say how they are prepared'}")
+    return 0
+
+
+def main(arguments: Sequence[str], prog: str = "python -m jresnet.hub") -> int:
+    """Runs either of them, the first argument; returns its exit code."""
+    if arguments[:1] not in (["push"], ["pull"]):
+        print(f"usage: {prog} {{push,pull}} ...; push --help and pull --help say more", file=sys.stderr)
+        return 0 if list(arguments) in (["-h"], ["--help"]) else 2
+    return run(arguments[0], arguments[1:], f"{prog} {arguments[0]}")

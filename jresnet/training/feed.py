@@ -1,0 +1,62 @@
+"""A training split that does not lie on the devices: batches that come to them one by one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from jresnet.training.devices import Devices
+from jresnet.training.step import Images
+
+if TYPE_CHECKING:
+    from jresnet.data.folder import Stream
+
+
+class Feed:
+    """The batches of an epoch of a stream, on the devices.
+
+    Args:
+        stream: of views and the positions of their images; batches are numbered over all epochs.
+        labels: int32 ``[n]``, of the images by position.
+        devices: where a batch is cut to.
+        first: the number of the epoch's first batch.
+    """
+
+    def __init__(self, stream: Stream, labels: np.ndarray, devices: Devices, first: int = 0):
+        self.stream, self.labels, self.devices, self.first = stream, labels, devices, first
+
+    def epoch(self, epoch: int, steps: int) -> Feed:
+        """The batches of an epoch, counted from 0, of so many steps."""
+        return Feed(self.stream, self.labels, self.devices, epoch * steps)
+
+    def batch(self, step: int) -> Images:
+        """The batch of a step of the epoch; the next step's is had soonest.
+
+        Raises:
+            DataError: an image can no longer be decoded, or a worker has died.
+        """
+        return self._put(*self.stream.batch(self.first + step))
+
+    def again(self, step: int) -> Images:
+        """The same, on the side: what is decoded ahead stays."""
+        return self._put(*self.stream.again(self.first + step))
+
+    def like(self) -> Images:
+        """A batch of zeros, to compile for."""
+        size, count = self.stream.size, self.stream.batch_size
+        images = np.zeros((count, size, size, self.stream.files.shape[-1]), np.uint8)
+        return self._put(images, np.zeros(count, int))
+
+    def close(self) -> None:
+        """Ends the stream's workers."""
+        self.stream.close()
+
+    def _put(self, images: np.ndarray, positions: np.ndarray) -> Images:
+        cut = self.devices.cut()
+        return Images(self.devices.put(images, cut), self.devices.put(self.labels[positions], cut))
+
+
+def every_image(batch_size: int, steps: int) -> np.ndarray:
+    """The order ``[steps, B]`` of an epoch whose batches are taken whole."""
+    return np.broadcast_to(np.arange(batch_size, dtype=np.int32), (steps, batch_size))
