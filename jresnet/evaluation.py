@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,6 +231,11 @@ def _positions(
     classes: Sequence[str], logits: int, categories: Sequence[str] | None, class_names: Sequence[str] | None
 ) -> tuple[list[int], str, str | None]:
     """Each folder's position among the logits, how it was found, and a note on what was assumed."""
+    # macOS writes ö as two characters, o and its dots.
+    classes = [unicodedata.normalize("NFC", name) for name in classes]
+    class_names, categories = (
+        said and [unicodedata.normalize("NFC", name) for name in said] for said in (class_names, categories)
+    )
     names = class_names or categories
     if names and set(classes) <= set(names):
         twice = [name for name in classes if names.count(name) > 1]

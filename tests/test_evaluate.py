@@ -276,6 +276,16 @@ def test_names_that_match_in_part_or_not_at_all_are_an_error(model: jresnet.ResN
     assert "`class_names`" in str(info.value)
 
 
+def test_umlauts_match_however_they_are_encoded(model: jresnet.ResNet) -> None:
+    """macOS's archives hold names whose umlauts are a letter and a mark."""
+    categories = ("L\u00f6we", *CLASSES[1:])
+    named = evaluate.Resolved("resnet20_cifar", model, RECIPE, categories)
+    assert evaluate.folder(named, listed("Lo\u0308we", CLASSES[2]), None).labels.tolist() == [0, 2, 0, 2]
+    unnamed = evaluate.Resolved("resnet20_cifar", model, RECIPE, None)
+    by_file = evaluate.folder(unnamed, listed("L\u00f6we"), None, ("Lo\u0308we", *CLASSES[1:]))
+    assert by_file.labels.tolist() == [0, 0]
+
+
 @pytest.mark.parametrize("named", [True, False])
 @pytest.mark.parametrize("title", ["{}", "class_{}", "{:02d}"])
 def test_numbers_are_positions(named: bool, title: str) -> None:

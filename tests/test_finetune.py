@@ -161,7 +161,7 @@ def test_resume_refuses_other_images(fitted: tuple[Path, str], photos: Path, tmp
     shutil.copy(other / "red" / "1.jpg", other / "red" / "0.jpg")
     assert run("finetune", ["--out", str(out), "--resume", "--data", str(other)], "x") == 1
     err = capsys.readouterr().err
-    assert "`data_digest` was" in err
+    assert "`data_digest`, SHA-256 of the images and their labels, was" in err
     assert "--data was" in err
 
 

@@ -221,7 +221,12 @@ def why_not_longer(before: RunConfig, now: RunConfig, begun: int) -> str | None:
 def differences(before: RunConfig, now: RunConfig) -> list[str]:
     """``field was X, now Y`` for each field that differs."""
     return [
-        f"`{field.name}` was {getattr(before, field.name)!r}, now {getattr(now, field.name)!r}"
+        f"`{field.name}`{_meaning(field)} was {getattr(before, field.name)!r}, now {getattr(now, field.name)!r}"
         for field in dataclasses.fields(now)
         if getattr(before, field.name) != getattr(now, field.name)
     ]
+
+
+def _meaning(field: dataclasses.Field[Any]) -> str:
+    """What a digest is of, which its name and digits do not tell."""
+    return f", {field.metadata['option'].help}," if field.name.endswith("_digest") else ""
