@@ -11,6 +11,7 @@ from jresnet.version import __version__
 
 if TYPE_CHECKING:  # the same for type checkers and editors
     from jresnet import explain
+    from jresnet import sharing as hub
     from jresnet.exporting import export
     from jresnet.factory import (
         create,
@@ -64,6 +65,7 @@ __all__ = [
     "export",
     "fuse",
     "get_weights",
+    "hub",
     "list_models",
     "list_weights",
     "load",
@@ -89,6 +91,8 @@ __all__ = [
     "wide_resnet101_2",
 ]
 
+# Modules that are public as a whole. jresnet/hub.py is the command with the same functions.
+_ROOMS = {"explain": "jresnet.explain", "hub": "jresnet.sharing", "optim": "jresnet.training.optim"}
 _MODULES = {  # where a public name comes from; the others from jresnet.factory
     "BasicBlock": "jresnet.models.resnet",
     "Bottleneck": "jresnet.models.resnet",
@@ -110,8 +114,8 @@ if not TYPE_CHECKING:  # type checkers would take any name at all
     def __getattr__(name: str) -> Any:
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        if name in ("explain", "optim"):
-            return importlib.import_module({"optim": "jresnet.training.optim"}.get(name, f"jresnet.{name}"))
+        if name in _ROOMS:
+            return importlib.import_module(_ROOMS[name])
         globals()[name] = value = getattr(importlib.import_module(_MODULES.get(name, "jresnet.factory")), name)
         return value
 

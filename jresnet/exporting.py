@@ -95,6 +95,10 @@ def export(
         _needed("jax2onnx", "ONNX", "onnx")
     else:
         _needed("flatbuffers", "jax.export's format", "export")
+    if not isinstance(model, ResNet | sources.Weights):
+        raise InputError(
+            f"`model` must be a model, or weights as jresnet.get_weights gives them by name or path, got {model!r:.80}"
+        )
     write = _to_onnx if format == "onnx" else _to_jax
     if isinstance(model, sources.Weights):
         preprocessing, categories = preprocessing or model.preprocessing, categories or model.categories

@@ -102,6 +102,8 @@ def _pictures(images: Any) -> list[Image]:
         return [as_rgb(images)]
     if isinstance(images, list | tuple):
         return [picture for image in images for picture in _pictures(image)]
+    if isinstance(images, str | os.PathLike):
+        raise InputError(f"expected pictures, not their files' names: PIL.Image.open({os.fspath(images)!r:.80})")
     pixels = np.asarray(images)  # JAX's arrays too
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or pixels.shape[-1] not in (1, 3) or 0 in pixels.shape:
         raise InputError(

@@ -336,7 +336,8 @@ def test_preprocess(described: Path) -> None:
         (np.zeros((32, 32), np.uint8), r"got uint8 \[32, 32\]"),
         (np.zeros((0, 32, 32, 3), np.uint8), r"got uint8 \[0, 32, 32, 3\]"),
         ([], "the sequence is empty"),
-        ("photo.jpg", "expected uint8 pixels"),
+        ("photo.jpg", r"not their files' names: PIL.Image.open\('photo.jpg'\)"),
+        ([Path("a.png")], r"PIL.Image.open\('a.png'\)"),
     ],
 )
 def test_what_is_no_image(described: Path, images: object, words: str) -> None:

@@ -162,6 +162,12 @@ def test_mistakes(given: dict[str, Any], words: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@NEEDS_FLATBUFFERS
+def test_a_path_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"`model` must be a model, or weights as jresnet.get_weights gives them"):
+        jresnet.export("w.safetensors", tmp_path / "a")  # type: ignore[arg-type]
+
+
 def test_a_name_of_weights_is_refused(tmp_path: Path) -> None:
     for name in ("a.pth", "a.safetensors"):
         with pytest.raises(InputError, match="would be a program, but ends in"):

@@ -186,3 +186,8 @@ def test_the_module_is_a_command_as_well(
             runpy.run_module("jresnet.hub", run_name="__main__")
         assert ended.value.code == code
     assert (tmp_path / "model" / "README.md").exists()
+
+
+def test_the_hub_is_a_name_of_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(vars(jresnet), "hub", raising=False)  # as before anything imported it
+    assert jresnet.hub.push is sharing.push
