@@ -91,8 +91,10 @@ ALLOWED: dict[tuple[str, str], tuple[set[str], str]] = {
     ("finetune", "--checkpoint-minutes"): ({"0", "huge"}, "after each stretch of steps; at an epoch's end"),
     ("finetune", "--warmup-epochs"): ({"0"}, "none"),
     ("finetune", "--momentum"): ({"0"}, "plain SGD"),
-    **{("finetune", option): ({"0", "huge"}, "none; no limit; halves of two images")
-       for option in ("--weight-decay", "--clip-norm", "--mixup", "--cutmix")},
+    **{
+        ("finetune", option): ({"0", "huge"}, "none; no limit; halves of two images")
+        for option in ("--weight-decay", "--clip-norm", "--mixup", "--cutmix")
+    },
     **{("finetune", option): ({"0"}, "none") for option in ("--label-smoothing", "--ema", "--random-erasing")},
     ("predict", "--top"): ({"huge"}, "all classes that there are"),
     ("predict", "--batch-size"): ({"huge"}, "at most as many as there are images"),
