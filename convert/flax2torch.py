@@ -23,7 +23,7 @@ from jresnet import sources
 from jresnet.commands import flags, guarded
 from jresnet.commands.flags import Parser, check_output
 from jresnet.errors import InputError, WeightsError
-from jresnet.files import write_atomically
+from jresnet.files import TORCH_SUFFIXES, write_atomically
 from jresnet.models import params, zoo
 from jresnet.models.resnet import ResNetConfig
 from jresnet.pytorch import keymap, statedict, torchsave
@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> int:
 
 def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     path = args.file
-    if path.suffix in sources.TORCH_SUFFIXES:
+    if path.suffix in TORCH_SUFFIXES:
         raise InputError(f"{path} is PyTorch's already: give a native file, such as training writes (*.safetensors)")
     if args.output and args.output.suffix not in ("", *SUFFIXES):
         raise InputError(f"--output {args.output} should end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")

@@ -22,7 +22,7 @@ from jresnet import sources
 from jresnet.commands import failed, guarded
 from jresnet.commands.flags import Parser, check_output
 from jresnet.errors import InputError, JresnetError, WeightsError
-from jresnet.files import sha256_of, shown
+from jresnet.files import TORCH_SUFFIXES, sha256_of, shown
 from jresnet.models import params, zoo
 from jresnet.models.config import KINDS, ResNetConfig, Shortcut, Stem, StrideIn
 from jresnet.models.resnet import ResNet
@@ -211,7 +211,7 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     elif source.path:
         say("weights", str(source.path))
     output = args.output or (Path(f"{arch}-{source.label}.safetensors") if arch else None)
-    if output and output.suffix in sources.TORCH_SUFFIXES:
+    if output and output.suffix in TORCH_SUFFIXES:
         raise InputError(f"--output {output} has the ending of a PyTorch file: name the native file *.safetensors")
     if output:
         check_other(output, source.path)

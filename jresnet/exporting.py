@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, UInt8
 
 from jresnet import factory, sources
 from jresnet.errors import InputError
-from jresnet.files import write_atomically
+from jresnet.files import TORCH_SUFFIXES, write_atomically
 from jresnet.kernels.platforms import plainly
 from jresnet.models import zoo
 from jresnet.models.fuse import FusedResNet, fuse
@@ -82,6 +82,11 @@ def export(
     if format not in FORMATS:
         raise InputError(f"`format` must be {' or '.join(map(repr, FORMATS))}, got {format!r}")
     path = Path(path)
+    if path.suffix in (*TORCH_SUFFIXES, ".safetensors"):
+        raise InputError(
+            f"{path} would be a program, but ends in {path.suffix} as weights do: call it *.jaxexport or *.onnx "
+            "(for PyTorch's weights: jresnet export-torch)"
+        )
     beside = path.with_name(f"{path.name}.json")
     for file in (path, beside):
         _check_free(file, force)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from jresnet.errors import InputError
 
+TORCH_SUFFIXES = (".pth", ".pt", ".th")  # of files of torch.save
 LONGEST = 2000  # letters of a line that is shown; the library's own have a few hundred
 
 # Read once, before there are threads: to read it is to change it for a moment, in which another thread's file would be

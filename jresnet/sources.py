@@ -19,14 +19,12 @@ from typing import Any
 import numpy as np
 
 from jresnet.errors import InputError, WeightsError
-from jresnet.files import few, printable, sha256_of
+from jresnet.files import TORCH_SUFFIXES, few, printable, sha256_of
 from jresnet.models import zoo
 from jresnet.models.resnet import ResNetConfig
 from jresnet.pytorch import keymap, statedict, torchfile
 from jresnet.weights import hub, native, published, timm_config
 from jresnet.weights.preprocessing import STATISTICS, Preprocessing
-
-TORCH_SUFFIXES = (".pth", ".pt", ".th")  # of files of torch.save
 
 
 @dataclass(frozen=True)

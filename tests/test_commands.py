@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import csv
 import dataclasses
 import os
 import re
@@ -225,6 +226,11 @@ def test_standard_output_may_be_closed() -> None:
     assert done.returncode == 1
     assert done.stderr == "error: --limit-train must be at least 1, got 0\n"
     assert sys.stdout is not None
+
+
+def test_a_command_may_write_into_closed_standard_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert commands.guarded(lambda: csv.writer(sys.stdout).writerow(["x"]) * 0, "predict") == 0
 
 
 def test_the_first_line_comes_before_jax() -> None:

@@ -162,6 +162,13 @@ def test_mistakes(given: dict[str, Any], words: str, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_name_of_weights_is_refused(tmp_path: Path) -> None:
+    for name in ("a.pth", "a.safetensors"):
+        with pytest.raises(InputError, match="would be a program, but ends in"):
+            jresnet.export(model_of(CIFAR), tmp_path / name, image_size=16)
+    assert not list(tmp_path.iterdir())
+
+
 @NEEDS_FLATBUFFERS
 def test_nothing_is_overwritten_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exporting, "_to_jax", lambda *_: (b"new", {}))

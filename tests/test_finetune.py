@@ -145,10 +145,12 @@ def test_the_weights_say_all_that_belongs_to_them(fitted: tuple[Path, str], phot
     assert scores.top1 == 36
 
 
-def test_a_finished_run_resumes_to_the_same(fitted: tuple[Path, str], tmp_path: Path) -> None:
+def test_a_finished_run_resumes_to_the_same(fitted: tuple[Path, str], photos: Path, tiny: Path, tmp_path: Path) -> None:
     out = shutil.copytree(fitted[0], tmp_path / "run")
     before = arrays(out / "last.safetensors")
-    assert run("finetune", ["--out", str(out), "--resume"], "x") == 0
+    # The same images and weights may lie elsewhere by now.
+    moved, start = shutil.copytree(photos, tmp_path / "moved"), shutil.copy(tiny, tmp_path / "start.safetensors")
+    assert run("finetune", ["--out", str(out), "--resume", "--data", str(moved), "--weights", str(start)], "x") == 0
     after = arrays(out / "last.safetensors")
     assert all((before[name] == after[name]).all() for name in before)
 
@@ -158,7 +160,9 @@ def test_resume_refuses_other_images(fitted: tuple[Path, str], photos: Path, tmp
     other = shutil.copytree(photos, tmp_path / "photos")
     shutil.copy(other / "red" / "1.jpg", other / "red" / "0.jpg")
     assert run("finetune", ["--out", str(out), "--resume", "--data", str(other)], "x") == 1
-    assert "`data_digest` was" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "`data_digest` was" in err
+    assert "--data was" in err
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,18 @@ def test_the_digest_is_of_what_is_in_the_files(root: Path, tmp_path: Path) -> No
 # Views and their order.
 
 
+def test_copies_on_both_sides_are_told(root: Path, tmp_path: Path) -> None:
+    for name in ("ant", "bee"):
+        for part in ("train", "val"):
+            photo(tmp_path / part / name / f"{part}.png", seed=len(name + part))
+    (tmp_path / "val" / "ant" / "copy.png").write_bytes((tmp_path / "train" / "ant" / "train.png").read_bytes())
+    (tmp_path / "train" / "ant" / "empty.png").write_bytes(b"")
+    (tmp_path / "val" / "bee" / "empty.png").write_bytes(b"")
+    notes = folder.load(folder.find(tmp_path), HOW).dataset.notes
+    assert any(note.startswith("1 of 4 images to judge by are training images too") for note in notes), notes
+    assert not any("training images too" in note for note in folder.load(folder.find(root), HOW).dataset.notes)
+
+
 def test_evaluation_views_are_those_of_the_weights(root: Path, native_file: Path) -> None:
     weights = jresnet.get_weights(native_file)
     object.__setattr__(weights, "metadata", dict(weights.metadata) | {"preprocessing": HOW.to_json()})

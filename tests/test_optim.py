@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
+from jresnet.errors import InputError
 from jresnet.training import optim, recipes
 
 
@@ -73,6 +76,36 @@ def test_decay_spares_what_is_no_kernel() -> None:
     np.testing.assert_allclose(change["kernel"], -0.15, rtol=1e-6)
     np.testing.assert_array_equal(change["bias"], 0)
     np.testing.assert_allclose(update("sgd", 0.0, weight_decay=0.5)["bias"], -0.15, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: optim.optimizer("adam", 0.1), "the optimizer must be sgd or adamw, got 'adam': optax has others"),
+        (lambda: optim.optimizer("sgd", float("nan")), "learning_rate must be a number of at least 0, got nan"),
+        (lambda: optim.optimizer("sgd", -0.1), "learning_rate must be"),
+        (lambda: optim.optimizer("sgd", 0.1, momentum=1), "momentum must be a number of at least 0 and below 1, got 1"),
+        (lambda: optim.optimizer("sgd", 0.1, weight_decay=-1e-4), "weight_decay must be"),
+        (lambda: optim.optimizer("sgd", 0.1, clip_norm=float("inf")), "clip_norm must be"),
+        (lambda: optim.step_decay(0.1, (1,), 0.1, steps_per_epoch=0), "steps_per_epoch must be at least 1, got 0"),
+        (lambda: optim.step_decay(0.1, (-1, 2), 0.1, steps_per_epoch=5), "milestone must be a number of at least 0"),
+        (
+            lambda: optim.schedule("linear", 0.1, 2, 5),
+            "the schedule must be one of step, cosine, onecycle, got 'linear'",
+        ),
+        (lambda: optim.schedule("cosine", float("inf"), 2, 5), "lr must be a number of at least 0, got inf"),
+    ],
+)
+def test_what_would_train_otherwise_without_a_word_is_refused(make: Callable[[], object], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        make()
+
+
+def test_a_traced_rate_is_taken() -> None:
+    params = {"conv1": {"kernel": jnp.ones((2, 2))}}
+    step = jax.jit(lambda lr: optim.optimizer("sgd", lr, momentum=0.0).update(
+        params, optim.optimizer("sgd", lr, momentum=0.0).init(params), params)[0])  # fmt: skip
+    assert float(step(0.5)["conv1"]["kernel"][0, 0]) == -0.5
 
 
 def test_decoupled_decay_gathers_no_momentum() -> None:

@@ -96,6 +96,19 @@ def test_an_image_may_come_on_stdin(
     assert image["classes"][0]["probability"] == pytest.approx(expected(weights, photos / "a.png").max(), rel=1e-4)
 
 
+def test_of_a_folder_hidden_copies_are_left_out_and_other_files_counted(
+    weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    for name in ("a.png", ".ipynb_checkpoints/a-checkpoint.png"):
+        Image.new("RGB", (40, 40)).save(tmp_path / name)
+    (tmp_path / "phone.heic").write_bytes(b"x")
+    assert run("predict", ["--weights", str(weights), str(tmp_path), "--csv", "--top", "1"], "x") == 0
+    out, err = capsys.readouterr()
+    assert [row["file"] for row in csv.DictReader(io.StringIO(out))] == [str(tmp_path / "a.png")]
+    assert f"note: 1 other files in {tmp_path} are passed over; images end in .jpg" in err
+
+
 def test_what_there_is_not(weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, code, message in (
         ([str(photos / "x.jpg")], 1, "there is no image"),

@@ -67,6 +67,11 @@ def test_other_shapes_are_refused(model: jresnet.ResNet, shape: tuple[int, ...])
         model(np.zeros(shape, np.float32))
 
 
+def test_images_without_a_pixel_are_refused(model: jresnet.ResNet) -> None:
+    with pytest.raises(ValueError, match=r"expected images of at least one pixel, got shape \(2, 0, 32, 3\)"):
+        model(np.zeros((2, 0, 32, 3), np.float32))
+
+
 def test_integer_images_are_refused(model: jresnet.ResNet) -> None:
     with pytest.raises(TypeError, match="normalised floating-point images, got uint8"):
         model(np.zeros((2, 32, 32, 3), np.uint8))

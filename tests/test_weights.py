@@ -236,3 +236,31 @@ def test_metadata_that_cannot_be_written(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert part in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("metadata", "words"),
+    [
+        ({"categories": [3] * 10}, "categories must be names, and 10 are not text, such as 3"),
+        ({"categories": "abcdefghij"}, "'categories' must be a list or tuple of names, or such a one as JSON"),
+        ({"scores": {"top1": [object()]}}, "scores must be numbers and text by name"),
+        ({"scores": "90 %"}, "'scores' must be a mapping"),
+        ({"preprocessing": "imagenet"}, "'preprocessing' is not what Preprocessing.to_json"),
+    ],
+)
+def test_metadata_that_could_not_be_read_again(tmp_path: Path, metadata: dict, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        native.save(tmp_path / "x.safetensors", jresnet.create("resnet20_cifar"), **metadata)
+    assert not list(tmp_path.iterdir())
+
+
+def test_scores_of_numpy_and_jax_are_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    native.save(path, jresnet.create("resnet20_cifar"), scores={"top1": jnp.float32(90), "top5": np.float32(99)})
+    assert jresnet.get_weights(path).scores == {"top1": 90.0, "top5": 99.0}
+
+
+def test_a_name_that_load_takes_for_pytorchs_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"end in \.pth are PyTorch's, which this one is not: name it \*\.safetensors"):
+        native.save(tmp_path / "x.pth", jresnet.create("resnet20_cifar"))
+    assert not list(tmp_path.iterdir())

@@ -8,6 +8,7 @@ that return an exit code.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -109,7 +110,10 @@ def run(name: str, arguments: Sequence[str] | None, prog: str) -> int:
 
 def guarded(command: Callable[[], int], name: str) -> int:
     """What ``command`` returns, or the exit code for what it raises, which is told in one line; ``name`` is what it is."""
-    if sys.stdout is not None and hasattr(sys.stdout, "reconfigure"):
+    if sys.stdout is None:  # closed before the start
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+            return guarded(command, name)
+    if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     try:
         return command()

@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "jresnet finetune") -> i
     if found := mistakes(args):
         options.error("; ".join(found))
     try:
-        with naming_flags(options):
+        with naming_flags(options, images="data"):
             return _finetune(args)
     except NonFiniteLoss as error:
         return failed(str(error))
@@ -168,6 +168,9 @@ def _finetune(args: argparse.Namespace) -> int:
     config, reasons = finetune.choose(begin, found, probe=probe, **own)
     if before:
         chosen = {name: getattr(config, name) for name in (*given, "data_digest", "weights_digest")}
+        for name, digest in (("images", "data_digest"), ("weights", "weights_digest")):
+            if chosen[digest] == getattr(before, digest):  # the same, under whatever path
+                chosen[name] = getattr(before, name)
         config = dataclasses.replace(before, **chosen)
         config.check()
         reasons = []

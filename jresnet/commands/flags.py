@@ -105,11 +105,14 @@ def _default(field: dataclasses.Field[Any], hint: Any) -> str:
 
 
 @contextlib.contextmanager
-def naming_flags(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """Lets errors that name a value, `batch_size` in backticks, name its flag where the parser has one."""
+def naming_flags(parser: argparse.ArgumentParser, **others: str) -> Iterator[None]:
+    """Lets errors that name a value, `batch_size` in backticks, name its flag where the parser has one.
+
+    ``others`` has the flags that are not called as their values are: ``images="data"``.
+    """
 
     def flag(match: re.Match[str]) -> str:
-        name = f"--{match[1].replace('_', '-')}"
+        name = f"--{others.get(match[1], match[1]).replace('_', '-')}"
         return name if name in parser._option_string_actions else match[0]
 
     try:

@@ -179,11 +179,17 @@ def sources(named: Sequence[str]) -> list[tuple[str, Path | bytes]]:
                 raise DataError(f"the image on stdin has more than {MAX_STDIN:,} bytes")
             found.append(("stdin", content))
         elif path.is_dir():
-            seen = (p for p in path.rglob("*") if not p.name.startswith("."))
+            seen = [p for p in path.rglob("*") if not any(map(images.is_aside, p.relative_to(path).parts))]
             inside = sorted(p for p in seen if p.suffix.lower() in images.EXTENSIONS)
             if not inside:
                 raise DataError(f"{path} holds no image; images end in {', '.join(images.EXTENSIONS)}")
             found += [(str(p), p) for p in inside]
+            if others := sum(p.suffix.lower() not in images.EXTENSIONS and p.is_file() for p in seen):
+                print(
+                    f"note: {others:,} other files in {printable(str(path))} are passed over; images end in "
+                    f"{', '.join(images.EXTENSIONS)}",
+                    file=sys.stderr,
+                )
         elif not path.exists():
             raise DataError(f"there is no image {path}: give files, folders, or - for an image on stdin")
         elif not path.is_file():

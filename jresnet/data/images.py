@@ -102,7 +102,7 @@ def list_folder(root: str | Path) -> Folder:
     try:
         entries = sorted(os.listdir(root))
         folders = [name for name in entries if (root / name).is_dir()]
-        classes = tuple(name for name in folders if not _is_aside(name))
+        classes = tuple(name for name in folders if not is_aside(name))
         ignored = len(entries) - len(folders)
         for label, name in enumerate(classes):
             for folder, files in sorted(_walk(root / name, fail)):
@@ -118,7 +118,7 @@ def list_folder(root: str | Path) -> Folder:
     return Folder(root, classes, tuple(paths), tuple(labels), ignored)
 
 
-def _is_aside(name: str) -> bool:
+def is_aside(name: str) -> bool:
     """Whether a folder holds what programs leave beside images: copies of notebooks, caches, macOS's attributes."""
     return name.startswith(".") or name in ("__pycache__", "__MACOSX")
 
@@ -126,7 +126,7 @@ def _is_aside(name: str) -> bool:
 def _walk(root: Path, fail: Callable[[OSError], None]) -> Iterator[tuple[str, list[str]]]:
     """The folders in and below ``root``, without those that are no part of the data, and their files."""
     for folder, below, files in os.walk(root, onerror=fail):
-        below[:] = [name for name in below if not _is_aside(name)]
+        below[:] = [name for name in below if not is_aside(name)]
         yield folder, files
 
 

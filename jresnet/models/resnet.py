@@ -297,7 +297,7 @@ def checked(x: Images, channels: int) -> Float[Array, "n h w c"]:
     """``x`` as an array of JAX's.
 
     Raises:
-        ValueError: for another rank or number of channels.
+        ValueError: for another rank or number of channels, or images without a pixel.
         TypeError: for integers.
     """
     array = jnp.asarray(x)  # numpy's float64 becomes JAX's default
@@ -305,4 +305,6 @@ def checked(x: Images, channels: int) -> Float[Array, "n h w c"]:
         raise ValueError(f"expected images [N, H, W, {channels}] (channels last), got shape {tuple(array.shape)}")
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"expected normalised floating-point images, got {array.dtype}: (x / 255 - mean) / std, say")
+    if any(isinstance(size, int) and size == 0 for size in array.shape[1:3]):  # others are symbols of jax.export's
+        raise ValueError(f"expected images of at least one pixel, got shape {tuple(array.shape)}")
     return array

@@ -25,6 +25,7 @@ import optax
 from jresnet.errors import InputError
 from jresnet.models import paths
 from jresnet.models.resnet import ResNet
+from jresnet.training.recipes import OPTIMIZERS, SCHEDULES
 
 LAST_STEP = 2**31 - 1  # steps are counted in int32
 
@@ -42,7 +43,13 @@ def step_decay(lr: float, milestones: Sequence[float], gamma: float, steps_per_e
 
     Returns:
         A function from the step, counted from 0, to the learning rate.
+
+    Raises:
+        InputError: for a number out of range.
     """
+    _in_range(lr=lr, gamma=gamma, steps_per_epoch=steps_per_epoch, milestone=min(milestones, default=0))
+    if not steps_per_epoch:
+        raise InputError("steps_per_epoch must be at least 1, got 0")
     scales: dict[int, float] = {}
     for milestone in milestones:  # two milestones may fall on one step
         step = min(round(milestone * steps_per_epoch), LAST_STEP)
@@ -68,7 +75,13 @@ def schedule(
     * ``"cosine"``: lr (1 + cos(pi t / (T - W))) / 2 with t = 0 at the end of the warm-up, as ``CosineAnnealingLR`` to 0
       (arXiv:1608.03983).
     * ``"onecycle"``: lr (1 - t / (T - W)): with the warm-up a triangle (arXiv:1708.07120 without its momentum cycle).
+
+    Raises:
+        InputError: for another kind, or a number out of range.
     """
+    if kind not in SCHEDULES:
+        raise InputError(f"the schedule must be one of {', '.join(SCHEDULES)}, got {kind!r}")
+    _in_range(lr=lr, epochs=epochs, steps_per_epoch=steps_per_epoch, warmup_epochs=warmup_epochs)
     warmup = round(warmup_epochs * steps_per_epoch)
     rest = max(epochs * steps_per_epoch - warmup, 1)
     after = {
@@ -115,8 +128,16 @@ def optimizer(
         frozen: names of parts that stay bit by bit as they are, as with ``requires_grad_(False)``; they have no state.
 
     Raises:
-        InputError: for rates or decays below 0; in ``init``, for a name of no part.
+        InputError: for another kind, or a number out of range; in ``init``, for a name of no part.
     """
+    if kind not in OPTIMIZERS:
+        raise InputError(f"the optimizer must be {' or '.join(OPTIMIZERS)}, got {kind!r}: optax has others")
+    _in_range(clip_norm=clip_norm)
+    _in_range(1.0, momentum=momentum)
+    if not callable(learning_rate):
+        _in_range(learning_rate=learning_rate)
+    if not isinstance(weight_decay, Mapping):
+        _in_range(weight_decay=weight_decay)
     if isinstance(weight_decay, Mapping):
         decay = _decay_parts(weight_decay)
         decay = decay if decay_norms else optax.masked(decay, _kernels)
@@ -226,6 +247,14 @@ def _checked_early(names: Mapping[str, float], update: Callable[[Any, Any], Any]
         return stateless.init(params)
 
     return optax.GradientTransformation(init, stateless.update)
+
+
+def _in_range(below: float = math.inf, **numbers: Any) -> None:
+    """Raises InputError for a number of Python's that is below 0, not finite, or not ``below``; arrays may be traced."""
+    for name, number in numbers.items():
+        if isinstance(number, int | float) and not 0 <= number < below:
+            most = "" if below == math.inf else f" and below {below:g}"
+            raise InputError(f"{name} must be a number of at least 0{most}, got {number!r}")
 
 
 def _check(what: str, numbers: Mapping[str, float]) -> None:

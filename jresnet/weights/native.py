@@ -25,7 +25,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from jresnet.errors import InputError, WeightsError
-from jresnet.files import printable, write_atomically
+from jresnet.files import TORCH_SUFFIXES, printable, write_atomically
 from jresnet.models.config import ResNetConfig
 from jresnet.models.fuse import FusedResNet
 from jresnet.models.layers import Linear
@@ -81,6 +81,11 @@ def save(path: str | Path, model: ResNet, arch: str | None = None, **provenance:
     if arch is not None and configure(arch, **{name: getattr(config, name) for name in FREE}) != config:
         raise InputError(f"this model is not a {arch}: its configuration is {config}")
     metadata, problems = _provenance(provenance, config)
+    if Path(path).suffix in TORCH_SUFFIXES:
+        problems.append(
+            f"files that end in {Path(path).suffix} are PyTorch's, which this one is not: name it *.safetensors "
+            "(jresnet export-torch writes PyTorch's from it)"
+        )
     problems += _foreign(model, config)
     problems += differences(shapes(config), {name: value.shape for name, value in values.items()})
     for name, value in values.items():
@@ -166,16 +171,43 @@ def _provenance(given: Mapping[str, Any], config: ResNetConfig) -> tuple[dict[st
         elif name == "categories" and isinstance(value, list | tuple):
             if len(value) != config.num_classes:
                 problems.append(f"there are {len(value):,} categories for {config.num_classes:,} classes")
+            if others := [one for one in value if not isinstance(one, str)]:
+                problems.append(
+                    f"categories must be names, and {len(others):,} are not text, such as {others[0]!r:.40}"
+                )
+                continue
             value = json.dumps(value)
         elif name == "scores" and isinstance(value, Mapping):
-            value = json.dumps(dict(value))
+            try:
+                value = json.dumps(dict(value), default=float)  # float: numbers of numpy's and JAX's
+            except (TypeError, ValueError):
+                problems.append(f"scores must be numbers and text by name, got {value!r:.80}")
+                continue
         if not isinstance(value, str):
             problems.append(f"the metadata {name!r} must be text, got {value!r:.80}")
         elif not value.isascii() and value != value.encode(errors="replace").decode():
             problems.append(f"the metadata {name!r} cannot be written as UTF-8: {value!r:.80}")
+        elif problem := _unreadable(name, value):
+            problems.append(problem)
         else:
             said[name] = value
     return said, problems
+
+
+def _unreadable(name: str, text: str) -> str | None:
+    """Why this entry, given as text, could not be read again as what it has to be."""
+    kind = {"categories": list, "scores": dict}.get(name)
+    try:
+        if name == "preprocessing":
+            Preprocessing.from_json(text)
+        elif kind and not isinstance(json.loads(text), kind):
+            raise ValueError
+    except WeightsError as error:
+        return f"the metadata {name!r} is not what Preprocessing.to_json() gives, got {text!r:.60}: {error.__cause__}"
+    except (ValueError, RecursionError):
+        expected = "a list or tuple of names" if kind is list else "a mapping"
+        return f"the metadata {name!r} must be {expected}, or such a one as JSON, got {text!r:.60}"
+    return None
 
 
 def _some(problems: list[str]) -> str:
