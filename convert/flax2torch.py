@@ -20,7 +20,7 @@ import safetensors.numpy
 from convert import verify
 from convert.torch2flax import Say, check_other, report, with_common_options
 from jresnet import sources
-from jresnet.commands import guarded
+from jresnet.commands import flags, guarded
 from jresnet.commands.flags import Parser, check_output
 from jresnet.errors import InputError, WeightsError
 from jresnet.files import TORCH_SUFFIXES, write_atomically
@@ -45,7 +45,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     parser.add_argument(
         "--output",
         metavar="FILE",
-        type=Path,
+        type=flags.folder,
         help=f"file to write, its format by its ending, {', '.join(SUFFIXES)} (default: FILE with the ending .pth); without "
         "an ending a folder for transformers' from_pretrained",
     )

@@ -103,6 +103,7 @@ ALLOWED: dict[tuple[str, str], tuple[set[str], str]] = {
     ("push", "--license"): ({"nan", "inf", "1e308", "huge"}, "identifiers of licences"),
     ("convert", "--num-classes"): ({"0"}, "no head"),
     ("convert", "--output"): ({*NAMES, "codes"} - {"lost"}, "a file by that name is written"),
+    ("export-torch", "--output"): ({*NAMES, "codes", "folder"}, "a folder by that name is made, for transformers"),
     ("convert", "--prefix"): ({"empty"}, "the names as they are"),
     ("benchmark", "--json"): ({*NAMES, "codes"} - {"lost"}, "a file by that name is written"),
     ("benchmark", "--plots"): ({*NAMES, "codes", "folder"}, "a folder by that name is made"),

@@ -38,6 +38,7 @@ Arrays are NHWC and HWIO throughout, of one dtype. Sizes of an exported program 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -308,24 +309,38 @@ def _of_a_larger_batch(how: dict[str, Any], size: int) -> dict[str, Any]:
     return how | {"shape": (size * how["shape"][0], *how["shape"][1:])}
 
 
-convolution = Kernel("convolution", convolve_plainly, _convolve_on_cpu, images=(0,))
-input_gradient = Kernel(
-    "input_gradient", _input_gradient, _input_gradient_on_cpu, images=(0,), resized=_of_a_larger_batch
-)
-kernel_gradient = Kernel("kernel_gradient", _kernel_gradient, _kernel_gradient_on_cpu)
+def each_others_transposes(
+    prefix: str, forward: Sequence[Callable], by_input: Sequence[Callable], by_kernel: Sequence[Callable]
+) -> tuple[Kernel, Kernel, Kernel]:
+    """A convolution and its gradients in the images and in the kernel; each of the three is bilinear, and so has the
+    other two as its transposes.
 
-convolution.multilinear(
-    lambda dy, kernel, *, argument, **how: input_gradient(dy, kernel, shape=argument, **how),
-    lambda dy, x, *, argument, **how: kernel_gradient(x, dy, shape=argument, **how),
-)
-input_gradient.multilinear(
-    lambda dx, kernel, *, argument, shape, **how: convolution(dx, kernel, **how),
-    lambda dx, dy, *, argument, shape, **how: kernel_gradient(dx, dy, shape=argument, **how),
-)
-kernel_gradient.multilinear(
-    lambda dk, dy, *, argument, shape, **how: input_gradient(dy, dk, shape=argument, **how),
-    lambda dk, x, *, argument, shape, **how: convolution(x, dk, **how),
-)
+    Args:
+        prefix: of the primitives' names.
+        forward, by_input, by_kernel: how it is computed plainly, and on a CPU.
+    """
+    convolution = Kernel(f"{prefix}convolution", *forward, images=(0,))
+    input_gradient = Kernel(f"{prefix}input_gradient", *by_input, images=(0,), resized=_of_a_larger_batch)
+    kernel_gradient = Kernel(f"{prefix}kernel_gradient", *by_kernel)
+    convolution.multilinear(
+        lambda dy, kernel, *, argument, **how: input_gradient(dy, kernel, shape=argument, **how),
+        lambda dy, x, *, argument, **how: kernel_gradient(x, dy, shape=argument, **how),
+    )
+    input_gradient.multilinear(
+        lambda dx, kernel, *, argument, shape, **how: convolution(dx, kernel, **how),
+        lambda dx, dy, *, argument, shape, **how: kernel_gradient(dx, dy, shape=argument, **how),
+    )
+    kernel_gradient.multilinear(
+        lambda dk, dy, *, argument, shape, **how: input_gradient(dy, dk, shape=argument, **how),
+        lambda dk, x, *, argument, shape, **how: convolution(x, dk, **how),
+    )
+    return convolution, input_gradient, kernel_gradient
+
+
+convolution, input_gradient, kernel_gradient = each_others_transposes(
+    "", (convolve_plainly, _convolve_on_cpu), (_input_gradient, _input_gradient_on_cpu),
+    (_kernel_gradient, _kernel_gradient_on_cpu),
+)  # fmt: skip
 
 
 class Constant:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jresnet.kernels import conv
-from jresnet.kernels.platforms import Kernel, known
+from jresnet.kernels.platforms import known
 
 
 def convolve_plainly(
@@ -119,31 +119,10 @@ def _gradients(dy: jax.Array, shape: tuple[int, ...], kernel: tuple[int, ...], h
     return _phases(jnp.pad(dy, ((0, 0), (0, lacking[0]), (0, lacking[1]), (0, 0))), d)
 
 
-# The kernels ---------------------------------------------------------------------------------------------------------
-
-
-def _of_a_larger_batch(how: dict[str, Any], size: int) -> dict[str, Any]:
-    return how | {"shape": (size * how["shape"][0], *how["shape"][1:])}
-
-
-convolution = Kernel("dilated_convolution", convolve_plainly, _convolve_on_cpu, images=(0,))
-input_gradient = Kernel(
-    "dilated_input_gradient", _input_gradient, _input_gradient_on_cpu, images=(0,), resized=_of_a_larger_batch
-)
-kernel_gradient = Kernel("dilated_kernel_gradient", _kernel_gradient, _kernel_gradient_on_cpu)
-
-convolution.multilinear(
-    lambda dy, kernel, *, argument, **how: input_gradient(dy, kernel, shape=argument, **how),
-    lambda dy, x, *, argument, **how: kernel_gradient(x, dy, shape=argument, **how),
-)
-input_gradient.multilinear(
-    lambda dx, kernel, *, argument, shape, **how: convolution(dx, kernel, **how),
-    lambda dx, dy, *, argument, shape, **how: kernel_gradient(dx, dy, shape=argument, **how),
-)
-kernel_gradient.multilinear(
-    lambda dk, dy, *, argument, shape, **how: input_gradient(dy, dk, shape=argument, **how),
-    lambda dk, x, *, argument, shape, **how: convolution(x, dk, **how),
-)
+convolution, input_gradient, kernel_gradient = conv.each_others_transposes(
+    "dilated_", (convolve_plainly, _convolve_on_cpu), (_input_gradient, _input_gradient_on_cpu),
+    (_kernel_gradient, _kernel_gradient_on_cpu),
+)  # fmt: skip
 
 
 def convolve_dilated(x: jax.Array, kernel: jax.Array, dilation: int, padding: int, groups: int = 1) -> jax.Array:
