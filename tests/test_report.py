@@ -165,6 +165,19 @@ def test_a_plot_that_exists_is_replaced_when_asked(tmp_path: Path, capsys: pytes
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_plot_of_the_default_name_that_exists_leaves_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second look at the same runs shows their table, and what is there stays."""
+    monkeypatch.chdir(tmp_path)
+    Path("comparison.png").write_text("mine")
+    assert main([str(make_run(tmp_path / "a", [0.3, 0.5, 0.7]))]) == 0
+    table, said = capsys.readouterr()
+    assert "a" in table
+    assert said.startswith("no plot: comparison.png exists: --force replaces it")
+    assert Path("comparison.png").read_text() == "mine"
+
+
 def test_pipes_in_the_place_of_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("config.json", "metrics.jsonl", "summary.json"):
         run = make_run(tmp_path / name, [0.3, 0.5, 0.7])

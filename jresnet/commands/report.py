@@ -28,8 +28,8 @@ def parser(prog: str = "jresnet report") -> argparse.ArgumentParser:
         "runs", nargs="+", type=folder, metavar="RUN", help="folder of a run, finished or not, or of a run's seeds"
     )
     parser.add_argument(
-        "--plot", type=Path, default=Path("comparison.png"), metavar="FILE.png",
-        help="training loss and accuracy by epoch (default: comparison.png)",
+        "--plot", type=Path, metavar="FILE.png",
+        help="training loss and accuracy by epoch (default: comparison.png, where there is none yet)",
     )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="replace the plot where it exists")
     parser.add_argument("--format", choices=("text", "json"), default="text", help="of the table (text)")
@@ -40,10 +40,16 @@ def main(argv: Sequence[str] | None = None, prog: str = "jresnet report") -> int
     """Runs the command; returns its exit code."""
     options = parser(prog)
     args = options.parse_args(argv)
-    if args.plot.suffix.lower() != ".png":
-        options.error(f"--plot writes PNG, so its file's name must end in .png, got {str(args.plot)!r}")
+    plot, refused = args.plot or Path("comparison.png"), ""
+    if plot.suffix.lower() != ".png":
+        options.error(f"--plot writes PNG, so its file's name must end in .png, got {str(plot)!r}")
     try:
-        check_output(args.plot, args.force, "--plot")
+        try:
+            check_output(plot, args.force, "--plot")
+        except InputError as error:
+            if args.plot:
+                raise
+            refused = str(error)  # the table is what was asked for
         entries = read_entries(args.runs)
         found = [figures(entry) for entry in entries]
         if args.format == "json":
@@ -55,8 +61,11 @@ def main(argv: Sequence[str] | None = None, prog: str = "jresnet report") -> int
         if not any(run.rows for entry in entries for run in entry.runs):
             print("no plot: no run has an epoch behind it yet", file=sys.stderr)
             return 0
-        plots.plot_runs({entry.name: [run.rows for run in entry.runs] for entry in entries}, args.plot)
-        print(f"plot     {args.plot}", file=sys.stderr)  # not among the lines of a table that goes to a file
+        if refused:
+            print(f"no plot: {refused}", file=sys.stderr)
+            return 0
+        plots.plot_runs({entry.name: [run.rows for run in entry.runs] for entry in entries}, plot)
+        print(f"plot     {plot}", file=sys.stderr)  # not among the lines of a table that goes to a file
     except InputError as error:
         for line in str(error).splitlines():
             print(f"error: {shown(line)}", file=sys.stderr)
