@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jresnet.models.config import ResNetConfig
+
 ROOT = Path(__file__).resolve().parents[2]
 
 LR = 1e-3  # so low that a batch seen many times does not diverge
@@ -69,6 +71,11 @@ def fastest_product(prepare: Callable[[int], Callable[[], object]]) -> dict[str,
         seconds = min(times[1:])
         fastest = max(fastest, 2e-9 * size**3 / seconds)
     return {"gflops": fastest}
+
+
+def configuration(job: Mapping[str, Any]) -> ResNetConfig:
+    """The row's network."""
+    return ResNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in job["config"].items()})
 
 
 def inputs(job: Mapping[str, Any]) -> tuple[Any, Any, dict[str, Any]]:

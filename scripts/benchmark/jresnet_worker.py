@@ -69,7 +69,7 @@ def gemm(job: Job) -> dict[str, Any]:
 def make(job: Job) -> dict[str, Any]:
     """Writes random weights, images and labels and, where ``check`` asks, what they come to in float64."""
     folder, draw = Path(job["folder"]), np.random.default_rng(1)
-    model = jresnet.ResNet(configuration(job), rngs=nnx.Rngs(0))
+    model = jresnet.ResNet(common.configuration(job), rngs=nnx.Rngs(0))
     randomise(model)
     images = draw.standard_normal((job["batch"], job["size"], job["size"], model.config.in_channels), np.float32)
     labels = draw.integers(0, model.config.num_classes, job["batch"]).astype(np.int32)
@@ -90,15 +90,13 @@ def reference(model: jresnet.ResNet, images: jax.Array, labels: jax.Array, task:
     return by_key(gradient(params, stats, images, labels)[0])
 
 
-def configuration(job: Job) -> jresnet.ResNetConfig:
-    """The row's network."""
-    return jresnet.ResNetConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in job["config"].items()})
-
-
 def load(job: Job, wide: Any = np.float32) -> tuple[jresnet.ResNet, jax.Array, jax.Array]:
     """The row's model, with parameters in ``wide``, its images and its labels."""
     images, labels, tensors = common.inputs(job)
-    config, dtype = configuration(job), jnp.bfloat16 if job["precision"] == "bfloat16" and wide == np.float32 else None
+    config, dtype = (
+        common.configuration(job),
+        jnp.bfloat16 if job["precision"] == "bfloat16" and wide == np.float32 else None,
+    )
     values = {p: keymap.to_flax(tensors[keymap.torch_key(p)]).astype(wide) for p in params.shapes(config)}
     return params.fill(config, values, dtype), jnp.asarray(images, wide), jnp.asarray(labels)
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -50,7 +49,7 @@ def wait(job: Job) -> None:
 
 def load(job: Job) -> tuple[nn.Module, dict[str, Tensor], Tensor, Tensor]:
     """The row's network, its weights, images in NHWC order and labels, on the device."""
-    arch, config = job["arch"], types.SimpleNamespace(**job["config"])
+    arch, config = job["arch"], common.configuration(job)
     if job["contestant"] == "timm":
         installed.import_torchvision()  # timm imports it
         import timm
@@ -59,7 +58,7 @@ def load(job: Job) -> tuple[nn.Module, dict[str, Tensor], Tensor, Tensor]:
             sys.exit(f"timm has no {arch} with the {config.stem} stem")
         model = timm.create_model(arch, num_classes=config.num_classes, in_chans=config.in_channels)
     else:
-        model = reference.network(arch, config)  # type: ignore[arg-type]
+        model = reference.network(arch, config)
     images, labels, values = common.inputs(job)
     tensors = {key: torch.from_numpy(value) for key, value in values.items()}
     model.load_state_dict(tensors, strict=True)

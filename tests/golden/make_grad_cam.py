@@ -25,7 +25,7 @@ def main() -> None:
     from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
     values = given.drawn()
-    model = reference.CifarResNet(given.TINY)
+    model = reference.ResNet(given.TINY)
     counters = {key: value for key, value in model.state_dict().items() if key.endswith(keymap.COUNTER)}
     tensors = {keymap.torch_key(path): torch.from_numpy(keymap.to_torch(value)) for path, value in values.items()}
     model.load_state_dict(tensors | counters)

@@ -42,12 +42,12 @@ def their_maps(model: nn.Module, module: nn.Module, images: torch.Tensor, classe
 @pytest.mark.parametrize("layer", ["stem", "layer2.0", "layer3"])
 def test_maps_are_the_formulas(layer: str) -> None:
     torch.manual_seed(0)
-    theirs = reference.CifarResNet(CONFIG)
+    theirs = reference.ResNet(CONFIG)
     networks.randomise(theirs)
     found = statedict.match(theirs.state_dict())
     theirs = theirs.double().eval()
     images = torch.from_numpy(X.transpose(0, 3, 1, 2).copy())
-    modules = {"stem": theirs.pool, "layer2.0": theirs.layer2[0]}
+    modules = {"stem": theirs.maxpool, "layer2.0": theirs.layer2[0]}
     module = modules.get(layer) or getattr(theirs, layer)
     with jax.enable_x64(True):
         model = params.fill(found.config, found.values)

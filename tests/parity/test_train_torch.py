@@ -22,7 +22,7 @@ from test_training import EXACT, Errors, Unchanged, by_path, nchw
 from torch.optim.lr_scheduler import CosineAnnealingLR, MultiStepLR
 
 import jresnet
-from convert.reference import CifarResNet, randomise
+from convert.reference import ResNet, randomise
 from jresnet import data
 from jresnet.data.cifar10 import CLASSES
 from jresnet.errors import InputError
@@ -58,7 +58,7 @@ def optimizer_of(config: RunConfig, learning_rate: optax.ScalarOrSchedule) -> op
 def tiny_reference() -> torch.nn.Module:
     """PyTorch's tiny network in float64, its statistics drawn at random."""
     torch.manual_seed(0)
-    reference = CifarResNet(TINY).double()
+    reference = ResNet(TINY).double()
     randomise(reference)
     return reference
 

@@ -33,7 +33,7 @@ CONFIG = jresnet.ResNetConfig("basic", (1, 1, 1), (4, 8, 16), num_classes=5, ste
 def pair() -> tuple[jresnet.ResNet, nn.Module]:
     """jresnet's and PyTorch's network of the same float64 parameters and random statistics."""
     torch.manual_seed(0)
-    theirs = reference.CifarResNet(CONFIG)
+    theirs = reference.ResNet(CONFIG)
     networks.randomise(theirs)
     found = statedict.match(theirs.state_dict())
     assert found.config == CONFIG
