@@ -160,7 +160,7 @@ def test_a_download_is_read_from_its_archive(
 ) -> None:
     archive = write(tmp_path / "there", batches, "python", archive=True)
 
-    def fetch(urls: object, path: Path, *, sha256: str, progress: bool) -> Path:
+    def fetch(urls: object, path: Path, *, sha256: str, progress: bool, **_: object) -> Path:
         assert sha256 == cifar100.ARCHIVE_SHA256
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(archive.read_bytes())
