@@ -20,7 +20,8 @@ from jresnet.weights.preprocessing import Preprocessing
 torchvision = import_torchvision()
 datasets, transforms = torchvision.datasets, torchvision.transforms
 
-MODES = ("RGB", "L", "CMYK", "RGBA", "P", "I;16", "LA", "1", "F", "YCbCr")
+# Of eight bits: torchvision cuts 16-bit and float pictures off at 255, jresnet scales them (tests/test_images.py).
+MODES = ("RGB", "L", "CMYK", "RGBA", "P", "LA", "1", "YCbCr")
 SUFFIXES = {"RGB": ".jpg", "L": ".jpeg", "CMYK": ".JPEG", "F": ".tiff", "YCbCr": ".jpg"}
 
 
