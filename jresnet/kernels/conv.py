@@ -61,27 +61,35 @@ WINOGRAD_CHANNELS, WINOGRAD_WINDOWS = 64, 48
 
 
 def convolve_plainly(
-    x: jax.Array, kernel: jax.Array, *, stride: int, padding: int, groups: int, precision: str | None = None
+    x: jax.Array,
+    kernel: jax.Array,
+    *,
+    stride: int,
+    padding: int,
+    groups: int,
+    precision: str | None = None,
+    dilation: int = 1,
 ) -> jax.Array:
-    """NHWC by HWIO, with ``padding`` zeros on every side."""
+    """NHWC by HWIO, with ``padding`` zeros on every side and ``dilation - 1`` pixels between the kernel's taps."""
     return lax.conv_general_dilated(
         x,
         kernel,
         window_strides=(stride, stride),
         padding=((padding, padding), (padding, padding)),
+        rhs_dilation=(dilation, dilation),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         feature_group_count=groups,
         precision=precision,
     )
 
 
-def _input_gradient(dy: jax.Array, kernel: jax.Array, *, shape: tuple[int, ...], **how: Any) -> jax.Array:
+def input_gradient_plainly(dy: jax.Array, kernel: jax.Array, *, shape: tuple[int, ...], **how: Any) -> jax.Array:
     """The gradient in images of ``shape``."""
     x = jax.ShapeDtypeStruct(shape, dy.dtype)
     return jax.linear_transpose(lambda x: convolve_plainly(x, kernel, **how), x)(dy)[0]
 
 
-def _kernel_gradient(x: jax.Array, dy: jax.Array, *, shape: tuple[int, ...], **how: Any) -> jax.Array:
+def kernel_gradient_plainly(x: jax.Array, dy: jax.Array, *, shape: tuple[int, ...], **how: Any) -> jax.Array:
     """The gradient in a kernel of ``shape``."""
     kernel = jax.ShapeDtypeStruct(shape, dy.dtype)
     return jax.linear_transpose(lambda kernel: convolve_plainly(x, kernel, **how), kernel)(dy)[0]
@@ -160,7 +168,7 @@ def _input_gradient_on_cpu(
         x = jax.ShapeDtypeStruct(shape, dy.dtype)
         return jax.linear_transpose(lambda x: _by_one_product(x, kernel, stride, padding), x)(dy)[0]
     if groups > 1 or not known(*shape[1:3]):
-        return _input_gradient(dy, kernel, shape=shape, stride=stride, padding=padding, groups=groups, **how)
+        return input_gradient_plainly(dy, kernel, shape=shape, stride=stride, padding=padding, groups=groups, **how)
     if _winograd_pays(dy, kernel.shape, stride, padding, groups, devices):
         return winograd.input_gradient(dy, kernel, PIECE)
     n, *size, channels = shape
@@ -203,7 +211,7 @@ def _kernel_gradient_on_cpu(
     **how: Any,
 ) -> jax.Array:
     def by_xla(x: jax.Array, dy: jax.Array) -> jax.Array:
-        return _kernel_gradient(x, dy, shape=shape, stride=stride, padding=padding, groups=groups, **how)
+        return kernel_gradient_plainly(x, dy, shape=shape, stride=stride, padding=padding, groups=groups, **how)
 
     if _fewer_pixels_than_taps(x.shape, shape, groups):
         kernel = jax.ShapeDtypeStruct(shape, dy.dtype)
@@ -338,8 +346,8 @@ def each_others_transposes(
 
 
 convolution, input_gradient, kernel_gradient = each_others_transposes(
-    "", (convolve_plainly, _convolve_on_cpu), (_input_gradient, _input_gradient_on_cpu),
-    (_kernel_gradient, _kernel_gradient_on_cpu),
+    "", (convolve_plainly, _convolve_on_cpu), (input_gradient_plainly, _input_gradient_on_cpu),
+    (kernel_gradient_plainly, _kernel_gradient_on_cpu),
 )  # fmt: skip
 
 

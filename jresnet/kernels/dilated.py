@@ -8,42 +8,18 @@ gradient of the kernel pixel by pixel. Every other platform gets XLA's own.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from jresnet.kernels import conv
 from jresnet.kernels.platforms import known
 
-
-def convolve_plainly(
-    x: jax.Array, kernel: jax.Array, *, dilation: int, padding: int, groups: int, precision: str | None = None
-) -> jax.Array:
-    """NHWC by HWIO, with ``padding`` zeros on every side and ``dilation - 1`` pixels between the kernel's taps."""
-    return lax.conv_general_dilated(
-        x,
-        kernel,
-        window_strides=(1, 1),
-        padding=((padding, padding), (padding, padding)),
-        rhs_dilation=(dilation, dilation),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        feature_group_count=groups,
-        precision=precision,
-    )
-
-
-def _input_gradient(dy: jax.Array, kernel: jax.Array, *, shape: tuple[int, ...], **how: Any) -> jax.Array:
-    """The gradient in images of ``shape``."""
-    x = jax.ShapeDtypeStruct(shape, dy.dtype)
-    return jax.linear_transpose(lambda x: convolve_plainly(x, kernel, **how), x)(dy)[0]
-
-
-def _kernel_gradient(x: jax.Array, dy: jax.Array, *, shape: tuple[int, ...], **how: Any) -> jax.Array:
-    """The gradient in a kernel of ``shape``."""
-    kernel = jax.ShapeDtypeStruct(shape, dy.dtype)
-    return jax.linear_transpose(lambda kernel: convolve_plainly(x, kernel, **how), kernel)(dy)[0]
+convolve_plainly = partial(conv.convolve_plainly, stride=1)
+input_gradient_plainly = partial(conv.input_gradient_plainly, stride=1)
+kernel_gradient_plainly = partial(conv.kernel_gradient_plainly, stride=1)
 
 
 # By phases -----------------------------------------------------------------------------------------------------------
@@ -61,7 +37,7 @@ def _input_gradient_on_cpu(
     dy: jax.Array, kernel: jax.Array, *, shape: tuple[int, ...], devices: int, **how: Any
 ) -> jax.Array:
     if not _by_phases(shape, kernel.shape, devices, **how):
-        return _input_gradient(dy, kernel, shape=shape, **how)
+        return input_gradient_plainly(dy, kernel, shape=shape, **how)
     d = how["dilation"]
     phases = jax.eval_shape(lambda x: _phases(x, d), jax.ShapeDtypeStruct(shape, dy.dtype)).shape
     dx = conv.input_gradient(_gradients(dy, shape, kernel.shape, how), kernel, shape=phases, **_of_a_phase(**how))
@@ -72,7 +48,7 @@ def _kernel_gradient_on_cpu(
     x: jax.Array, dy: jax.Array, *, shape: tuple[int, ...], devices: int, **how: Any
 ) -> jax.Array:
     if not _by_phases(x.shape, shape, devices, **how):
-        return _kernel_gradient(x, dy, shape=shape, **how)
+        return kernel_gradient_plainly(x, dy, shape=shape, **how)
     phases = _phases(x, how["dilation"]), _gradients(dy, x.shape, shape, how)
     return conv.kernel_gradient(*phases, shape=shape, **_of_a_phase(**how))
 
@@ -120,8 +96,8 @@ def _gradients(dy: jax.Array, shape: tuple[int, ...], kernel: tuple[int, ...], h
 
 
 convolution, input_gradient, kernel_gradient = conv.each_others_transposes(
-    "dilated_", (convolve_plainly, _convolve_on_cpu), (_input_gradient, _input_gradient_on_cpu),
-    (_kernel_gradient, _kernel_gradient_on_cpu),
+    "dilated_", (convolve_plainly, _convolve_on_cpu), (input_gradient_plainly, _input_gradient_on_cpu),
+    (kernel_gradient_plainly, _kernel_gradient_on_cpu),
 )  # fmt: skip
 
 
