@@ -115,7 +115,7 @@ def torch_network(begin: Start, classes: int, head: Mapping[str, np.ndarray] | N
     assert begin.arch is not None
     network: Any = reference.network(begin.arch, config)
     if begin.values is not None:
-        body = {name: value for name, value in begin.values.items() if not name.startswith("fc.")}
+        body = params.body(begin.values)
         filled = params.fill(config, body | dict(head or {"fc.kernel": np.zeros((config.num_features, classes), np.float32),
                                                           "fc.bias": np.zeros(classes, np.float32)}))  # fmt: skip
         tensors = {name: torch.from_numpy(np.array(value)) for name, value in statedict.state_dict(filled).items()}

@@ -54,6 +54,11 @@ def fill(
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
+def body(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The values, by dotted path, without those of the head."""
+    return {path: value for path, value in values.items() if not path.startswith("fc.")}
+
+
 def adapt(
     values: Mapping[str, np.ndarray], found: ResNetConfig, wanted: ResNetConfig, rngs: nnx.Rngs | None = None
 ) -> tuple[dict[str, np.ndarray], list[str]]:
@@ -98,7 +103,7 @@ def adapt(
     if problems:
         raise WeightsError(f"the weights are of another network: {'; '.join(problems)}")
     if found.num_classes != wanted.num_classes and wanted.num_classes == 0:
-        values = {path: value for path, value in values.items() if not path.startswith("fc.")}
+        values = body(values)
     elif found.num_classes != wanted.num_classes:
         dtype = values["conv1.kernel"].dtype
         head = Linear(wanted.num_features, wanted.num_classes, rngs=rngs or nnx.Rngs(0))

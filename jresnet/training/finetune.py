@@ -349,7 +349,7 @@ class Finetune(Program):
         else:
             values, found = dict(self.begin.values), self.begin.config
             if self.begin.categories != self.data.classes:  # as many classes are not yet the same ones
-                values = {path: value for path, value in values.items() if not path.startswith("fc.")}
+                values = params.body(values)
                 found = dataclasses.replace(found, num_classes=0)
             values, _ = params.adapt(values, found, self.network_config, nnx.Rngs(seed))
             model = params.fill(self.network_config, values | dict(self.head or {}), dtype, config.remat)
@@ -417,8 +417,8 @@ class Probe(Program):
         kernel = kernel / self.spread[:, None]
         head = {"fc.kernel": kernel, "fc.bias": bias - self.center @ kernel}
         assert self.begin.values is not None
-        body = {path: value for path, value in self.begin.values.items() if not path.startswith("fc.")}
-        return params.fill(dataclasses.replace(self.begin.config, num_classes=len(self.data.classes)), body | head)
+        config = dataclasses.replace(self.begin.config, num_classes=len(self.data.classes))
+        return params.fill(config, params.body(self.begin.values) | head)
 
     def shown(self, name: str) -> Any:
         """The images of a split, for pictures."""
@@ -483,9 +483,8 @@ def embed(begin: Start, data: Dataset, devices: Devices, precision: str, batch_s
         WeightsError: one of them is not finite.
     """
     assert begin.values is not None
-    body = {path: value for path, value in begin.values.items() if not path.startswith("fc.")}
     dtype = jnp.bfloat16 if precision == "bfloat16" else None
-    model = params.fill(dataclasses.replace(begin.config, num_classes=0), body, dtype)
+    model = params.fill(dataclasses.replace(begin.config, num_classes=0), params.body(begin.values), dtype)
     graph, state = nnx.split(model)
     how = begin.preprocessing
     pipeline = Pipeline("done", how.crop, "none", how.mean, how.std)

@@ -40,7 +40,7 @@ class Initial:
         others = self.categories is not None and self.categories != tuple(classes)
         if others and found.num_classes == count:  # as many, but not the same ones
             found = dataclasses.replace(found, num_classes=0)
-            values = {path: value for path, value in values.items() if not path.startswith("fc.")}
+            values = params.body(values)
         fitted, notes = params.adapt(values, found, wanted, nnx.Rngs(seed))
         if others and self.config.num_classes == count:
             notes = [
