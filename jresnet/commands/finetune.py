@@ -7,13 +7,12 @@ import dataclasses
 import os
 import shlex
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from jresnet import cache, data
-from jresnet.commands import check_devices, failed
-from jresnet.commands.flags import Parser, add_flags, given_for, naming_flags
+from jresnet.commands import check_devices
+from jresnet.commands.flags import Parser, add_flags, given_for, naming_flags, wandb_mistakes
 from jresnet.commands.flags import folder as a_folder
 from jresnet.data import folder
 from jresnet.data.dataset import Dataset
@@ -24,7 +23,6 @@ from jresnet.training.config import read_config
 from jresnet.training.console import Console
 from jresnet.training.devices import Devices
 from jresnet.training.finetune import FinetuneConfig, Start
-from jresnet.training.guard import NonFiniteLoss
 from jresnet.training.program import Program
 from jresnet.training.stop import Interrupted, StopRequest
 from jresnet.training.trainer import Options, Trainer
@@ -102,11 +100,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "jresnet finetune") -> i
     args = options.parse_args(argv)
     if found := mistakes(args):
         options.error("; ".join(found))
-    try:
-        with naming_flags(options, images="data"):
-            return _finetune(args)
-    except NonFiniteLoss as error:
-        return failed(str(error))
+    with naming_flags(options, images="data"):
+        return _finetune(args)
 
 
 def mistakes(args: argparse.Namespace) -> list[str]:
@@ -127,10 +122,7 @@ def mistakes(args: argparse.Namespace) -> list[str]:
         found.append("--freeze goes with fine-tuning: --linear-probe trains the head alone")
     if args.data_dir and args.data and args.data not in IN_MEMORY and not args.data.startswith("tfds:"):
         found.append("--data-dir says where CIFAR-10 or a TFDS store lies, but --data names a folder or a table")
-    if args.wandb == "":
-        found.append("--wandb needs a project's name, got ''")
-    elif args.wandb is not None and not find_spec("wandb"):  # else this is told when all is compiled
-        found.append("--wandb needs the package wandb: pip install wandb")
+    found += wandb_mistakes(args.wandb)
     if args.workers is not None and not 0 <= args.workers <= 256:
         found.append(f"--workers must be from 0 to 256, got {args.workers}")
     return found

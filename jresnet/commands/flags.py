@@ -10,6 +10,7 @@ import re
 import stat
 import typing
 from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -120,6 +121,13 @@ def naming_flags(parser: argparse.ArgumentParser, **others: str) -> Iterator[Non
     except Exception as error:
         error.args = tuple(re.sub(r"`(\w+)`", flag, part) if isinstance(part, str) else part for part in error.args)
         raise
+
+
+def wandb_mistakes(project: str | None) -> list[str]:
+    """What is wrong with ``--wandb``, which else is told when all is compiled."""
+    if project == "":
+        return ["--wandb needs a project's name, got ''"]
+    return ["--wandb needs the package wandb: pip install wandb"] if project and not find_spec("wandb") else []
 
 
 def given_for(args: argparse.Namespace, record: type) -> dict[str, Any]:

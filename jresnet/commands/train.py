@@ -8,18 +8,16 @@ import os
 import shlex
 import time
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 import jax
 
 from jresnet import cache
 from jresnet.commands import check_devices, failed
-from jresnet.commands.flags import Parser, add_flag, add_flags, folder, given_for, naming_flags
+from jresnet.commands.flags import Parser, add_flag, add_flags, folder, given_for, naming_flags, wandb_mistakes
 from jresnet.training import devices, initial, outputs, program, recipes
 from jresnet.training.config import RunConfig, default_config, read_config, read_runs
 from jresnet.training.console import Console
-from jresnet.training.guard import NonFiniteLoss
 from jresnet.training.seeds import fit_seeds
 from jresnet.training.stop import Interrupted, StopRequest
 from jresnet.training.trainer import Options, Trainer
@@ -106,8 +104,6 @@ def main(argv: Sequence[str] | None = None, prog: str = "jresnet train") -> int:
     try:
         with naming_flags(options):
             return _train(args)
-    except NonFiniteLoss as error:
-        return failed(str(error))
     except RuntimeError as error:
         if jax.process_count() == 1:
             raise
@@ -177,8 +173,4 @@ def mistakes(args: argparse.Namespace) -> list[str]:
         )
     if (args.distributed or args.coordinator is not None) and args.out is None:
         found.append("several processes need --out: each would name a folder of its own")
-    if args.wandb == "":
-        found.append("--wandb needs a project's name, got ''")
-    elif args.wandb is not None and not find_spec("wandb"):  # else this is told when all is compiled
-        found.append("--wandb needs the package wandb: pip install wandb")
-    return found
+    return found + wandb_mistakes(args.wandb)

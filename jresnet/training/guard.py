@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jresnet.errors import JresnetError
 from jresnet.training.feed import Feed
 from jresnet.training.nans import find_non_finite
 from jresnet.training.program import Program
@@ -17,7 +18,7 @@ from jresnet.training.step import Images, TrainState, prepare
 ROLLBACKS = 3  # how often a run goes back to its last checkpoint
 
 
-class NonFiniteLoss(Exception):
+class NonFiniteLoss(JresnetError, ArithmeticError):
     """A loss or a weight is NaN or infinite; the message names the step."""
 
 
