@@ -10,7 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import command, randomise
+from conftest import command, randomise, written_anyway
 from PIL import Image
 
 import jresnet
@@ -187,7 +187,7 @@ def test_published_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 )
 def test_metadata_that_cannot_be(tmp_path: Path, model: jresnet.ResNet, metadata: dict, message: str) -> None:
     path = tmp_path / "odd.safetensors"
-    weights.save(path, model, "resnet20_cifar", **metadata)
+    written_anyway(path, model, **metadata)
     with pytest.raises(WeightsError, match=message):
         evaluate.resolve(str(path))
 
