@@ -260,7 +260,7 @@ def test_a_run_compiles_first_and_then_calls_four_programs_an_epoch(
 
 @pytest.mark.usefixtures("accelerator")
 def test_short_epochs_do_not_wait_for_checkpoints(tmp_path: Path) -> None:
-    """But the best weights and the state are there at the end, and after a signal, from which the run goes on bit for bit."""
+    """But the best weights and the state are there at the end, and after a signal, whence it goes on bit for bit."""
     whole, cut = trainer(tmp_path / "whole"), trainer(tmp_path / "cut")
     summary = whole.fit()
     evaluate = Program.evaluate
