@@ -105,6 +105,7 @@ def test_variants_are_measured_beside_the_usual_way(
     report = json.loads((tmp_path / "variants.json").read_text())
     two = report["rows"]["resnet20_cifar 32 4: BatchNorm in two passes"]
     assert two["seconds"] > 0
+    assert report["rows"]["training waits for a checkpoint"]["seconds"] > 0
     assert two["first loss, relative"] < 1e-2  # bfloat16
     assert "xla_gpu_no_option" in report["rows"]["resnet20_cifar 32 4: a typo"]["error"]
     assert not any("stem" in name for name in report["rows"])  # this network has none

@@ -213,7 +213,7 @@ def saving(small: bool) -> dict[str, Any]:
             checkpoints.wait()
             written.append(time.perf_counter() - began)
             began = time.perf_counter()
-            jresnet.save(train.model_of(nnx.graphdef(model), state), Path(folder) / "best.safetensors")
+            jresnet.save(Path(folder) / "best.safetensors", train.model_of(nnx.graphdef(model), state))
             weights.append(time.perf_counter() - began)
             began = time.perf_counter()
             jax.block_until_ready(snapshot(state))
