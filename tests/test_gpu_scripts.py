@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 from flax import nnx
-from gpu import accuracy, finetune, variants
+from gpu import accuracy, check, finetune, variants
 from PIL import Image
 
 import jresnet
@@ -110,6 +110,22 @@ def test_variants_are_measured_beside_the_usual_way(
     assert "xla_gpu_no_option" in report["rows"]["resnet20_cifar 32 4: a typo"]["error"]
     assert not any("stem" in name for name in report["rows"])  # this network has none
     assert "not reached: none" in capsys.readouterr().out
+
+
+def test_references_are_those_of_the_same_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(zoo.ZOO, "resnet20_cifar", dataclasses.replace(zoo.ZOO["resnet20_cifar"], config=TINY))
+    monkeypatch.setattr(check, "outcome", lambda values, *_: {"logits": check.flat(values), "gradient": np.arange(3.0)})
+    path = tmp_path / "references.npz"
+    assert check.main(["--write-references", str(path), "--small"]) == 0
+    case = check.Case("resnet20_cifar", small=True)
+    found = check.read_references(path, case)
+    assert found
+    assert found.keys() == {"float64", "float32"}
+    assert found["float64"].keys() == {"logits", "gradient"}
+    np.testing.assert_array_equal(found["float64"]["logits"], check.flat(case.values))
+    case.values["fc.bias"] = case.values["fc.bias"] + 1
+    assert check.read_references(path, case) is None
+    assert check.read_references(None, case) is None
 
 
 def test_photos_of_a_folder(tmp_path: Path) -> None:

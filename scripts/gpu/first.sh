@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Seven minutes on a GPU: is it right there, and how fast beside PyTorch. Run in the repository's root, which need not be
-# installed: bash scripts/gpu/first.sh OUT [MINUTES [WHEELS]]. Results are in OUT as soon as they are known.
+# installed: bash scripts/gpu/first.sh OUT [MINUTES [WHEELS [REFERENCES]]], the last made before, where minutes are free and the
+# versions are the same, by: python scripts/gpu_check.py --write-references REFERENCES. Results are in OUT as soon as known.
 set -uo pipefail
-out=$1 minutes=${2:-6.5} wheels=${3:-}
+out=$1 minutes=${2:-6.5} wheels=${3:-} references=${4:-}
 . scripts/gpu/setup.sh
-python scripts/gpu_check.py --out "$out" --minutes "$(left 3)" $small
+python scripts/gpu_check.py --out "$out" --minutes "$(left 3)" $small ${references:+--references "$references"}
 networks=("resnet18 32 512" "resnet50 224 64")
 [ -z "$small" ] || networks=("resnet20_cifar 32 4")
 for network in "${networks[@]}"; do
