@@ -6,10 +6,16 @@ is installed -> .pth or .safetensors, written atomically -> read back and conver
 
 from __future__ import annotations
 
+import sys
+
+from jresnet.commands import greet
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    greet("export-torch", sys.argv[1:])
+
 import argparse
 import json
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -43,6 +43,12 @@ def test_create(arch: str, options: dict, shape: tuple[int, ...], logits: tuple[
     assert jresnet.create(arch, **options)(jnp.ones(shape)).shape == logits
 
 
+def test_numbers_of_numpys_are_pythons(tmp_path: Path) -> None:
+    model = jresnet.create("resnet20_cifar", num_classes=np.array([3, 6]).max() + 1, seed=np.int64(1))
+    jresnet.save(tmp_path / "x.safetensors", model)
+    assert jresnet.load(tmp_path / "x.safetensors").config.num_classes == 7
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -12,6 +12,8 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from jresnet.errors import InputError
 from jresnet.models.config import Block, ResNetConfig
 
@@ -131,5 +133,7 @@ def configure(arch: str, **chosen: Any) -> ResNetConfig:
 
 
 def replaced(config: ResNetConfig, **chosen: Any) -> ResNetConfig:
-    """``config`` with those values that are not None in place of its own."""
-    return dataclasses.replace(config, **{name: value for name, value in chosen.items() if value is not None})
+    """``config`` with those values that are not None in place of its own; numpy's whole numbers are taken as Python's."""
+    # labels.max() + 1 is a likely number of classes, and a configuration is written as JSON
+    plain = {name: int(value) if isinstance(value, np.integer) else value for name, value in chosen.items()}
+    return dataclasses.replace(config, **{name: value for name, value in plain.items() if value is not None})
