@@ -135,5 +135,7 @@ def configure(arch: str, **chosen: Any) -> ResNetConfig:
 def replaced(config: ResNetConfig, **chosen: Any) -> ResNetConfig:
     """``config`` with those values that are not None in place of its own; numpy's whole numbers are taken as Python's."""
     # labels.max() + 1 is a likely number of classes, and a configuration is written as JSON
-    plain = {name: int(value) if isinstance(value, np.integer) else value for name, value in chosen.items()}
+    plain: dict[str, Any] = {
+        name: int(value) if isinstance(value, np.integer) else value for name, value in chosen.items()
+    }
     return dataclasses.replace(config, **{name: value for name, value in plain.items() if value is not None})
