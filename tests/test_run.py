@@ -159,7 +159,7 @@ def test_a_run_is_a_function_of_its_seed(finished: Path, tmp_path: Path) -> None
     assert not np.array_equal(other["fc.kernel"], expected["fc.kernel"])
 
 
-@pytest.mark.parametrize("stop_after", [2, 4, 7])
+@pytest.mark.parametrize("stop_after", [pytest.param(2, marks=pytest.mark.long), 4, 7])
 def test_a_resumed_run_ends_where_an_undisturbed_one_does(finished: Path, tmp_path: Path, stop_after: int) -> None:
     """Bit for bit, also from the middle of an epoch."""
     out, stop = tmp_path / "out", StopRequest()
@@ -200,7 +200,10 @@ def test_resuming_a_finished_run_changes_nothing(finished: Path) -> None:
 
 @pytest.mark.parametrize(
     ("number", "code", "more", "folder"),
-    [(signal.SIGTERM, 143, ["--deterministic"], "out"), (signal.SIGINT, 130, ["--runs", "2"], "out/seed-0")],
+    [
+        (signal.SIGTERM, 143, ["--deterministic"], "out"),
+        pytest.param(signal.SIGINT, 130, ["--runs", "2"], "out/seed-0", marks=pytest.mark.long),
+    ],
 )
 def test_signals_save_and_exit(tmp_path: Path, number: int, code: int, more: list[str], folder: str) -> None:
     whole, out = tmp_path / "out", tmp_path / folder
@@ -638,7 +641,7 @@ def test_a_schedule_that_depends_on_the_length_does_not_go_on(tmp_path: Path) ->
         trainer(tmp_path, schedule="cosine", epochs=2, limit_train=16).fit(resume=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_architecture_trains_on_cifar10s_shape(tmp_path: Path) -> None:
     """Rows with one input channel or the ImageNet stem by default, and the blog's recipe at a small size.
 
