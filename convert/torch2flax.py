@@ -6,11 +6,17 @@ error that lists all that is wrong -> logits against PyTorch, where it is instal
 
 from __future__ import annotations
 
+import sys
+
+from jresnet.commands import greet
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    greet("convert", sys.argv[1:])
+
 import argparse
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any

@@ -35,6 +35,7 @@ OWN = {  # modules of this package
 PLACES = {"push": ("share", "push"), "pull": ("share", "pull")}  # where it is not the main of a module of the name
 COMPUTING = ("train", "evaluate", "finetune", "predict")  # those that gain from large pages
 SLOW = (*COMPUTING, "convert", "export-torch")  # those that import JAX and then work for a while
+PRINTING = ("report", "info", "evaluate", "predict")  # those whose result is what they print
 OTHERS = {  # of the package convert, which comes with jresnet
     "convert": "turn PyTorch's weights into a file of jresnet's",
     "export-torch": "turn a file of jresnet's into PyTorch's weights",
@@ -111,6 +112,10 @@ def run(name: str, arguments: Sequence[str] | None, prog: str) -> int:
 def guarded(command: Callable[[], int], name: str) -> int:
     """What ``command`` returns, or the exit code for what it raises, which is told in one line; ``name`` is what it is."""
     if sys.stdout is None:  # closed before the start
+        if name in PRINTING:
+            return failed(
+                f"the standard output, where {name} prints its result, is closed: give it a file, or /dev/null"
+            )
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             return guarded(command, name)
     if hasattr(sys.stdout, "reconfigure"):

@@ -12,6 +12,8 @@ import difflib
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from jresnet.errors import InputError
 from jresnet.models.config import Block, ResNetConfig
 
@@ -62,6 +64,7 @@ _ROWS = (
     ),
     _imagenet("wide_resnet50_2", "bottleneck", (3, 4, 6, 3), 68_883_240, 11.40, WIDE, width_per_group=128),
     _imagenet("wide_resnet101_2", "bottleneck", (3, 4, 23, 3), 126_886_696, 22.75, WIDE, width_per_group=128),
+    _cifar(8, 75_290, 0.0122),  # the family's least, n = 1: for tests, tutorials and distillation
     _cifar(20, 269_722, 0.0406),
     _cifar(32, 464_154, 0.0689),
     _cifar(44, 658_586, 0.0972),
@@ -131,5 +134,9 @@ def configure(arch: str, **chosen: Any) -> ResNetConfig:
 
 
 def replaced(config: ResNetConfig, **chosen: Any) -> ResNetConfig:
-    """``config`` with those values that are not None in place of its own."""
-    return dataclasses.replace(config, **{name: value for name, value in chosen.items() if value is not None})
+    """``config`` with those values that are not None in place of its own; numpy's whole numbers are taken as Python's."""
+    # labels.max() + 1 is a likely number of classes, and a configuration is written as JSON
+    plain: dict[str, Any] = {
+        name: int(value) if isinstance(value, np.integer) else value for name, value in chosen.items()
+    }
+    return dataclasses.replace(config, **{name: value for name, value in plain.items() if value is not None})

@@ -111,7 +111,10 @@ class RunConfig(Hyperparameters):
             found.append(f"`milestones` belong to `schedule` step, not {self.schedule}")
         found += [f"milestone {m:g} lies in the warm-up" for m in self.milestones if m < self.warmup_epochs]
         if self.warmup_epochs > self.epochs:
-            found.append(f"`warmup_epochs` {self.warmup_epochs:g} are more than the run's {self.epochs}")
+            found.append(
+                f"a warm-up of {self.warmup_epochs:g} epochs is longer than the run's {self.epochs}: fewer "
+                "`warmup_epochs`, or more `epochs`"
+            )
         if self.crop == "pad" and self.image_size != IMAGE:
             found.append(
                 f"`image_size` must be {IMAGE} with `crop` pad, which does not scale images, got {self.image_size}"

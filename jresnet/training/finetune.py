@@ -112,7 +112,10 @@ class FinetuneConfig(RunConfig):
     def _contradictions(self) -> list[str]:
         found = ["`nesterov` needs a `momentum` above 0"] if self.nesterov and self.momentum == 0 else []
         if self.warmup_epochs > self.epochs:
-            found.append(f"`warmup_epochs` {self.warmup_epochs:g} are more than the run's {self.epochs}")
+            found.append(
+                f"a warm-up of {self.warmup_epochs:g} epochs is longer than the run's {self.epochs}: fewer "
+                "`warmup_epochs`, or more `epochs`"
+            )
         if self.flip == "alternate" and self.crop == "resized":
             found.append("`flip` alternate is for images in memory; photos on disk take random")
         if self.schedule == "step" and not self.milestones:
