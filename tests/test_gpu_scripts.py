@@ -81,7 +81,7 @@ def test_the_runs_are_commands(tmp_path: Path) -> None:
             line = accuracy.command(run, args, tmp_path / "out")
             assert Path(line[2]).exists()
             if run.script == accuracy.JRESNET:
-                assert parser.parse_args(line[3:]).depth == (20 if small else int(run.options[1]))
+                assert parser.parse_args(line[3:]).depth == (8 if small else int(run.options[1]))
     names = re.findall(r"resnet\d+-[\w-]+", (REPOSITORY / "scripts" / "gpu" / "third.sh").read_text())
     assert sorted(names) == sorted(run.name for run in accuracy.RUNS if not run.usual)
 
@@ -97,27 +97,27 @@ def test_a_stem_by_depth_is_the_stem() -> None:
 def test_variants_are_measured_beside_the_usual_way(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(zoo.ZOO, "resnet20_cifar", dataclasses.replace(zoo.ZOO["resnet20_cifar"], config=TINY))
+    monkeypatch.setitem(zoo.ZOO, "resnet8_cifar", dataclasses.replace(zoo.ZOO["resnet8_cifar"], config=TINY))
     monkeypatch.setattr(
         variants, "VARIANTS", (*variants.VARIANTS, variants.Variant("a typo", {"xla_gpu_no_option": 1}))
     )
     assert variants.main(["--out", str(tmp_path), "--small", "--only", "saving", "stem", "passes", "typo"]) == 1
     report = json.loads((tmp_path / "variants.json").read_text())
-    two = report["rows"]["resnet20_cifar 32 4: BatchNorm in two passes"]
+    two = report["rows"]["resnet8_cifar 32 4: BatchNorm in two passes"]
     assert two["seconds"] > 0
     assert report["rows"]["training waits for a checkpoint"]["seconds"] > 0
     assert two["first loss, relative"] < 1e-2  # bfloat16
-    assert "xla_gpu_no_option" in report["rows"]["resnet20_cifar 32 4: a typo"]["error"]
+    assert "xla_gpu_no_option" in report["rows"]["resnet8_cifar 32 4: a typo"]["error"]
     assert not any("stem" in name for name in report["rows"])  # this network has none
     assert "not reached: none" in capsys.readouterr().out
 
 
 def test_references_are_those_of_the_same_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(zoo.ZOO, "resnet20_cifar", dataclasses.replace(zoo.ZOO["resnet20_cifar"], config=TINY))
+    monkeypatch.setitem(zoo.ZOO, "resnet8_cifar", dataclasses.replace(zoo.ZOO["resnet8_cifar"], config=TINY))
     monkeypatch.setattr(check, "outcome", lambda values, *_: {"logits": check.flat(values), "gradient": np.arange(3.0)})
     path = tmp_path / "references.npz"
     assert check.main(["--write-references", str(path), "--small"]) == 0
-    case = check.Case("resnet20_cifar", small=True)
+    case = check.Case("resnet8_cifar", small=True)
     found = check.read_references(path, case)
     assert found
     assert found.keys() == {"float64", "float32"}

@@ -62,7 +62,7 @@ def command(run: Run, args: argparse.Namespace, out: Path) -> list[str]:
     found += ["--data-dir", str(args.data_dir)] if args.data_dir else ["--dataset", "digits"]
     if args.small:
         found += ["--epochs", "1", "--limit-train", "32", "--limit-test", "40", "--batch-size", "16", "--runs", "1"]
-        found += ["--depth", "20", *(["--val-split", "16"] if "--val-split" in run.options else [])]
+        found += ["--depth", "8", *(["--val-split", "16"] if "--val-split" in run.options else [])]
         found += ["--milestones"] if "step" in run.options else []
     return [*found, "--precision", args.precision]
 
@@ -126,7 +126,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add("--minutes", type=float, default=5.0, metavar="M", help="a run begins while these last (default: %(default)s)")
     add("--precision", choices=("float32", "bfloat16"), default="bfloat16", help="(default: %(default)s)")
-    add("--small", action="store_true", help="ResNet-20 and an epoch of 32 images each, to rehearse on a CPU")
+    add("--small", action="store_true", help="ResNet-8 and an epoch of 32 images each, to rehearse on a CPU")
     return parser
 
 

@@ -24,6 +24,7 @@ from flax import nnx
 from PIL import Image
 
 import jresnet
+from gpu.bars import bars
 from gpu.variants import Training
 from jresnet.data import folder
 from jresnet.models import zoo
@@ -182,6 +183,12 @@ def main(argv: list[str] | None = None) -> int:
             waits = report[f"the device waits, {number} workers"] = max(0.0, 1 - found["images a second"] / alone)
             print(f"with {number} workers the device waits {waits:.0%} of the time")
     (args.out / "finetune.json").write_text(json.dumps(report, indent=1) + "\n")
+    rates = {
+        name: report[name] if isinstance(report[name], float) else report[name]["images a second"]
+        for name in parts
+        if isinstance(report[name], float) or "images a second" in report[name]
+    }
+    bars(rates, args.out / "finetune.png", "images a second", f"{arch} at {size}, batch {batch}, {report['device']}")
     return 0 if right else 1
 
 

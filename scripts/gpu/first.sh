@@ -7,16 +7,16 @@ out=$1 minutes=${2:-6.5} wheels=${3:-} references=${4:-}
 . scripts/gpu/setup.sh
 python scripts/gpu_check.py --out "$out" --minutes "$(left 3)" $small ${references:+--references "$references"}
 networks=("resnet18 32 512" "resnet50 224 64")
-[ -z "$small" ] || networks=("resnet20_cifar 32 4")
+[ -z "$small" ] || networks=("resnet8_cifar 32 4")
 for network in "${networks[@]}"; do
   read -r arch size batch <<<"$network"
-  timeout 100 python scripts/gpu_trace.py --arch "$arch" --size "$size" --batch "$batch" --out "$out/$arch"
+  timeout "$(left 1.7)m" python scripts/gpu_trace.py --arch "$arch" --size "$size" --batch "$batch" --out "$out/$arch"
   rm -rf "$out/$arch/trace"
 done
 if [ -z "$small" ]; then
   python scripts/benchmark.py --device gpu --peer torch,torch-compile --minutes "$(left)" --force --json "$out/speed.json"
 else
-  python scripts/benchmark.py --suite infer --arch resnet20_cifar --batch 2 --rounds 1 --peer torch --minutes "$(left)" \
+  python scripts/benchmark.py --suite infer --arch resnet8_cifar --batch 2 --rounds 1 --peer torch --minutes "$(left)" \
     --force --json "$out/speed.json"
 fi
 ended

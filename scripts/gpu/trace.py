@@ -21,6 +21,7 @@ import optax
 from flax import nnx
 
 import jresnet
+from gpu.bars import bars
 from jresnet.errors import JresnetError
 from jresnet.models import zoo
 from jresnet.training import optim
@@ -128,6 +129,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     (args.out / f"trace-{args.arch}.json").write_text(json.dumps(found, indent=1) + "\n")
+    kinds = {name: seconds * 1e3 for name, seconds in found.get("seconds a step by kind", {}).items()}
+    title = f"{args.arch} at {args.size}, batch {args.batch}, {found['device']}"
+    bars(kinds, args.out / f"trace-{args.arch}.png", "milliseconds a step", title)
     for name, seconds in found.get("seconds a step by kind", {}).items():
         print(f"{seconds * 1e3:9.3f} ms a step  {name}")
     return 0
