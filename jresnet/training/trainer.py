@@ -194,7 +194,8 @@ class Trainer:
         due = done.epochs == self.config.epochs or time.monotonic() - self.saved_at >= self.pause
         if score is not None and score > done.best_accuracy:
             done.best_accuracy, done.best_epoch = score, done.epochs
-            self.best = self.state if due else program.snapshot(self.state), row
+            # All processes call the same programs, whoever's clock says that a checkpoint is due.
+            self.best = program.snapshot(self.state) if self.pause else self.state, row
         if due:
             self._save(score)
 
