@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gzip
 import json
 import re
 import subprocess
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import REPOSITORY
 from flax import nnx
-from gpu import accuracy, check, finetune, variants
+from gpu import accuracy, check, finetune, trace, variants
 from PIL import Image
 
 import jresnet
@@ -126,6 +127,20 @@ def test_references_are_those_of_the_same_parameters(tmp_path: Path, monkeypatch
     case.values["fc.bias"] = case.values["fc.bias"] + 1
     assert check.read_references(path, case) is None
     assert check.read_references(None, case) is None
+
+
+def test_a_trace_counts_each_kernel_once(tmp_path: Path) -> None:
+    """The lines of modules and operations sum up what the streams' have; the host's are not of the device."""
+    names = {1: "/device:GPU:0", 2: "/host:CPU"}
+    lines = {(1, 1): "Stream #1(Compute)", (1, 2): "XLA Modules", (1, 3): "XLA Ops", (2, 1): "python"}
+    events = [{"name": "process_name", "pid": pid, "args": {"name": name}} for pid, name in names.items()]
+    events += [{"name": "thread_name", "pid": p, "tid": t, "args": {"name": name}} for (p, t), name in lines.items()]
+    for pid, tid in lines:
+        for name, microseconds in (("sm90_xmma_fprop", 3e6), ("loop_add_fusion", 2e6)):
+            events.append({"ph": "X", "pid": pid, "tid": tid, "name": name, "dur": microseconds})
+    (tmp_path / "a.trace.json.gz").write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
+    found = trace.summed(tmp_path)["seconds a step by kind"]
+    assert {kind: seconds * trace.STEPS for kind, seconds in found.items()} == {"convolution": 3.0, "fusion": 2.0}
 
 
 def test_photos_of_a_folder(tmp_path: Path) -> None:
