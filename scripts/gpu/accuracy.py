@@ -7,6 +7,7 @@ the rows of metrics, the curves, and ResNet-20's weights. PyTorch's row is that 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -139,6 +140,9 @@ def main(argv: list[str] | None = None) -> int:
     right = True
     for run in RUNS:
         if run.name not in args.runs if args.runs else not run.usual:
+            continue
+        if run.script == TORCH and importlib.util.find_spec("torch") is None:
+            print(f"left out {run.name}: torch is not installed")
             continue
         if time.monotonic() > until:
             report["not reached"].append(run.name)
