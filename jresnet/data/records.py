@@ -104,7 +104,7 @@ def _read(store: Path, name: str) -> Store:
             lambda files=files, lengths=lengths: _listed(files, lengths, kind),  # type: ignore[misc]
         )
         arrays = found.arrays
-        parts[split["name"]] = (Sources("", arrays["text"], arrays["ends"], arrays["parts"]), arrays["labels"])
+        parts[split["name"]] = (Sources(str(store), arrays["text"], arrays["ends"], arrays["parts"]), arrays["labels"])
     if "train" not in parts:
         raise DataError(f"it has no split train, but {few(str(split['name']) for split in described['splits'])}")
     most = max(labels.max() for _, labels in parts.values())
@@ -126,7 +126,7 @@ def _listed(files: list[Path], lengths: list[int], kind: str) -> Found:
             raise DataError(f"{path.name} has {len(own):,} of {length:,} records")
         records += own
     labels = np.array([_label(record) for record in records], np.int64)
-    sources = Sources.of(records)
+    sources = Sources.of(record._replace(path=os.path.basename(record.path)) for record in records)
     assert sources.parts is not None
     arrays = {"text": sources.text, "ends": sources.ends, "parts": sources.parts, "labels": labels}
     return Found(arrays, {}, [str(path) for path in files])

@@ -53,9 +53,9 @@ def find(root: Path) -> tuple[tuple[str, ...], dict[str, tuple[Sources, np.ndarr
         raise DataError(f"{root} has tar files, but none with train in its name or its folder's")
     parts = {}
     for part, paths in shards.items():
-        found = kept(f"tar {os.path.abspath(root)} {part}", lambda paths=paths: _listed(paths))  # type: ignore[misc]
+        found = kept(f"tar {os.path.abspath(root)} {part}", lambda paths=paths: _listed(root, paths))  # type: ignore[misc]
         arrays = found.arrays
-        parts[part] = (Sources("", arrays["text"], arrays["ends"], arrays["parts"]), arrays["labels"])
+        parts[part] = (Sources(str(root), arrays["text"], arrays["ends"], arrays["parts"]), arrays["labels"])
     most = int(max(labels.max() for _, labels in parts.values()))
     return _classes(root, most), parts
 
@@ -70,7 +70,7 @@ def _classes(root: Path, most: int) -> tuple[str, ...]:
     return names
 
 
-def _listed(paths: list[Path]) -> Found:
+def _listed(root: Path, paths: list[Path]) -> Found:
     records: list[Record] = []
     labels: list[int] = []
     for path in paths:
@@ -78,7 +78,8 @@ def _listed(paths: list[Path]) -> Found:
             own = _members(path)
         except (tarfile.TarError, OSError, ValueError, EOFError) as error:
             raise DataError(f"the shard {path} cannot be used: {error}") from error
-        records += [record for record, _ in own]
+        name = path.relative_to(root).as_posix()
+        records += [record._replace(path=name) for record, _ in own]
         labels += [label for _, label in own]
     sources = Sources.of(records)
     assert sources.parts is not None

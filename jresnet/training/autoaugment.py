@@ -2,7 +2,8 @@
 
 The operations are torchvision's of the same names on floating-point tensors (``torchvision.transforms.functional``), on
 pixels from 0 to 255 that are not rounded in between. Those that shift pixels are one bilinear sampling, those that fade
-towards another image one blend: a batch in which every image has an operation of its own costs four passes, whatever was drawn.
+towards another image one blend: a batch in which every image has an operation of its own costs a few passes, whatever was
+drawn.
 """
 
 from __future__ import annotations
