@@ -143,6 +143,11 @@ class RunConfig(Hyperparameters):
                 f"a warm-up of {self.warmup_epochs:g} epochs is longer than the run's {self.epochs}: fewer "
                 "`warmup_epochs`, or more `epochs`"
             )
+        return found + self._wrong_sizes()
+
+    def _wrong_sizes(self) -> list[str]:
+        """What cannot be cut out of a data set's images, which are in memory and of one size."""
+        found = []
         if self.crop == "pad" and self.image_size != IMAGE:
             found.append(
                 f"`image_size` must be {IMAGE} with `crop` pad, which does not scale images, got {self.image_size}"
