@@ -6,29 +6,28 @@ import dataclasses
 import json
 import multiprocessing
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 from conftest import command
-from flax import nnx
 from PIL import Image
 from test_devices import environment, processes
-from test_finetune import After
 from test_index import tar
 
 from jresnet import commands
-from jresnet.commands import train_imagenet
 from jresnet.data import folder
 from jresnet.errors import DataError, InputError
-from jresnet.models.resnet import ResNet, ResNetConfig
+from jresnet.models import zoo
+from jresnet.models.config import ResNetConfig
 from jresnet.training import devices, imagenet, optim
 from jresnet.training.imagenet import RECIPES
 from jresnet.training.program import Program
-from jresnet.training.stop import Interrupted, StopRequest
+from jresnet.training.stop import Interrupted
 from jresnet.training.trainer import Trainer
-from jresnet.weights import native
 
 CLASSES = tuple(f"n{i}" for i in range(10))
 # As any network that is trained at one size and judged at another.
@@ -51,30 +50,32 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-class Tiny(Program):
-    """Of a network that compiles in a second."""
-
-    def model(self, seed: int | None) -> ResNet:
-        config = ResNetConfig("basic", (1, 1), (8, 16), num_classes=len(self.data.classes), stem="cifar")
-        return ResNet(config, rngs=None if seed is None else nnx.Rngs(seed))
+@pytest.fixture(scope="module", autouse=True)
+def tiny() -> Iterator[None]:
+    """Puts a network that compiles in seconds in the place of a small one."""
+    row = zoo.ZOO["resnet20_cifar"]
+    with pytest.MonkeyPatch.context() as patch:
+        config = ResNetConfig("basic", (1, 1), (8, 16), num_classes=row.config.num_classes, stem="cifar")
+        patch.setitem(zoo.ZOO, "resnet20_cifar", dataclasses.replace(row, config=config))
+        yield
 
 
 PROGRAMS: dict[str, Program] = {}  # compiled once
 
 
-def trainer(data: Path, out: Path, stop: StopRequest | None = None, workers: int = 0, **given: Any) -> Trainer:
+def trainer(data: Path, out: Path, workers: int = 0, **given: Any) -> Trainer:
     """Of two epochs of five steps, with all that tv2 has."""
     config, _ = imagenet.choose(**{"recipe": "tv2", "epochs": 2, "lr": 0.1} | SMALL | given)
     found = imagenet.dataset(folder.find(data), config)
     config = dataclasses.replace(config, data_digest=found.digest)
     key = f"{config} {found.source} {workers}"
     if key not in PROGRAMS:
-        PROGRAMS[key] = Tiny(config, found, devices.find(1), workers=workers)
-    return Trainer(config, found, out, stop, PROGRAMS[key])
+        PROGRAMS[key] = Program(config, found, devices.find(1), workers=workers)
+    return Trainer(config, found, out, None, PROGRAMS[key])
 
 
 def arrays(path: Path) -> dict[str, np.ndarray]:
-    return native.read(path)[2]
+    return safetensors.numpy.load_file(path)
 
 
 def same(one: Path, other: Path) -> bool:
@@ -139,11 +140,20 @@ def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_run_stopped_in_an_epoch_goes_on_bit_for_bit(photos: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_run_stopped_in_an_epoch_goes_on_bit_for_bit(
+    photos: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = trainer(photos, tmp_path / "run")
+    stream: Any = one.source.stream  # type: ignore[union-attr]
+
+    def batch(number: int, batch: Any = stream.batch) -> Any:
+        one.stop.signal = 15 if number == 6 else None
+        return batch(number)
+
+    monkeypatch.setattr(stream, "batch", batch)
     with pytest.raises(Interrupted):
-        trainer(photos, tmp_path / "run", After(10)).fit()
-    steps = [int(path.stem) for path in (tmp_path / "run/checkpoints").glob("*.safetensors")]
-    assert max(steps) % 5
+        one.fit()
+    assert {path.stem for path in (tmp_path / "run/checkpoints").glob("*.safetensors")} == {"5", "7"}
     trainer(photos, tmp_path / "run").fit(resume=True)
     assert same(whole, tmp_path / "run")
 
@@ -199,10 +209,7 @@ def test_imagenets_folders_get_english_names(photos: Path) -> None:
     assert imagenet.dataset(listing, imagenet.choose()[0]).classes == published.categories()
 
 
-def test_the_command_runs_and_resumes(
-    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(train_imagenet, "Program", Tiny)
+def test_the_command_runs_and_resumes(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = ["--data", str(photos), "--out", str(tmp_path / "run"), "--devices", "1"]
     assert commands.run("train-imagenet", [*base, *FLAGS, "--recipe", "a3", "--epochs", "3"], "x") == 0
     said = capsys.readouterr().out
@@ -221,9 +228,10 @@ def test_the_command_runs_and_resumes(
 def test_two_processes_train_as_one_and_one_goes_on(photos: Path, tmp_path: Path) -> None:
     """The script itself: an epoch in two processes, each with its rows of every batch, the next one in one process.
 
-    Beside the same two epochs in one process: the same images in the same order; another order of sums alone.
+    Beside the same two epochs in one process: the same images in the same order; another order of sums alone, which a
+    small learning rate keeps small.
     """
-    script = ("scripts/train_imagenet.py", "--data", photos, *FLAGS, "--recipe", "classic", "--lr", 0.02)
+    script = ("scripts/train_imagenet.py", "--data", photos, *FLAGS, "--recipe", "classic", "--lr", 1e-4)
     ends = ("--epochs", 2, "--milestones", 1)
     one, two = tmp_path / "one", tmp_path / "two"
     many = ("--coordinator", "127.0.0.1:{port}", "--num-processes", 2, "--process-id", "{id}")
@@ -237,9 +245,8 @@ def test_two_processes_train_as_one_and_one_goes_on(photos: Path, tmp_path: Path
     assert "resumed  at step 5 of 10" in done.stdout
     rows = [[json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()] for out in (one, two)]
     for a, b in zip(*rows, strict=True):
-        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
         assert a["train_accuracy"] == b["train_accuracy"]
     ours, theirs = arrays(one / "last.safetensors"), arrays(two / "last.safetensors")
     distance = max(float(np.abs(ours[name] - theirs[name]).max()) for name in ours)
-    print(distance)
-    assert distance < 1e-3
+    assert distance < 1e-3, distance

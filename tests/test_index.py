@@ -189,10 +189,10 @@ def test_shards_of_another_form_are_told(members: list[tuple[str, bytes]], messa
 def test_a_shard_that_is_cut_short_or_no_shard_is_told(tmp_path: Path) -> None:
     path = tar(tmp_path / "train-0.tar", [("1.cls", b"0"), ("1.jpg", encoded(0) * 20)])
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(DataError, match="cannot be used: (it is cut short|unexpected end of data)"):
+    with pytest.raises(DataError, match=r"cannot be used: (it is cut short|unexpected end of data)"):
         folder.find(tmp_path)
     path.write_bytes(b"no tar" * 1000)
-    with pytest.raises(DataError, match="train-0.tar cannot be used"):
+    with pytest.raises(DataError, match=r"train-0\.tar cannot be used"):
         folder.find(tmp_path)
     path.rename(tmp_path / "val-0.tar")
     with pytest.raises(DataError, match="none with train in its name"):

@@ -67,7 +67,9 @@ def jpeg(size: tuple[int, int] = (500, 375), mode: str = "RGB", **options: Any) 
     draws, content = np.random.default_rng(1), io.BytesIO()
     small = Image.fromarray(draws.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
     noisy = np.asarray(small, int) + draws.integers(-8, 9, (size[1], size[0], 3))
-    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).convert(mode).save(content, "JPEG", **{"quality": 90} | options)
+    Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).convert(mode).save(
+        content, "JPEG", **{"quality": 90} | options
+    )
     return content.getvalue()
 
 

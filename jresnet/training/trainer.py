@@ -300,7 +300,11 @@ class Trainer:
         self.guard.check_weights(self.state)
         self._save()
         self.outputs.wait()
-        saved = f"the state at step {int(self.state.step):,} is saved" if devices.is_first() else "the last checkpoint stays"
+        saved = (
+            f"the state at step {int(self.state.step):,} is saved"
+            if devices.is_first()
+            else "the last checkpoint stays"
+        )
         raise DataError(f"{error}\n{saved}: mend the data, and resume") from error
 
     def _roll_back(self, error: NonFiniteLoss) -> None:
