@@ -1,4 +1,4 @@
-"""torchvision's way from image files to batches, for the loader's benchmark: ``ImageFolder``, v2 transforms, ``DataLoader``."""
+"""torchvision's way from image files to batches, for the loader's benchmark: ``ImageFolder``, v2, ``DataLoader``."""
 
 from __future__ import annotations
 
