@@ -12,13 +12,13 @@ asked for: a run that is resumed in the middle of an epoch, on one host or on ma
 from __future__ import annotations
 
 import contextlib
+import functools
 import multiprocessing
 import os
 import signal
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from random import Random
 from typing import Any
 
@@ -95,7 +95,7 @@ class Files:
         positions = np.minimum(np.arange(-(-n // batch_size) * batch_size), n - 1)
         own = positions.reshape(-1, batch_size)[:, rows or slice(None)]
         grain = _grain()
-        pipeline = grain.MapDataset.source(own.reshape(-1)).map(partial(_evaluated, self)).batch(own.shape[1])
+        pipeline = grain.MapDataset.source(own.reshape(-1)).map(functools.partial(_evaluated, self)).batch(own.shape[1])
         iterator = iter(pipeline.to_iter_dataset(_threads(grain)))
         try:
             while True:
@@ -162,16 +162,12 @@ class Stream:
         grain = _grain()
         own = range(batch_size)[rows or slice(None)]
         self.files, self.batch_size, self.workers, self.size = files, len(own), workers, size
-        # Neighbouring seeds would share orders: grain adds the epoch to the seed.
-        mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-        steps = len(files) // batch_size
-        # Shuffled by arithmetic, not by a list: the memory for it is the same whatever the number of images and epochs.
-        positions = grain.MapDataset.source(range(len(files))).seed(mixed).shuffle()
-        order = _Order(positions, len(files), steps, epochs, batch_size, own.start, len(own), repeats)
-        crop = _Crop(
-            files.sources, size, len(files.preprocessing.mean), min_area, files.preprocessing.interpolation, seed
-        )
-        self._batches = grain.MapDataset.source(order).map(crop).batch(len(own))
+        views = _Views(
+            files.sources, size, len(files.preprocessing.mean), min_area, files.preprocessing.interpolation, seed,
+            len(files) // batch_size, batch_size, own, repeats,
+        )  # fmt: skip
+        # One element of grain's is a batch: what it does for each costs a fifth of a millisecond.
+        self._batches = grain.MapDataset.source(range(views.steps * epochs)).map(views)
         self._iterator: Any = None
         self._others: list[Any] = []  # child processes that are no workers of this stream
         self._processes: list[Any] = []
@@ -227,32 +223,50 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class _Order:
-    """The views of a run in their order, those rows of each batch that this process has: (position of the image, number).
+class _Views:
+    """A batch's number -> this process's rows of it; a value, so that it can go to other processes."""
 
-    A view's number counts all views of the run, whoever decodes them.
-    """
-
-    positions: Any  # grain's: position of the image by its place in the endless order
-    images: int
+    sources: Sources
+    size: int
+    channels: int
+    min_area: float
+    interpolation: str
+    seed: int
     steps: int  # batches an epoch
-    epochs: int
     batch_size: int
-    first: int  # row of a batch
-    rows: int
+    rows: range
     repeats: int
 
-    def __len__(self) -> int:
-        return self.epochs * self.steps * self.rows
-
-    def __getitem__(self, place: int) -> tuple[int, int]:
-        batch, row = divmod(int(place), self.rows)
-        epoch, step = divmod(batch, self.steps)
-        row += self.first
+    def __call__(self, number: int) -> dict[str, np.ndarray]:
+        epoch, step = divmod(int(number), self.steps)
         distinct = self.batch_size // self.repeats
         # The views of an image stand far apart: mixup and cutmix take partners from the other end of the batch.
-        position = self.positions[epoch * self.images + step * distinct + row % distinct]
-        return int(position), batch * self.batch_size + row
+        places = step * distinct + np.array(self.rows) % distinct
+        positions = _shuffled(self.seed, epoch, len(self.sources))[places]
+        views = np.empty((len(positions), self.size, self.size, self.channels), np.uint8)
+        for view, position, row in zip(views, positions.tolist(), self.rows, strict=True):
+            # Drawn from the view's number among all of the run. Python's generator: numpy's take thrice as long to begin.
+            self._crop(view, position, Random(self.seed << 64 | int(number) * self.batch_size + row))
+        return {"image": views, "index": positions}
+
+    def _crop(self, view: np.ndarray, position: int, draws: Random) -> None:
+        source = self.sources[position]
+        try:
+            pixels = crops.random_resized_crop(read(source), self.size, draws, self.min_area, self.interpolation)
+        except BadImage as error:
+            raise DataError(f"{printable(said(source))} can no longer be decoded: {error}") from error
+        view[...] = pixels if self.channels == 3 else np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
+
+
+@functools.lru_cache(2)  # a worker may be at the end of an epoch when another one begins the next
+def _shuffled(seed: int, epoch: int, images: int) -> Int[np.ndarray, " n"]:
+    """The positions of all images in an epoch's order.
+
+    Not by grain's shuffle: without a list, it tries numbers until one is small enough, which takes a millisecond an image
+    where there are 64 of them. Of numpy it is raw bits whose stream no version changes.
+    """
+    draws = np.random.Philox(key=[seed, epoch]).random_raw(images)
+    return np.argsort(draws, kind="stable").astype(np.int32)
 
 
 def _threads(grain: Any) -> Any:
@@ -293,28 +307,3 @@ def _named_failures(processes: Sequence[Any] = ()) -> Iterator[None]:
             f"a process that decodes images has died ({reason}): -9 is what a system does that is short of memory, for "
             "which fewer `workers` help; resume"
         ) from error
-
-
-@dataclass(frozen=True)
-class _Crop:
-    """A position and a view's number -> the view; a value, so that it can go to other processes."""
-
-    sources: Sources
-    size: int
-    channels: int
-    min_area: float
-    interpolation: str
-    seed: int
-
-    def __call__(self, place: tuple[int, int]) -> dict[str, Any]:
-        position, number = place
-        # Python's generator: numpy's take three times as long to begin.
-        draws = Random(self.seed << 64 | number)
-        source = self.sources[position]
-        try:
-            pixels = crops.random_resized_crop(read(source), self.size, draws, self.min_area, self.interpolation)
-        except BadImage as error:
-            raise DataError(f"{printable(said(source))} can no longer be decoded: {error}") from error
-        if self.channels == 1:
-            pixels = np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
-        return {"image": pixels, "index": np.int32(position)}
