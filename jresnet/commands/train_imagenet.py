@@ -24,7 +24,7 @@ from jresnet.commands.flags import folder as a_folder
 from jresnet.commands.train import start
 from jresnet.data import folder
 from jresnet.errors import InputError
-from jresnet.training import devices, imagenet, outputs
+from jresnet.training import devices, imagenet, initial, outputs
 from jresnet.training.config import read_config
 from jresnet.training.console import Console
 from jresnet.training.imagenet import RECIPES, ImageNetConfig
@@ -120,6 +120,10 @@ def _train(args: argparse.Namespace) -> int:
     start(args, session)
     before = read_config(args.out, ImageNetConfig) if args.resume else None
     notes: list[str] = []
+    begin = None
+    if "weights" in given and not before:  # they say which network it is
+        begin = initial.load(given["weights"], given.get("arch"))
+        given |= {"arch": begin.arch, "stem": begin.config.stem}
     if before:
         config = dataclasses.replace(before, **given)
     elif "images" in given:
@@ -144,7 +148,7 @@ def _train(args: argparse.Namespace) -> int:
         workers = 0 if where.platform == "cpu" else min(32, os.cpu_count() or 1)
     try:
         with StopRequest() as stop:
-            program = Program(config, data, where, workers=workers)
+            program = Program(config, data, where, begin, workers)
             Trainer(config, data, args.out, stop, program, session).fit(args.resume)
     except Interrupted as stopped:
         console.say(f"         the same command with --out {shlex.quote(str(args.out))} --resume goes on")

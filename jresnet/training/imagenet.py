@@ -49,12 +49,12 @@ class ImageNetRecipe(Recipe):
 
 RECIPES = {
     # 76.13 %: torchvision's IMAGENET1K_V1. https://github.com/pytorch/vision/tree/main/references/classification (ResNet):
-    # train.py's defaults on 8 GPUs.
+    # train.py's defaults on 8 GPUs; its flags stand beside the values.
     "classic": ImageNetRecipe(
-        epochs=90, batch_size=256,  # --epochs 90; --batch-size 32 on each of 8
-        optimizer="sgd", lr=0.1, momentum=0.9, nesterov=False,  # --opt sgd --lr 0.1 --momentum 0.9
-        weight_decay=1e-4, decay_norms=True, decoupled_decay=False,  # --weight-decay 1e-4, on all parameters
-        schedule="step", milestones=(1 / 3, 2 / 3), gamma=0.1, warmup=0.0,  # --lr-step-size 30 --lr-gamma 0.1
+        epochs=90, batch_size=256,  # epochs 90; batch-size 32 on each of 8
+        optimizer="sgd", lr=0.1, momentum=0.9, nesterov=False,  # opt sgd lr 0.1 momentum 0.9
+        weight_decay=1e-4, decay_norms=True, decoupled_decay=False,  # weight-decay 1e-4, on all parameters
+        schedule="step", milestones=(1 / 3, 2 / 3), gamma=0.1, warmup=0.0,  # lr-step-size 30 lr-gamma 0.1
         clip_norm=0.0, label_smoothing=0.0, ema=0.0, zero_init_residual=False,
         crop="resized", image_size=224, flip="random", random_erasing=0.0, mixup=0.0, cutmix=0.0,
         test_resize=256, imagenet_statistics=True, arch=ARCH, stem="imagenet",
@@ -80,17 +80,17 @@ RECIPES = {
     # https://pytorch.org/blog/how-to-train-state-of-the-art-models-using-torchvision-latest-primitives/. Not as there: the
     # rate changes every step, not every epoch; fc's bias does not decay; the average is taken every step, not every 32.
     "tv2": ImageNetRecipe(
-        epochs=600, batch_size=1024,  # --epochs 600; --batch-size 128 on each of 8
-        optimizer="sgd", lr=0.5, momentum=0.9, nesterov=False,  # --lr 0.5
-        weight_decay=2e-5, decay_norms=False, decoupled_decay=False,  # --weight-decay 0.00002 --norm-weight-decay 0.0
-        schedule="cosine", milestones=(), gamma=0.1, warmup=5 / 600,  # --lr-scheduler cosineannealinglr --lr-warmup-epochs 5
-        clip_norm=0.0, label_smoothing=0.1, zero_init_residual=False,  # --label-smoothing 0.1
-        # --model-ema: --model-ema-steps 32 --model-ema-decay 0.99998 come to a share of 2e-5 * 1024 * 32 / 600 in 32 steps
+        epochs=600, batch_size=1024,  # epochs 600; batch-size 128 on each of 8
+        optimizer="sgd", lr=0.5, momentum=0.9, nesterov=False,  # lr 0.5
+        weight_decay=2e-5, decay_norms=False, decoupled_decay=False,  # weight-decay 0.00002 norm-weight-decay 0.0
+        schedule="cosine", milestones=(), gamma=0.1, warmup=5 / 600,  # lr-scheduler cosineannealinglr lr-warmup-epochs 5
+        clip_norm=0.0, label_smoothing=0.1, zero_init_residual=False,  # label-smoothing 0.1
+        # model-ema: model-ema-steps 32 model-ema-decay 0.99998 come to a share of 2e-5 * 1024 * 32 / 600 in 32 steps
         ema=0.999966,
-        crop="resized", image_size=176, flip="random", random_erasing=0.1,  # --train-crop-size 176 --random-erase 0.1
-        mixup=0.2, cutmix=1.0, augment="trivial",  # --mixup-alpha 0.2 --cutmix-alpha 1.0 --auto-augment ta_wide
-        repeats=4,  # --ra-sampler --ra-reps 4
-        test_resize=232, imagenet_statistics=True, arch=ARCH, stem="imagenet",  # --val-resize-size 232
+        crop="resized", image_size=176, flip="random", random_erasing=0.1,  # train-crop-size 176 random-erase 0.1
+        mixup=0.2, cutmix=1.0, augment="trivial",  # mixup-alpha 0.2 cutmix-alpha 1.0 auto-augment ta_wide
+        repeats=4,  # ra-sampler ra-reps 4
+        test_resize=232, imagenet_statistics=True, arch=ARCH, stem="imagenet",  # val-resize-size 232
         source="torchvision, references/classification: IMAGENET1K_V2, 80.86 %",
     ),
 }  # fmt: skip
