@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
+from jresnet.training import autoaugment
 from jresnet.weights.preprocessing import normalise
 
 
@@ -35,6 +36,8 @@ class Pipeline:
     mixup: float = 0.0  # parameter of mixup's Beta distribution; 0: none
     cutmix: float = 0.0  # of cutmix's; where both are given, each batch has one of them, with probability 1/2
     min_area: float = 0.08  # the smallest share of the area that a random resized crop keeps
+    augment: str = "none"  # of :mod:`jresnet.training.autoaugment`: "none", "jitter", "rand", "trivial"
+    magnitude: float = 0.0  # of "rand", 0 to 10; of "jitter" ten times its strength
 
     def train(
         self, key: jax.Array, images: UInt8[Array, "n h w c"], turned: Bool[Array, " n"] | None = None
@@ -52,8 +55,18 @@ class Pipeline:
             turned = jax.random.bernoulli(flip_key, 0.5, (len(views),))
         if self.flip != "none" and turned is not None:
             views = mirror(views, turned)
+        if self.augment != "none":
+            views = self._augmented(jax.random.fold_in(key, 3), views)  # three keys are taken already
         views = normalise(views, self.mean, self.std)
         return random_erasing(erase_key, views, self.random_erasing) if self.random_erasing else views
+
+    def _augmented(self, key: jax.Array, views: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+        if self.augment == "trivial":
+            return autoaugment.trivial_augment(key, views)
+        if self.augment == "rand":
+            fill = jnp.round(255 * jnp.array(self.mean))  # as timm's
+            return autoaugment.rand_augment(key, views, self.magnitude, fill)
+        return autoaugment.color_jitter(key, views, self.magnitude / autoaugment.LEVELS)
 
     def mix(
         self, key: jax.Array, images: Float[Array, "n h w c"], targets: Float[Array, "n k"]

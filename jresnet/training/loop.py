@@ -19,7 +19,7 @@ from jresnet.training.feed import Feed
 from jresnet.training.step import Averaged, Images, Metrics, TrainState, TrainStep
 
 if TYPE_CHECKING:
-    from jresnet.data.folder import Files  # needs grain only where it is used
+    from jresnet.data.stream import Files  # needs grain only where it is used
 
 Order = np.ndarray | jax.Array  # int32 [steps, B], which images each step of an epoch takes
 STRETCH = 2.0  # seconds of training between two looks: at metrics, signals and the clock
@@ -157,23 +157,27 @@ def _many_steps(
 
 
 def batches(split: Split, batch_size: int, devices: Devices) -> Iterator[tuple[Images, int]]:
-    """(a batch, how many of its images count): every image once, the last batch filled with the last image."""
+    """(a batch, how many of its images count): every image once, the last batch filled with the last image.
+
+    Each process gives the rows of a batch that lie on its own devices.
+    """
+    rows = devices.rows(batch_size)
     starts = range(0, len(split.labels), batch_size)
-    for start, images in zip(starts, _pixels(split.images, batch_size), strict=True):
-        labels = split.labels.take(np.arange(start, start + batch_size), mode="clip")
+    for start, images in zip(starts, _pixels(split.images, batch_size, rows), strict=True):
+        labels = split.labels.take(np.arange(start, start + batch_size)[rows], mode="clip")
         yield (
-            Images(*(devices.put(part, devices.cut()) for part in (images, labels))),
+            Images(*(devices.assemble(part, batch_size) for part in (images, labels))),
             min(batch_size, len(split.labels) - start),
         )
 
 
-def _pixels(images: np.ndarray | Files, batch_size: int) -> Iterator[np.ndarray]:
-    """The images of a split in batches of one size."""
+def _pixels(images: np.ndarray | Files, batch_size: int, rows: slice) -> Iterator[np.ndarray]:
+    """Those rows of the images of a split in batches of one size."""
     if not isinstance(images, np.ndarray):
-        yield from images.batches(batch_size)
+        yield from images.batches(batch_size, rows)
         return
     for start in range(0, len(images), batch_size):
-        yield images.take(np.arange(start, start + batch_size), axis=0, mode="clip")
+        yield images.take(np.arange(start, start + batch_size)[rows], axis=0, mode="clip")
 
 
 def evaluate(

@@ -106,7 +106,7 @@ class Program:
             train.train_step(
                 self.graph, self.optimizer, self.pipeline, steps_per_epoch=self.steps_per_epoch,
                 label_smoothing=config.label_smoothing, ema=config.ema, devices=self.devices, bn=config.bn,
-                frozen=config.frozen,
+                frozen=config.frozen, loss=config.loss, target_threshold=config.target_threshold,
             ),
             self.devices,
             on_device=False if self.streams else None,
@@ -169,15 +169,16 @@ class Program:
         """
         if not self.streams:
             return self.train_images
-        from jresnet.data.folder import Stream
+        from jresnet.data.stream import Stream
 
         config, training = self.config, self.splits["train"]
         files: Any = training.images  # no array: decoded as they are asked for
         stream = Stream(
             files, batch_size=config.batch_size, epochs=config.epochs, seed=seed + (rollbacks << 32),
             size=config.image_size, min_area=self.min_area, workers=self.workers,
+            rows=self.devices.rows(config.batch_size), repeats=config.repeats,
         )  # fmt: skip
-        return Feed(stream, training.labels, self.devices)
+        return Feed(stream, training.labels, self.devices, config.batch_size)
 
     def pretrained(self, seed: int) -> tuple[train.TrainState, list[str]]:
         """The state before the first step with ``config.weights`` in it, and what there is to say about these.

@@ -313,14 +313,20 @@ class Trainer:
         raise Interrupted(self.stop.signal)
 
     def _save_what_is(self, error: DataError) -> NoReturn:
-        """Saves the state of the last whole look, where images can no longer be had, and raises the error."""
+        """Saves the state of the last whole look, where images can no longer be had, and raises the error.
+
+        In another process than the first there is nothing to save: its end ends the others, and the last checkpoint stays.
+        """
         self.console.end()
         self.guard.check_weights(self.state)
         self._save()
         self.outputs.wait()
-        raise DataError(
-            f"{error}\nthe state at step {int(self.state.step):,} is saved: mend the data, and resume"
-        ) from error
+        saved = (
+            f"the state at step {int(self.state.step):,} is saved"
+            if devices.is_first()
+            else "the last checkpoint stays"
+        )
+        raise DataError(f"{error}\n{saved}: mend the data, and resume") from error
 
     def _roll_back(self, error: NonFiniteLoss) -> None:
         """Goes back to the last checkpoint, or to the beginning, and on in another order; or raises the error."""
