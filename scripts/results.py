@@ -1,10 +1,10 @@
 """The documents' tables from the files under ``results/``: ``python scripts/results.py``, ``--check``, ``add RUN NAME``.
 
 A published row is a folder ``results/NAME`` with ``row.json``, which says what it is about, and a folder ``seed-N`` a seed
-with its ``config.json``, ``metrics.jsonl`` and ``summary.json``; every figure is computed from the metrics. Its table stands
-in README.md or under docs/ between ``<!-- results -->`` and ``<!-- /results -->``. Speeds are those of ``results/speed/NAME.json``, which
-``scripts/benchmark.py --json`` writes; each has its places in README.md and under docs/ between ``<!-- speed/NAME -->`` and
-``<!-- /speed/NAME -->``.
+with its ``config.json``, ``metrics.jsonl`` and ``summary.json``; every figure is computed from the metrics. The table's
+places are in README.md and under docs/, between ``<!-- results -->`` and ``<!-- /results -->``. Speeds are those of
+``results/speed/NAME.json``, which ``scripts/benchmark.py --json`` writes; the places of each are between
+``<!-- speed/NAME -->`` and ``<!-- /speed/NAME -->``.
 """
 
 from __future__ import annotations
