@@ -72,7 +72,8 @@ def commands_page() -> str:
     lines = [
         NOTICE, "# Commands", "",
         "`jresnet COMMAND --help` prints the same. `python -m jresnet` is `jresnet`. "
-        "Exit codes: 0; 1 for what cannot be used; 2 for wrong options; 128 + the signal's number after Ctrl-C or SIGTERM. Errors are lines `error: ...` on stderr.", "",
+        "Exit codes: 0; 1 for what cannot be used; 2 for wrong options; "
+        "128 + the signal's number after Ctrl-C or SIGTERM. Errors are lines `error: ...` on stderr.", "",
         "| command | what it does |", "|---|---|",
         *(f"| [`jresnet {name}`](#jresnet-{name}) | {cell(names[name])} |" for name in PARSERS),
     ]  # fmt: skip

@@ -14,16 +14,16 @@ import contextlib
 import dataclasses
 import importlib
 import itertools
-import json
 import re
 import shlex
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import pytest
 from conftest import REPOSITORY, load_script
@@ -68,6 +68,7 @@ PARSED: dict[str, str] = {
     r"python -m convert\.verify": "minutes of PyTorch; tests/parity has a row of it",
     r"python scripts/(benchmark|results|compare_finetuning|docs|pictures|gpu_\w+)\.py": "measures, or writes here",
 }
+TRAINING = re.compile(r"jresnet (train|finetune) ")  # is run by the long test alone
 OTHERS: dict[str, str] = {
     r"python3?(\.\d+)? -m (venv|pip|build|pytest)|pip install|git clone|cd |ruff |mypy|mkdocs|pytest": "what CI does",
     r"\. \.venv|source ": "the reader's shell",
@@ -133,7 +134,8 @@ def typed(block: Block) -> list[str]:
 def normal(line: str) -> str:
     """A command as ``jresnet NAME ...``, whichever way it is called; variables before it are left out."""
     line = re.sub(r"^([A-Z_]+=\S+ )+", "", line)
-    line = re.sub(r"^(srun|gcloud) .*?(?=jresnet train)", "", line).rstrip('"')  # what another program starts
+    if re.match("(srun|gcloud) ", line):  # what they start
+        line = line[line.index("jresnet train") :].rstrip('"')
     line = re.sub(r"^python -m jresnet ", "jresnet ", line)
     line = re.sub(r"^python -m convert\.torch2flax", "jresnet convert", line)
     line = re.sub(r"^python -m convert\.flax2torch", "jresnet export-torch", line)
@@ -193,19 +195,18 @@ def parser_of(script: str) -> argparse.ArgumentParser:
 
 
 def small() -> dict[str, zoo.Row]:
-    """The zoo with a block a stage and a few channels, another number in every row."""
+    """The zoo with a block a stage and as few channels as groups allow, the same in all rows so that they share programs."""
     rows = {}
-    for number, row in enumerate(zoo.ZOO.values()):
-        first = 16 if len(row.config.depths) == 4 else 4
-        widths = (first,) * (len(row.config.depths) - 1) + (first + 4 * number,)
+    for row in zoo.ZOO.values():
+        widths = (16,) * len(row.config.depths)
         config = dataclasses.replace(row.config, depths=(1,) * len(widths), widths=widths)
         rows[row.name] = dataclasses.replace(row, config=config)
     return rows
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty working directory, a small zoo, and no network."""
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An empty working directory, a small zoo, no network, and programs that compile fast and run slowly."""
     for name, row in small().items():
         monkeypatch.setitem(zoo.ZOO, name, row)
     shelf = tmp_path / "shelf"
@@ -232,7 +233,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
-    return work
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 CLASSES = ("tench", "goldfish")  # the first two of ImageNet's
@@ -286,8 +289,6 @@ def prepare(line: str, args: argparse.Namespace | None) -> None:
     if named.get("data") and named["data"] not in (*sources_in_memory(), None):
         names = named.get("class_names")
         provide(named["data"], classes=tuple(names.read_text().split()[:2]) if names else CLASSES)
-    if line.startswith("jresnet finetune") and args and args.resume:
-        assert Path(args.out).exists(), "the run to resume is not made by the page"
 
 
 def sources_in_memory() -> tuple[str, ...]:
@@ -325,22 +326,24 @@ def torch_model() -> Any:
     return network.eval()
 
 
-def run_command(line: str, environment: dict[str, Any]) -> None:
-    """Parses a command; runs it in its short form where no table says why not."""
+def run_command(line: str, environment: dict[str, Any], training: bool = False) -> None:
+    """Parses a command; runs it in its short form where no table says why not, training only where that is asked for."""
     if (reason := matched(OTHERS, line)) is not None:
         if not reason and line.startswith("python -c "):
-            exec(shlex.split(line)[2], environment)
+            exec(shlex.split(line)[2], {"images": np.zeros((2, 64, 64, 3), np.float32)})
         elif not reason:
             subprocess.run(["bash", "-c", line], check=True)
         return
     args = parsed(line)
-    if matched(PARSED, line) or args is None:
+    if matched(PARSED, line) or args is None or (TRAINING.match(line) and not training):
         return
     prepare(line, args)
     words = shlex.split(line)
     more = SHORTER[" ".join(words[:2])]
     if words[1] == "finetune" and "--resume" in words:
         more = []  # the run's own
+    if words[1] == "report" and not all(run.exists() for run in args.runs):
+        return  # of runs that are parsed alone
     if words[1] == "report" and not args.plot:
         more = [*more, "--plot", "comparison.png"]
     name, given = words[1], [*words[2:], *more]
@@ -356,9 +359,23 @@ def other(name: str, given: list[str]) -> int:
 
 
 @pytest.mark.parametrize("document", PAGES, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_a_pages_blocks_run(
-    document: Path, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_pages_blocks_run(document: Path, place: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """All but commands that train, whose options are parsed."""
+    run_page(document, capsys)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("document", PAGES, ids=lambda path: str(path.relative_to(REPOSITORY)))
+def test_a_pages_commands_train(document: Path, place: None, capsys: pytest.CaptureFixture[str]) -> None:
+    """A page with commands that train, all of it, on a few images."""
+    lines = [normal(line) for block in blocks(document) for line in typed(block)]
+    if not any(TRAINING.match(line) and not matched(PARSED, line) for line in lines):
+        pytest.skip("nothing trains")
+    run_page(document, capsys, training=True)
+
+
+def run_page(document: Path, capsys: pytest.CaptureFixture[str], training: bool = False) -> None:
+    """Runs a page's blocks in order, in one namespace and one folder."""
     names: dict[str, Any] = {"__name__": "__main__"}
     found = [block for block in blocks(document) if block.language in ("python", "", "bash", "sh", "shell", "console")]
     done = 0
@@ -369,7 +386,7 @@ def test_a_pages_blocks_run(
                     run_python(block, names, document)
                     done += 1
                 for line in map(normal, typed(block)):
-                    run_command(line, names)
+                    run_command(line, names, training)
                     done += 1
             except BaseException as error:
                 error.add_note(f"{document.relative_to(REPOSITORY)}, line {block.line}:\n{block.text}")
