@@ -183,7 +183,7 @@ def _check_written(
     chosen = {name: getattr(config, name) for name in zoo.FREE}
     back = statedict.match(found, arch, dialect=dialect, source=str(output), **chosen)
     if native.digest(found) != native.digest(tensors) or native.digest(back.values) != digest:
-        raise WeightsError(f"{output} does not hold what was written: look after the disk, and convert again")
+        raise WeightsError(f"{output} does not hold what was written: check the disk, and convert again")
 
 
 def _build(arch: str | None, config: ResNetConfig, dialect: str) -> list[str]:

@@ -217,6 +217,13 @@ def wide_resnet101_2(**options: Unpack[Options]) -> ResNet:
     return create("wide_resnet101_2", **options)
 
 
+def resnet8_cifar(**options: Unpack[Options]) -> ResNet:
+    """75,290 parameters, 0.0122 GMACs at 32 pixels
+    (He et al. 2016, arXiv:1512.03385, section 4.2; akamaster/pytorch_resnet_cifar10).
+    """
+    return create("resnet8_cifar", **options)
+
+
 def resnet20_cifar(**options: Unpack[Options]) -> ResNet:
     """269,722 parameters, 0.0406 GMACs at 32 pixels
     (He et al. 2016, arXiv:1512.03385, section 4.2; akamaster/pytorch_resnet_cifar10).

@@ -24,7 +24,7 @@ from jresnet.training.trainer import Options, Trainer
 
 # --depth to architecture: torchvision's family with the CIFAR stem, and the paper's own for CIFAR.
 DEPTHS = {depth: f"resnet{depth}" for depth in (18, 34, 50, 101, 152)} | {
-    depth: f"resnet{depth}_cifar" for depth in (20, 32, 44, 56, 110, 1202)
+    depth: f"resnet{depth}_cifar" for depth in (8, 20, 32, 44, 56, 110, 1202)
 }
 
 MAX_RUNS, MAX_PROCESSES = 10_000, 1_000_000  # more than anybody has
@@ -54,7 +54,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     depth.add_argument(
         "--depth", type=int, metavar="N",
         help="layers: 18 or 34 (basic blocks), 50, 101 or 152 (Bottleneck blocks), all with 64 to 512 channels and a 3x3 "
-        "stem; or the paper's CIFAR family with 16 to 64 channels: 20, 32, 44, 56, 110, 1202 (basic blocks) "
+        "stem; or the paper's CIFAR family with 16 to 64 channels: 8, 20, 32, 44, 56, 110, 1202 (basic blocks) "
         f"(default: {standard})",
     )  # fmt: skip
     add_flag(depth, RunConfig, "arch")

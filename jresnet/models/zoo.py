@@ -64,6 +64,7 @@ _ROWS = (
     ),
     _imagenet("wide_resnet50_2", "bottleneck", (3, 4, 6, 3), 68_883_240, 11.40, WIDE, width_per_group=128),
     _imagenet("wide_resnet101_2", "bottleneck", (3, 4, 23, 3), 126_886_696, 22.75, WIDE, width_per_group=128),
+    _cifar(8, 75_290, 0.0122),  # the family's least, n = 1: for tests, tutorials and distillation
     _cifar(20, 269_722, 0.0406),
     _cifar(32, 464_154, 0.0689),
     _cifar(44, 658_586, 0.0972),
