@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import importlib
 import itertools
+import json
 import re
 import shlex
 import subprocess
@@ -198,6 +199,8 @@ def small() -> dict[str, zoo.Row]:
     """The zoo with a block a stage and as few channels as groups allow, the same in all rows so that they share programs."""
     rows = {}
     for row in zoo.ZOO.values():
+        if row.name == "resnet8_cifar":  # is as small as that
+            continue
         widths = (16,) * len(row.config.depths)
         config = dataclasses.replace(row.config, depths=(1,) * len(widths), widths=widths)
         rows[row.name] = dataclasses.replace(row, config=config)
@@ -394,6 +397,43 @@ def run_page(document: Path, capsys: pytest.CaptureFixture[str], training: bool 
                 raise
     if not done:
         pytest.skip("nothing to run")
+
+
+NOTEBOOKS = sorted((REPOSITORY / "notebooks").glob("*.py"))
+
+
+@pytest.mark.parametrize("source", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs(source: Path, place: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a script; its commands in their short form."""
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    dispatch = commands.dispatch
+
+    def shorter(arguments: list[str]) -> int:
+        code = dispatch([*arguments, *SHORTER[f"jresnet {arguments[0]}"]])
+        assert code == 0, arguments
+        return code
+
+    monkeypatch.setattr(commands, "dispatch", shorter)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*fresh", UserWarning)
+        exec(compile(source.read_text(), str(source), "exec"), names)
+    names["plt"].close("all") if "plt" in names else None
+
+
+@pytest.mark.parametrize("source", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_its_source(source: Path) -> None:
+    """``python scripts/docs.py --notebooks`` would write nothing; no outputs are kept."""
+    notebook = json.loads(source.with_suffix(".ipynb").read_text())
+    text = source.read_text().split("# ---\n\n", 1)[1]
+    cells = []
+    for part in re.split(r"^# %%", text, flags=re.MULTILINE)[1:]:
+        kind, _, body = part.partition("\n")
+        markdown = kind.strip() == "[markdown]"
+        body = re.sub(r"^# ?", "", body.strip("\n"), flags=re.MULTILINE) if markdown else body.strip("\n")
+        cells.append(("markdown" if markdown else "code", body))
+    assert [(cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]] == cells
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook["cells"])
 
 
 def test_generated_pages_are_current() -> None:

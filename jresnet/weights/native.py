@@ -231,7 +231,9 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str,
         raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
     except (safetensors.SafetensorError, AttributeError, TypeError, ValueError) as error:
         reason = printable(str(error))
-        raise WeightsError(f"{path} is not a complete safetensors file ({reason}): fetch or convert it again") from error
+        raise WeightsError(
+            f"{path} is not a complete safetensors file ({reason}): fetch or convert it again"
+        ) from error
 
 
 def _check_header(path: str | Path) -> None:
