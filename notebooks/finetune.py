@@ -70,4 +70,4 @@ for axes, picture, i in zip(places, pictures, found, strict=True):
 # `run` also holds curves, a confusion matrix, and the pictures with the largest loss.
 
 # %%
-Image.open("run/confusion.png")
+Image.open("run/confusion.png").convert("RGB")
