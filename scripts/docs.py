@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import html
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -81,7 +82,7 @@ def commands_page() -> str:
         made = make(f"jresnet {name}")
         lines += ["", f"## jresnet {name}", "", *(text for text in (made.description,) if text)]
         for title, actions in groups(made):
-            lines += ["", f"**{title[0].upper()}{title[1:]}**", "", "| | |", "|---|---|"]
+            lines += ["", f"**{title[0].upper()}{title[1:]}**", "", "| option | meaning |", "|---|---|"]
             lines += [f"| {option(action)} | {cell(explained(action))} |" for action in actions]
     return "\n".join(lines) + "\n"
 
@@ -105,7 +106,9 @@ def option(action: argparse.Action) -> str:
     elif not value:
         value = action.dest.upper()
     names = ", ".join(action.option_strings)
-    return "`" + f"{names} {value}".strip().replace("|", r"\|") + "`"
+    text = f"{names} {value}".strip()
+    # In code a bar needs no escape for one reader of Markdown, and gets none from another.
+    return f"<code>{html.escape(text).replace('|', '&#124;')}</code>" if "|" in text else f"`{text}`"
 
 
 def explained(action: argparse.Action) -> str:
@@ -152,7 +155,7 @@ def recipes_page() -> str:
         ("What an optimizer brings along", recipes.OPTIMIZERS),
         ("What a schedule brings along", recipes.SCHEDULES),
     ):
-        lines += ["", f"## {title}", "", "| | |", "|---|---|"]
+        lines += ["", f"## {title}", "", "| name | values |", "|---|---|"]
         for name, row in table.items():
             said = ", ".join(f"`{key}` {recipes.in_words(value)}" for key, value in row.items()) or "nothing"
             lines.append(f"| `{name}` | {said} |")
