@@ -482,6 +482,33 @@ def test_jresnets_side_of_the_tables_exists() -> None:
                     parsed(shlex.join(words))
 
 
+def test_the_citation_has_the_version() -> None:
+    text = (REPOSITORY / "CITATION.cff").read_text()
+    assert f"\nversion: {jresnet.__version__}\n" in text
+
+
+@pytest.mark.parametrize("name", docs.PARSERS)
+def test_help_fits_a_screen_or_groups_its_options(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 lines of 100 letters; the usage leaves the rest of the first screen to what the command does."""
+    monkeypatch.setenv("COLUMNS", "100")
+    made = docs.PARSERS[name](f"jresnet {name}")
+    text = made.format_help()
+    titled = [title for title, _ in docs.groups(made) if title not in ("arguments", "options")]
+    assert len(text.splitlines()) <= 40 or len(titled) >= 2
+    assert text.splitlines().index("") <= 5
+
+
+@pytest.mark.parametrize("name", docs.PARSERS)
+def test_errors_of_usage_look_as_others_do(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        docs.PARSERS[name](f"jresnet {name}").parse_args(["--no-such-option\x1b"])
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert said.startswith(f"usage: jresnet {name}")
+    assert said.splitlines()[-1].startswith("error: ")
+    assert "\x1b" not in said
+
+
 def test_a_commands_short_form_is_of_its_own_options() -> None:
     """A flag of :data:`SHORTER` that went would leave the command unknown."""
     for name, more in SHORTER.items():
