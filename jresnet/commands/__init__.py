@@ -144,7 +144,8 @@ def guarded(command: Callable[[], int], name: str) -> int:
 def greet(name: str, arguments: Sequence[str]) -> None:
     """The first line of a command that computes: JAX takes seconds to import, in which one would see nothing."""
     if name in SLOW and not {"-h", "--help", "--json", "--csv"} & set(arguments):
-        print(f"jresnet  {__version__}, starting JAX ...", flush=True)
+        with contextlib.suppress(BrokenPipeError):  # "| head -0": what is printed next tells guarded
+            print(f"jresnet  {__version__}, starting JAX ...", flush=True)
 
 
 def check_devices() -> None:
