@@ -157,7 +157,7 @@ DIALECTS: Mapping[str, Dialect] = {
     # nn.Sequential(*resnet.children()) without the last layers, or with a Flatten before the last; fastai's body is one
     "children": Dialect(
         renames=(
-            (r"^conv1\.", "0."), (r"^bn1\.", "1."), (r"^fc\.", "10."),
+            (r"^conv1\.", "0."), (r"^bn1\.", "1."), (r"^maxpool\.", "3."), (r"^fc\.", "10."),
             (r"^layer1\.", "4."), (r"^layer2\.", "5."), (r"^layer3\.", "6."), (r"^layer4\.", "7."),
         ),
         config={"stem": "imagenet", "shortcut": "projection"},

@@ -21,8 +21,8 @@ from jresnet.pytorch.torchfile import Module
 
 # In the order in which torchvision registers them, which is that of PyTorch's own state_dicts.
 _ORDER = (
-    "conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "downsample", "layer1", "layer2", "layer3", "layer4", "fc",
-    "kernel", "scale", "bias", "mean", "var",
+    "conv1", "bn1", "maxpool", "conv2", "bn2", "conv3", "bn3", "se", "downsample", "layer1", "layer2", "layer3", "layer4",
+    "fc", "fc1", "fc2", "conv", "kernel", "scale", "bias", "mean", "var",
 )  # fmt: skip
 
 
@@ -120,11 +120,13 @@ def match(
             "jresnet's networks do not; look for weights of a plain ResNet"
         )
     asked = dict(chosen)
+    if like := zoo.ZOO.get(arch or said.name):  # what no tensor tells of it
+        chosen |= {name: getattr(like.config, name) for name in ("antialias", "norm")}
     try:
         config = infer.configure(found, shapes, **chosen)
         layers = stated.layers(tensors.settings, found.keys, found.prefix) if isinstance(tensors, Module) else {}
         own = stated.of_layers(layers, config)
-        if not layers and config.block == "bottleneck" and _is_segmentation(found, shapes):
+        if not layers and "bottleneck" in config.blocks and _is_segmentation(found, shapes):
             said.choose("dilated", 2, "dilation in the last 2 stages, as torchvision's segmentation networks have it")
         for statement in (own, said):
             for name, value in stated.fields(statement.chosen, config).items():
