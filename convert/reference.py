@@ -1,8 +1,8 @@
 """PyTorch's networks to compare with, in torchvision's naming: torchvision's own, timm's, and a plain one for whatever they
 have not.
 
-Needs torch and torchvision, for timm's networks timm, and is imported only where a comparison is made (``convert.verify``, the tests). Brings in no
-JAX, which would count as PyTorch's memory and start where the two are measured beside each other.
+Needs torch and torchvision, for timm's networks timm, and is imported only where a comparison is made (``convert.verify``, the
+tests). Brings in no JAX, which would count as PyTorch's memory and start where the two are measured beside each other.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from jresnet.models import zoo
 from jresnet.models.config import STEMS, ResNetConfig
 
 
-
 def network(arch: str | None, config: ResNetConfig) -> nn.Module:
     """The float32 PyTorch network of a configuration, with PyTorch's initial parameters.
 
@@ -27,8 +26,8 @@ def network(arch: str | None, config: ResNetConfig) -> nn.Module:
             is nothing but that one's, is the sterner judge.
         config: what to build.
     """
-    if _has_parts(config):
-        return _timm(arch, config)
+    if config.has_parts:
+        return _timms(arch, config)
     plain = config.stem == "imagenet" and config.shortcut == "projection" and config.stride_in == "3x3"
     build = getattr(import_torchvision().models, arch or "", None)
     if build is None or not plain or config.conv_bias or not config.num_classes or config.in_channels != 3:
@@ -41,18 +40,7 @@ def network(arch: str | None, config: ResNetConfig) -> nn.Module:
     return build(num_classes=config.num_classes, replace_stride_with_dilation=dilated)
 
 
-def _has_parts(config: ResNetConfig) -> bool:
-    """Whether it is a network of timm's, which torchvision and :class:`ResNet` have no parts for."""
-    parts = (config.stem_channels, config.attention, config.antialias, config.norm, config.reduce_first, config.pruned)
-    return (
-        any(parts)
-        or config.stem.startswith("deep")
-        or config.shortcut in ("average", "projection_3x3")
-        or isinstance(config.block, tuple)
-    )
-
-
-def _timm(arch: str | None, config: ResNetConfig) -> nn.Module:
+def _timms(arch: str | None, config: ResNetConfig) -> nn.Module:
     """timm's network of that name, where the configuration is nothing but that; else one of its parts.
 
     Raises:

@@ -442,9 +442,9 @@ def test_sizes_are_known_before_the_download(server: Hub, monkeypatch: pytest.Mo
 
 
 def test_another_network_is_told_before_the_download(server: Hub) -> None:
-    configured(server, CONFIG | {"architecture": "resnet50d"})
+    configured(server, CONFIG | {"architecture": "resnest50d"})
     with pytest.raises(
-        InputError, match=r"holds a network 'resnet50d', which jresnet does not have .*There are resnet18, "
+        InputError, match=r"holds a network 'resnest50d', which jresnet does not have .*There are resnet18, "
     ):
         fetch()
     assert not any("/cdn/" in path for _, path in server.log)

@@ -148,6 +148,13 @@ class ResNetConfig:
         return width // (self.reduce_first or 1), width, self.outputs[stage]
 
     @property
+    def has_parts(self) -> bool:
+        """Whether it has what torchvision's ResNets and the CIFAR family have not."""
+        parts = (self.stem_channels, self.attention, self.antialias, self.norm, self.reduce_first, self.pruned)
+        kinds = self.shortcut in ("average", "projection_3x3") or isinstance(self.block, tuple)
+        return kinds or bool(STEMS[self.stem].inner) or any(parts)
+
+    @property
     def stem_outputs(self) -> int:
         """Channels of the stem's output."""
         return self.stem_channels or self.widths[0]

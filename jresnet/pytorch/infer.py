@@ -140,7 +140,7 @@ def _at(shapes: Mapping[str, Shape], dialect: str, prefix: str) -> Found:
         # conv3 alone tells nothing: resnet18_d2l's projections are called so.
         bottleneck = has(stage, "bn3")
         modules = {name: leaves for name, leaves in _LEAVES.items() if bottleneck or not name.endswith("3")}
-        modules |= _AVERAGED if has(stage, "downsample.2") else _PROJECTION
+        modules |= _AVERAGED if has(stage, "downsample.2") and not has(stage, "downsample.0") else _PROJECTION
         blocks = block = missing = 0
         while missing < GAP:
             there = [look(f"layer{stage}.{block}.{name}", leaves) for name, leaves in modules.items()]
@@ -251,10 +251,10 @@ def configure(found: Found, shapes: Mapping[str, Shape], num_classes: int | None
             del fields["reduce_first"]
         fields["groups"] = groups
         fields["width_per_group"] = _width_per_group([(width, count // max(groups, 1)) for width, count in inner])
-    shortcut: Any = _shortcut(shape, stages, bottleneck)
+    stem_channels = _vote(shape[path] for path in shape if path.startswith("bn1.") or path in _LAST_OF_STEM)
+    shortcut: Any = _shortcut(shape, stages, bottleneck, kept=not bottleneck and stem_channels == channels[0])
     if shortcut is None or (bottleneck and shortcut == "projection" and chosen.get("shortcut") == "projection_first"):
         shortcut = chosen.get("shortcut") or like.get("shortcut", "projection")  # for bottlenecks the two are the same
-    stem_channels = _vote(shape[path] for path in shape if path.startswith("bn1.") or path in _LAST_OF_STEM)
     kinds: list[Any] = ["bottleneck" if is_bottleneck else "basic" for is_bottleneck in bottlenecks]
     try:
         return ResNetConfig(
@@ -355,8 +355,8 @@ def _width_per_group(inner: list[tuple[int, int]]) -> int:
     return max(-(-count * 64 // max(width, 1)) for width, count in inner) or 1
 
 
-def _shortcut(shape: Mapping[str, Shape], stages: list[str], bottleneck: bool) -> str | None:
-    """The kind of shortcut; None where no block needs one."""
+def _shortcut(shape: Mapping[str, Shape], stages: list[str], bottleneck: bool, kept: bool) -> str | None:
+    """The kind of shortcut; None where no block needs one. ``kept``: the first stage needs none."""
     if any(".0.downsample.2." in path for path in shape):
         return "average"
     kernels = {path.split(".")[0] for path in shape if ".0.downsample.0." in path}
@@ -367,7 +367,7 @@ def _shortcut(shape: Mapping[str, Shape], stages: list[str], bottleneck: bool) -
         return "conv"
     if any(path.endswith(".0.downsample.0.kernel") and shape[path][2:] == (3, 3) for path in shape):
         return "projection_3x3"
-    return "projection_first" if not bottleneck and stages[0] in kernels | norms else "projection"
+    return "projection_first" if kept and stages[0] in kernels | norms else "projection"
 
 
 def row(config: ResNetConfig) -> str | None:

@@ -46,6 +46,8 @@ DILATIONS = {
     (1, 2, 4, 8): 3,
 }  # of mm's stages -> how many of the last ones are dilated
 
+_POOLS = {"BlurPool2d": "blur", "AvgPool2d": "average"}  # timm's modules for anti-aliasing
+
 _ACTIVATIONS = re.compile(
     r"(gelu\w*|silu|(hard_?)?swish|mish|leaky_?relu|prelu|rrelu|elu|selu|celu|relu6|softplus|tanh)", re.IGNORECASE
 )
@@ -56,7 +58,7 @@ class Statement:
     """What was said: a name, fields of ResNetConfig, and what jresnet cannot compute."""
 
     name: str = ""  # of the network; empty where it has none
-    # stride_in and output_stride as in ResNetConfig; "pool": the stem's; "dilated": how many of the last stages
+    # stride_in, output_stride, antialias and norm as in ResNetConfig; "pool": the stem's; "dilated": the last stages' number
     chosen: dict[str, Any] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)  # where each of these is from, a phrase each
     refused: list[str] = field(default_factory=list)  # phrases that go on after "its network"
@@ -129,6 +131,10 @@ def _read_name(name: str, found: Statement) -> None:
         if re.search(pattern, name, re.I):
             phrase = f"is a {name}, which {what}"
             found.refused += [phrase] if phrase not in found.refused else []
+    if row := zoo.ZOO.get(name):
+        for part in ("antialias", "norm"):
+            if (value := getattr(row.config, part)) is not None:
+                found.choose(part, value, f"{part} {value!r}, as it is a {name}")
     if "caffe" in name.lower():
         found.choose("stride_in", "1x1", f"stride on the 1x1 convolution, as it is a {name}")
     found.name = found.name or name
@@ -223,6 +229,12 @@ def of_layers(said: Mapping[str, Mapping[str, Any]], config: ResNetConfig) -> St
     if pool := said.get("maxpool"):
         has = not str(pool.get("class")).endswith("Identity")
         found.choose("pool", has, "a max-pool behind the stem" if has else "no max-pool behind the stem")
+    for path, layer in said.items():
+        kind = str(layer.get("class")).rpartition(".")[2]
+        if path.endswith(".aa)") and kind in _POOLS:
+            found.choose("antialias", _POOLS[kind], f"strides by {kind}")
+        elif path.rpartition(".")[2].startswith("bn") and kind == "GroupNorm":
+            found.choose("norm", "group", "GroupNorm")
     dilated = [_pair(said.get(f"layer{i}.0.downsample.0", {}).get("stride")) for i in range(2, stages + 1)]
     if (count := dilated.count((1, 1))) and dilated[-count:] == [(1, 1)] * count:
         found.choose(
@@ -280,7 +292,9 @@ def _stride(path: str, config: ResNetConfig) -> tuple[tuple[int, int], tuple[int
 
 def fields(chosen: Mapping[str, Any], config: ResNetConfig) -> dict[str, Any]:
     """What a :class:`Statement` chose, as fields of a configuration like ``config``."""
-    found = {name: value for name, value in chosen.items() if name in ("stride_in", "output_stride")}
+    found = {
+        name: value for name, value in chosen.items() if name in ("stride_in", "output_stride", "antialias", "norm")
+    }
     if "bottleneck" not in config.blocks:
         found.pop("stride_in", None)  # scripts have the option for all their networks
     if (pool := chosen.get("pool")) is not None:

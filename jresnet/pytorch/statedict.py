@@ -120,8 +120,8 @@ def match(
             "jresnet's networks do not; look for weights of a plain ResNet"
         )
     asked = dict(chosen)
-    if like := zoo.ZOO.get(arch or said.name):  # what no tensor tells of it
-        chosen |= {name: getattr(like.config, name) for name in ("antialias", "norm")}
+    if arch is not None:  # what no tensor tells of it
+        chosen |= {name: getattr(zoo.find(arch).config, name) for name in ("antialias", "norm")}
     try:
         config = infer.configure(found, shapes, **chosen)
         layers = stated.layers(tensors.settings, found.keys, found.prefix) if isinstance(tensors, Module) else {}
@@ -193,7 +193,7 @@ def match(
                 "it has no BatchNorm: convert it from before that was folded into the convolutions"
                 if folded
                 else "it has no running statistics: it is of parameters alone, where model.state_dict() has the buffers "
-                "too, or its normalisation is not BatchNorm",
+                "too, or its normalisation is not BatchNorm: of a network with GroupNorm name the architecture, resnet50_gn",
             )
         what = f"a whole {arch or row or 'ResNet'}"
         raise WeightsError(f"{source} does not hold {what} ({found.dialect} naming): {'; '.join(problems)}")
@@ -411,11 +411,14 @@ def check_dialect(config: ResNetConfig, dialect: str) -> None:
 
 def _differences(config: ResNetConfig, dialect: str) -> list[str]:
     """In what the networks of ``dialect`` are not like ``config``."""
-    return [
+    found = [
         f"{field} is {value!r} there, {getattr(config, field)!r} here"
         for field, value in keymap.DIALECTS[dialect].config.items()
         if getattr(config, field) != value
     ]
+    if config.has_parts and not keymap.DIALECTS[dialect].parts:
+        found.append("it has no names for the parts that this network has beyond He et al.'s")
+    return found
 
 
 def _rank(path: str) -> list[int]:
