@@ -1,8 +1,8 @@
 """PyTorch's networks to compare with, in torchvision's naming: torchvision's own, timm's, and a plain one for whatever they
 have not.
 
-Needs torch and torchvision, for timm's networks timm, and is imported only where a comparison is made (``convert.verify``, the
-tests). Brings in no JAX, which would count as PyTorch's memory and start where the two are measured beside each other.
+Needs torch and torchvision, for timm's networks timm, and is imported only where a comparison is made (``convert.verify``,
+the tests). Brings in no JAX, which would count as PyTorch's memory and start where the two are measured beside each other.
 """
 
 from __future__ import annotations
