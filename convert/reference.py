@@ -53,7 +53,7 @@ def _timms(arch: str | None, config: ResNetConfig) -> nn.Module:
         from timm.models import resnet
     except ImportError as error:
         raise LookupError(f"timm is missing, whose network this is ({error}): pip install timm") from error
-    given = {
+    given: dict[str, Any] = {
         "num_classes": config.num_classes,
         "in_chans": config.in_channels,
         "output_stride": config.output_stride or 32,
