@@ -68,6 +68,7 @@ ALLOWED: dict[tuple[str, str], tuple[set[str], str]] = {
     ("train", "--lr"): ({"huge"}, "the run stops where the loss is not finite"),
     ("train", "--weight-decay"): ({"0", "huge"}, "none; or as for --lr"),
     ("train", "--checkpoint-minutes"): ({"0", "huge"}, "after each stretch of steps; at an epoch's end"),
+    ("train", "--checkpoint-seconds"): ({"0", "huge"}, "after each epoch; after the last one alone"),
     ("train", "--warmup-epochs"): ({"0"}, "none"),
     ("train", "--momentum"): ({"0"}, "plain SGD, with --no-nesterov"),
     ("train", "--clip-norm"): ({"0", "huge"}, "no limit"),
@@ -96,6 +97,7 @@ ALLOWED: dict[tuple[str, str], tuple[set[str], str]] = {
     ("finetune", "--freeze"): ({"empty"}, "nothing is frozen"),
     ("finetune", "--lr"): ({"huge"}, "the run stops where the loss is not finite"),
     ("finetune", "--checkpoint-minutes"): ({"0", "huge"}, "after each stretch of steps; at an epoch's end"),
+    ("finetune", "--checkpoint-seconds"): ({"0", "huge"}, "after each epoch; after the last one alone"),
     ("finetune", "--warmup-epochs"): ({"0"}, "none"),
     ("finetune", "--momentum"): ({"0"}, "plain SGD"),
     **{

@@ -66,7 +66,7 @@ def values_of(path: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_that_are_kept():
-    """With oneDNN's calls none is (docs/speed.md), and each of these runs, whose speed is not asked, would compile anew."""
+    """With oneDNN's calls none is (docs/explanation/speed.md); each of these runs would compile anew."""
     with pytest.MonkeyPatch.context() as patched:
         if jresnet.compiler_options().get(ONEDNN):
             patched.setenv("JRESNET_COMPILER_OPTIONS", "off")
@@ -242,7 +242,7 @@ def break_after(trainer: Trainer, step: int, times: int = 1) -> None:
     loop, left = trainer.program.loop, [times]
 
     class Breaking:
-        on_device, compile = loop.on_device, loop.compile
+        on_device, compile, stretch = loop.on_device, loop.compile, loop.stretch
 
         def __call__(self, *arguments, **options):
             state, metrics = loop(*arguments, **options)

@@ -8,6 +8,7 @@ import dataclasses
 import os
 import re
 import stat
+import sys
 import typing
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
@@ -23,11 +24,12 @@ MAX_PROCESSES = 1_000_000  # more than anybody has
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose complaints show what was typed without its control codes, and not for pages."""
+    """argparse's, but its errors look as all others, with control codes escaped and long values cut."""
 
     def error(self, message: str) -> NoReturn:
         """Tells what is wrong with the arguments, and ends the process with code 2."""
-        super().error(shown(message))
+        self.print_usage(sys.stderr)
+        self.exit(2, f"error: {shown(message)}\n")
 
 
 def folder(text: str) -> Path:

@@ -44,6 +44,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     """The command line's options. What is not given is None: the recipe's value, or the resumed run's."""
     parser = Parser(
         prog=prog,
+        usage="%(prog)s [OPTION ...]",  # all of them would fill a screen before the first line that says something
         description="Train a ResNet on CIFAR-10, CIFAR-100 or digits.",
         epilog="With neither --data-dir nor a prepared dataset, CIFAR-10 or CIFAR-100 (163 MiB) is downloaded.",
     )

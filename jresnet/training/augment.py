@@ -15,7 +15,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
 from jresnet.training import autoaugment
 from jresnet.weights.preprocessing import normalise
@@ -46,11 +46,11 @@ class Pipeline:
         if self.crop == "features":
             return images
         crop_key, flip_key, erase_key = jax.random.split(key, 3)
+        if self.crop == "pad":  # while a pixel is one byte
+            images = random_crop(crop_key, images, self.size, padding=4)
         views = images.astype(jnp.float32)
         if self.crop == "resized":
             views = random_resized_crop(crop_key, views, self.size, self.min_area)
-        elif self.crop == "pad":
-            views = random_crop(crop_key, views, self.size, padding=4)
         if self.flip == "random":
             turned = jax.random.bernoulli(flip_key, 0.5, (len(views),))
         if self.flip != "none" and turned is not None:
@@ -91,8 +91,13 @@ class Pipeline:
         return normalise(views, self.mean, self.std)
 
 
-def random_crop(key: jax.Array, images: Float[Array, "n h w c"], size: int, padding: int) -> Float[Array, "n s s c"]:
-    """A ``size`` x ``size`` window of each image with ``padding`` black pixels on every side, at a uniform offset."""
+def random_crop(key: jax.Array, images: Shaped[Array, "n h w c"], size: int, padding: int) -> Shaped[Array, "n s s c"]:
+    """A ``size`` x ``size`` window of each image with ``padding`` black pixels on every side, at a uniform offset.
+
+    XLA gets one gather of whole windows (``slice_sizes`` 1, size, size, channels), whose rows a GPU reads side by side, as
+    it does the images of a batch. Shifts by ``jnp.where``, or by products with 0 and 1, would need no gather but as many
+    passes as there are offsets; a batch of bytes is a thousandth of what a network's step moves.
+    """
     n, height, width, channels = images.shape
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     limits = jnp.array([height + 2 * padding - size + 1, width + 2 * padding - size + 1])

@@ -72,6 +72,12 @@ def evaluated(state: TrainState) -> Averaged:
     return state.averaged or Averaged(state.params, state.batch_stats)
 
 
+def snapshot(state: TrainState) -> TrainState:
+    """A copy of what :func:`model_of` needs, which is still there when the state has been given to a step."""
+    step, (params, batch_stats) = jax.tree.map(jnp.copy, (state.step, evaluated(state)))
+    return TrainState(step, params, batch_stats, (), None)
+
+
 def model_of(graph: nnx.GraphDef, state: TrainState) -> ResNet:
     """The model in a state, as :func:`evaluated`."""
     return nnx.merge(graph, *evaluated(state))
