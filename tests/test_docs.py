@@ -68,7 +68,7 @@ PARSED: dict[str, str] = {
     r"jresnet report runs/three": "wants the run before it, which is not made",
     r"jresnet finetune .*tfds:": "wants a store of TFDS; tests/test_folder.py has one",
     r"python -m convert\.verify": "minutes of PyTorch; tests/parity has a row of it",
-    r"python scripts/(benchmark|benchmark_loader|results|compare_finetuning|docs|pictures|gpu_\w+)\.py": "measures, or writes here",
+    r"python scripts/(benchmark(_loader)?|results|compare_finetuning|docs|pictures|gpu_\w+)\.py": "measures, or writes here",
 }
 TRAINING = re.compile(r"jresnet (train|finetune) ")  # is run by the long test alone
 OTHERS: dict[str, str] = {
