@@ -17,7 +17,7 @@ from pathlib import Path
 
 from convert import flax2torch, torch2flax
 from jresnet import commands
-from jresnet.commands import evaluate, export, failed, finetune, info, predict, report, share, train
+from jresnet.commands import evaluate, export, failed, finetune, info, predict, report, share, train, train_imagenet
 from jresnet.commands.flags import Parser
 from jresnet.errors import InputError
 from jresnet.files import write_atomically
@@ -29,6 +29,7 @@ PARSERS: dict[str, Callable[[str], argparse.ArgumentParser]] = {
     "predict": predict.parser,
     "finetune": finetune.parser,
     "train": train.parser,
+    "train-imagenet": train_imagenet.parser,
     "evaluate": evaluate.parser,
     "convert": torch2flax.parser,
     "export-torch": flax2torch.parser,

@@ -59,6 +59,7 @@ SHORTER: dict[str, list[str]] = {
 }
 # Commands whose options are parsed and no more: a pattern, the reason.
 PARSED: dict[str, str] = {
+    r"jresnet train-imagenet": "wants ImageNet; tests/test_imagenet.py trains by it",
     r"jresnet train .*--dataset digits --runs": "four runs; the single one stands for them",
     r"jresnet train .*--dataset digits": "",  # is run
     r"jresnet train": "trains on CIFAR-10 for hours; the run on the digits stands for it",
@@ -67,7 +68,7 @@ PARSED: dict[str, str] = {
     r"jresnet report runs/three": "wants the run before it, which is not made",
     r"jresnet finetune .*tfds:": "wants a store of TFDS; tests/test_folder.py has one",
     r"python -m convert\.verify": "minutes of PyTorch; tests/parity has a row of it",
-    r"python scripts/(benchmark|results|compare_finetuning|docs|pictures|gpu_\w+)\.py": "measures, or writes here",
+    r"python scripts/(benchmark(_loader)?|results|compare_finetuning|docs|pictures|gpu_\w+)\.py": "measures, or writes here",
 }
 TRAINING = re.compile(r"jresnet (train|finetune) ")  # is run by the long test alone
 OTHERS: dict[str, str] = {
@@ -84,6 +85,7 @@ OTHERS: dict[str, str] = {
 }
 SCRIPTS: dict[str, str] = {
     "train_cifar10": "train",
+    "train_imagenet": "train-imagenet",
     "evaluate": "evaluate",
     "finetune": "finetune",
     "predict": "predict",
