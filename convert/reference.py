@@ -1,20 +1,21 @@
-"""PyTorch's networks to compare with, in torchvision's naming: torchvision's own, and a plain one for whatever it has not.
+"""PyTorch's networks to compare with, in torchvision's naming: torchvision's own, timm's, and a plain one for whatever they
+have not.
 
-Needs torch and torchvision, and is imported only where a comparison is made (``convert.verify``, the tests). Brings in no
-JAX, which would count as PyTorch's memory and start where the two are measured beside each other.
+Needs torch and torchvision, for timm's networks timm, and is imported only where a comparison is made (``convert.verify``,
+the tests). Brings in no JAX, which would count as PyTorch's memory and start where the two are measured beside each other.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convert.installed import import_torchvision
-
-if TYPE_CHECKING:
-    from jresnet.models.config import ResNetConfig
+from jresnet.models import zoo
+from jresnet.models.config import STEMS, ResNetConfig
 
 
 def network(arch: str | None, config: ResNetConfig) -> nn.Module:
@@ -25,6 +26,8 @@ def network(arch: str | None, config: ResNetConfig) -> nn.Module:
             is nothing but that one's, is the sterner judge.
         config: what to build.
     """
+    if config.has_parts:
+        return _timms(arch, config)
     plain = config.stem == "imagenet" and config.shortcut == "projection" and config.stride_in == "3x3"
     build = getattr(import_torchvision().models, arch or "", None)
     if build is None or not plain or config.conv_bias or not config.num_classes or config.in_channels != 3:
@@ -37,16 +40,68 @@ def network(arch: str | None, config: ResNetConfig) -> nn.Module:
     return build(num_classes=config.num_classes, replace_stride_with_dilation=dilated)
 
 
+def _timms(arch: str | None, config: ResNetConfig) -> nn.Module:
+    """timm's network of that name, where the configuration is nothing but that; else one of its parts.
+
+    Raises:
+        LookupError: timm is not installed, or has no such network.
+    """
+    import_torchvision()  # which timm imports, and which does not import by itself beside a CPU build of torch
+    try:
+        import timm
+        from timm.layers import BlurPool2d, get_attn
+        from timm.models import resnet
+    except ImportError as error:
+        raise LookupError(f"timm is missing, whose network this is ({error}): pip install timm") from error
+    given = {
+        "num_classes": config.num_classes,
+        "in_chans": config.in_channels,
+        "output_stride": config.output_stride or 32,
+    }
+    if arch and zoo.configure(arch, **{name: getattr(config, name) for name in OWN}) == config:
+        return timm.create_model(arch, **given)  # type: ignore[no-any-return]
+    deep = bool(STEMS[config.stem].inner)
+    if config.shortcut not in ("projection", "average", "projection_3x3") or config.pruned or config.conv_bias:
+        raise LookupError(f"timm has no network of this configuration: {config}")
+    if not deep and (config.stem != "imagenet" or config.stem_outputs != 64):
+        raise LookupError(f"timm has no stem {config.stem!r} of {config.stem_outputs} channels")
+    blocks = [resnet.Bottleneck if block == "bottleneck" else resnet.BasicBlock for block in config.blocks]
+    attention: Any = config.attention
+    if config.reduction:
+        attention = partial(get_attn("se"), rd_ratio=1 / config.reduction)
+    return resnet.ResNet(
+        blocks,  # type: ignore[arg-type]
+        config.depths,
+        **given,
+        channels=config.widths,  # type: ignore[arg-type]
+        cardinality=config.groups,
+        base_width=config.width_per_group,
+        stem_width=config.stem_outputs // 2,
+        stem_type={"imagenet": "", "deep_tiered": "deep_tiered"}.get(config.stem, "deep"),
+        replace_stem_pool=config.stem == "deep_conv",
+        block_reduce_first=config.reduce_first or 1,
+        down_kernel_size=3 if config.shortcut == "projection_3x3" else 1,
+        avg_down=config.shortcut == "average",
+        norm_layer="groupnorm" if config.norm else nn.BatchNorm2d,
+        aa_layer={"average": nn.AvgPool2d, "blur": BlurPool2d}.get(config.antialias or ""),
+        block_args={"attn_layer": attention} if attention else {},
+    )
+
+
+OWN = ("num_classes", "in_channels", "output_stride")  # which timm's networks of a name are free in
+
+
 def randomise(model: nn.Module) -> None:
-    """Draws every BN's scale, bias, mean and variance at random: default ones hide swaps.
+    """Draws every normalisation's scale, bias, mean and variance at random: default ones hide swaps.
 
     Beyond a hundred blocks, what each adds is weakened: activations that grow by a third in each overflow float32.
     """
     blocks: list[Any] = [block for block in model.modules() if hasattr(block, "bn2")]
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d | nn.GroupNorm):
             nn.init.uniform_(module.weight, 0.5, 1.5)
             nn.init.uniform_(module.bias, -0.3, 0.3)
+        if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_mean, -0.3, 0.3)  # type: ignore[arg-type]
             nn.init.uniform_(module.running_var, 0.5, 1.5)  # type: ignore[arg-type]
     if len(blocks) > 100:

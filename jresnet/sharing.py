@@ -26,7 +26,7 @@ from jresnet import sources
 from jresnet.errors import DownloadError, InputError
 from jresnet.files import write_atomically
 from jresnet.models import params, zoo
-from jresnet.models.config import ResNetConfig
+from jresnet.models.config import STEMS, ResNetConfig
 from jresnet.pytorch import statedict
 from jresnet.sources import Weights
 from jresnet.version import __version__
@@ -131,8 +131,8 @@ def contents(found: Weights, spec: str, title: str | None = None, license: str |
 
 
 def in_timm(arch: str, config: ResNetConfig) -> bool:
-    """Whether timm has the network: torchvision's ten, with their own stem and shortcuts."""
-    return bool(published.names(arch)) and config == zoo.configure(arch, num_classes=config.num_classes)
+    """Whether timm has the network: one of its names, with its own stem and shortcuts."""
+    return arch in zoo.IN_TIMM and config == zoo.configure(arch, num_classes=config.num_classes)
 
 
 def configuration(found: Weights) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def configuration(found: Weights) -> dict[str, Any]:
     config = found.config
     chosen: dict[str, Any] = {
         "tag": "jresnet", "custom_load": False, "fixed_input_size": False, "num_classes": config.num_classes,
-        "first_conv": "conv1", "classifier": "fc",
+        "first_conv": "conv1.0" if STEMS[config.stem].inner else "conv1", "classifier": "fc",
     }  # fmt: skip
     if (how := found.preprocessing) is not None:
         chosen |= _timm_preprocessing(how)
@@ -261,6 +261,8 @@ import timm
 model = timm.create_model({"hf_hub:" + repository!r}, pretrained=True).eval()
 """,
     )
+    if not published.names(arch):  # torchvision has it not
+        return lines
     return lines + code(
         "PyTorch, with torchvision:",
         f"""

@@ -14,10 +14,14 @@ import jresnet
 from jresnet import factory
 from jresnet.errors import InputError, WeightsError
 from jresnet.models import zoo
+from jresnet.weights import published
 
 
-def test_there_is_a_function_for_every_name() -> None:
-    for arch in jresnet.list_models():
+def test_there_is_a_function_for_every_name_that_is_not_timms_alone() -> None:
+    functions = [arch for arch in jresnet.list_models() if arch not in zoo.IN_TIMM or published.names(arch)]
+    assert len(functions) == 18
+    assert not {*jresnet.list_models()} - {*functions} & {*jresnet.__all__}
+    for arch in functions:
         function = getattr(jresnet, arch)
         assert function.__name__ == arch
         assert arch in jresnet.__all__
@@ -86,7 +90,7 @@ def test_unknown_architecture(arch: object, words: str) -> None:
 def test_list_models() -> None:
     assert jresnet.list_models("resnet20*") == ["resnet20_cifar"]
     assert jresnet.list_models("vgg*") == []
-    assert len(jresnet.list_models()) == 19
+    assert len(jresnet.list_models()) == 19 + 71
 
 
 def test_rngs_in_place_of_a_seed() -> None:

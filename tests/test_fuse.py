@@ -91,7 +91,11 @@ def configs(draw: st.DrawFn) -> jresnet.ResNetConfig:
     block, stages = draw(st.sampled_from(["basic", "bottleneck"])), draw(st.integers(1, 3))
     several = st.tuples(*[st.integers(1, 2)] * stages)
     bottleneck = block == "bottleneck"
-    shortcut = draw(st.sampled_from(["projection", "projection_first", "conv", *([] if bottleneck else ["pad"])]))
+    kinds = ["projection", "projection_first", "conv", "average", "projection_3x3", *([] if bottleneck else ["pad"])]
+    shortcut = draw(st.sampled_from(kinds))
+    stem, attention = draw(st.sampled_from(list(STEMS))), draw(st.sampled_from([None, "se", "eca"]))
+    stride_in = draw(st.sampled_from(["3x3", "1x1"])) if bottleneck else "3x3"
+    filtered = stride_in == "3x3" and STEMS[stem].pool != "conv"
     widths = tuple(16 * width for width in draw(several))
     return jresnet.ResNetConfig(
         block,
@@ -99,9 +103,13 @@ def configs(draw: st.DrawFn) -> jresnet.ResNetConfig:
         tuple(sorted(widths)) if shortcut == "pad" else widths,
         num_classes=draw(st.integers(1, 5)),
         in_channels=draw(st.integers(1, 4)),
-        stem=draw(st.sampled_from(list(STEMS))),
+        stem=stem,
         shortcut=shortcut,
-        stride_in=draw(st.sampled_from(["3x3", "1x1"])) if bottleneck else "3x3",
+        stride_in=stride_in,
+        stem_channels=draw(st.sampled_from([None, 8, 16])),
+        attention=attention,
+        reduction=draw(st.sampled_from([None, 4])) if attention == "se" else None,
+        antialias=draw(st.sampled_from([None, "blur", "average"])) if filtered else None,
         groups=draw(st.sampled_from([1, 2, 4])) if bottleneck else 1,
         width_per_group=draw(st.sampled_from([8, 64])) if bottleneck else 64,
         conv_bias=draw(st.booleans()),

@@ -442,9 +442,9 @@ def test_sizes_are_known_before_the_download(server: Hub, monkeypatch: pytest.Mo
 
 
 def test_another_network_is_told_before_the_download(server: Hub) -> None:
-    configured(server, CONFIG | {"architecture": "resnet50d"})
+    configured(server, CONFIG | {"architecture": "resnest50d"})
     with pytest.raises(
-        InputError, match=r"holds a network 'resnet50d', which jresnet does not have .*There are resnet18, "
+        InputError, match=r"holds a network 'resnest50d', which jresnet does not have .*There are resnet18, "
     ):
         fetch()
     assert not any("/cdn/" in path for _, path in server.log)
@@ -625,7 +625,7 @@ def test_names_by_number_may_have_gaps(tmp_path: Path) -> None:
         (b'{"num_classes": ' + b"1" * 5000 + b"}", "is no JSON file"),
         ([CONFIG], "should hold an object"),
         (CONFIG | {"pretrained_cfg": []}, "pretrained_cfg in .* should be an object"),
-        (CONFIG | {"num_classes": 0}, "num_classes should be 1 to 1,000,000, not 0"),
+        (CONFIG | {"num_classes": -1}, "num_classes should be 0 to 1,000,000, not -1"),
         (CONFIG | {"num_classes": True}, "num_classes should be"),
         (CONFIG | {"num_classes": 10**12}, "num_classes should be"),
         (CONFIG | {"global_pool": "max"}, "'global_pool' of 'max' makes it another network"),

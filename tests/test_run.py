@@ -242,7 +242,7 @@ def break_after(trainer: Trainer, step: int, times: int = 1) -> None:
     loop, left = trainer.program.loop, [times]
 
     class Breaking:
-        on_device, compile = loop.on_device, loop.compile
+        on_device, compile, stretch = loop.on_device, loop.compile, loop.stretch
 
         def __call__(self, *arguments, **options):
             state, metrics = loop(*arguments, **options)

@@ -95,11 +95,10 @@ def test_it_is_believed(deep: dict[str, np.ndarray], beside: dict[str, Any], exp
 @pytest.mark.parametrize(
     ("beside", "message"),
     [
-        ({"arch": "resnetaa50"}, "is a resnetaa50, which averages or blurs before its strides"),
-        ({"args": {"model": "seresnet50"}}, "is a seresnet50, which has attention in its blocks"),
+        ({"arch": "resnetaa51"}, "is a resnetaa51, which averages or blurs before its strides"),
+        ({"args": {"model": "skresnet50"}}, "is a skresnet50, which has attention in its blocks"),
         ({"args": {"arch": "preact_resnet18"}}, r"is a preact_resnet18, .*\(pre-activation\)"),
         ({"model_name": "resnetv2_50"}, r"\(pre-activation\)"),
-        ({"args": {"model": "resnet50d"}}, "a deep stem or averages in its shortcuts"),
         ({"hyper_parameters": {"preact": True}}, r"normalises before it convolves \(preact=True\)"),
         ({"hyper_parameters": {"act_layer": "silu"}}, r"another activation than ReLU \(act_layer='silu'\)"),
         ({"args": {"last_stride": 1}}, "its last stage at stride 1"),

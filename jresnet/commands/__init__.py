@@ -23,6 +23,7 @@ from jresnet.version import __version__
 
 OWN = {  # modules of this package
     "train": "train a ResNet on CIFAR-10, CIFAR-100 or digits",
+    "train-imagenet": "train from scratch on ImageNet, or images by class in any number",
     "evaluate": "accuracy and loss of weights on labelled images",
     "finetune": "trained weights for one's own images: a folder of photos",
     "predict": "what is in images: names and probabilities",
@@ -32,8 +33,12 @@ OWN = {  # modules of this package
     "report": "compare training runs in a table and a plot",
     "info": "versions, devices, compilation cache and compiler options",
 }
-PLACES = {"push": ("share", "push"), "pull": ("share", "pull")}  # where it is not the main of a module of the name
-COMPUTING = ("train", "evaluate", "finetune", "predict")  # those that gain from large pages
+PLACES = {
+    "push": ("share", "push"),
+    "pull": ("share", "pull"),
+    "train-imagenet": ("train_imagenet", "main"),
+}  # where it is not the main of a module of the name
+COMPUTING = ("train", "train-imagenet", "evaluate", "finetune", "predict")  # those that gain from large pages
 SLOW = (*COMPUTING, "convert", "export-torch")  # those that import JAX and then work for a while
 PRINTING = ("report", "info", "evaluate", "predict")  # those whose result is what they print
 OTHERS = {  # of the package convert, which comes with jresnet

@@ -13,11 +13,26 @@ that ``jax.jit`` is given.
 from jresnet.kernels.conv import convolve
 from jresnet.kernels.dilated import convolve_dilated
 from jresnet.kernels.norm import inverse_sqrt, normalise
-from jresnet.kernels.pool import every_second, global_average_pool, max_pool
+from jresnet.kernels.pool import (
+    average_halves,
+    average_pairs,
+    average_same,
+    blur,
+    blur_dense,
+    every_second,
+    global_average_pool,
+    max_pool,
+    max_pool_dense,
+)
 from jresnet.kernels.scheduling import add_relu, in_pieces, relu
 
 __all__ = [
     "add_relu",
+    "average_halves",
+    "average_pairs",
+    "average_same",
+    "blur",
+    "blur_dense",
     "convolve",
     "convolve_dilated",
     "every_second",
@@ -25,6 +40,7 @@ __all__ = [
     "in_pieces",
     "inverse_sqrt",
     "max_pool",
+    "max_pool_dense",
     "normalise",
     "relu",
 ]

@@ -1,4 +1,4 @@
-"""The stem's max-pool, and the global average."""
+"""The stem's max-pool, averages and blurs of neighbouring pixels, and the global average."""
 
 from __future__ import annotations
 
@@ -116,6 +116,69 @@ _selected = Kernel("max_pool_select", _select, images=(0, 1))
 _given_back = Kernel("max_pool_give_back", _give_back, images=(0, 1), resized=_of_a_larger_batch)
 _selected.multilinear(lambda dy, winner, *, argument: _given_back(dy, winner, shape=argument))
 _given_back.multilinear(lambda dx, winner, *, argument, shape: _selected(dx, winner))
+
+
+def _neighbours(x: jax.Array, axis: int, length: int, step: int, count: int) -> list[jax.Array]:
+    """Along an axis, the numbers at 0, step, 2 step, ..., ``length`` of them; those after each; up to ``count`` in all."""
+    return [lax.slice_in_dim(x, i, i + step * (length - 1) + 1, step, axis) for i in range(count)]
+
+
+def max_pool_dense(x: jax.Array) -> jax.Array:
+    """``[N, H, W, C]``, the same shape: 3x3 maximum at stride 1, padded by one pixel of -inf."""
+    x = lax.pad(x, jnp.array(-jnp.inf, x.dtype), ((0, 0, 0), (1, 1, 0), (1, 1, 0), (0, 0, 0)))
+    for axis in (1, 2):
+        first, second, third = _neighbours(x, axis, x.shape[axis] - 2, 1, 3)
+        x = jnp.maximum(jnp.maximum(first, second), third)
+    return x
+
+
+def _blurred(x: jax.Array, step: int) -> jax.Array:
+    """The binomial filter (1 2 1) / 4 along both axes at a stride of ``step``, reflected by a pixel at the edges."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = jnp.pad(wide, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    for axis in (1, 2):
+        before, middle, after = _neighbours(wide, axis, -(-x.shape[axis] // step), step, 3)
+        wide = (before + 2 * middle + after) / 4
+    return wide.astype(x.dtype)
+
+
+def blur(x: jax.Array) -> jax.Array:
+    """``[N, H, W, C] -> [N, ceil(H / 2), ceil(W / 2), C]``: a 3x3 binomial filter at stride 2 (``timm.layers.BlurPool2d``).
+
+    Zhang 2019, arXiv:1904.11486. Sums of shifted pixels: as a convolution of each channel by itself it would be the slowest
+    of a network's on a CPU.
+    """
+    return _blurred(x, 2)
+
+
+def blur_dense(x: jax.Array) -> jax.Array:
+    """:func:`blur` at stride 1."""
+    return _blurred(x, 1)
+
+
+def average_halves(x: jax.Array) -> jax.Array:
+    """``[N, H, W, C] -> [N, H // 2, W // 2, C]``: the average of each 2x2 pixels; an odd last row or column is left out."""
+    return _averaged(x, [size // 2 for size in x.shape[1:3]], 2)
+
+
+def average_pairs(x: jax.Array) -> jax.Array:
+    """``[N, H, W, C] -> [N, ceil(H / 2), ceil(W / 2), C]``: the average of each 2x2 pixels, of those that there are."""
+    # The last row once more gives the average of that row alone.
+    x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)), mode="edge")
+    return _averaged(x, [size // 2 for size in x.shape[1:3]], 2)
+
+
+def average_same(x: jax.Array) -> jax.Array:
+    """``[N, H, W, C]``, the same shape: the average of a pixel and its three next to the right and below, zeros outside."""
+    return _averaged(jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0))), list(x.shape[1:3]), 1)
+
+
+def _averaged(x: jax.Array, size: list[int], step: int) -> jax.Array:
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    for axis, length in zip((1, 2), size, strict=True):
+        first, second = _neighbours(wide, axis, length, step, 2)
+        wide = first + second
+    return (wide / 4).astype(x.dtype)
 
 
 def every_second(x: jax.Array) -> jax.Array:

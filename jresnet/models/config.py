@@ -3,31 +3,58 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from jresnet.errors import InputError
 
 Block = Literal["basic", "bottleneck"]
-Stem = Literal["imagenet", "cifar", "cifar_pool", "imagenet_no_pool"]
+Stem = Literal["imagenet", "cifar", "cifar_pool", "imagenet_no_pool", "deep", "deep_tiered", "deep_conv"]
 # What a block adds its output to. The letters are the paper's (section 3.3):
 #   "pad"              A: every second pixel, zero-padded channels; no parameters
 #   "projection"       B: 1x1 convolution and BN where the shape changes, else the input itself
 #   "projection_first" B, and also at the first block of a stage that keeps the shape
 #   "conv"             B without the BN
-Shortcut = Literal["pad", "projection", "projection_first", "conv"]
+#   "average"          B, whose convolution follows a 2x2 average where the block has a stride (ResNet-D, arXiv:1812.01187)
+#   "projection_3x3"   B with a 3x3 convolution where the block has a stride (SENet-154)
+Shortcut = Literal["pad", "projection", "projection_first", "conv", "average", "projection_3x3"]
 
 # Which convolution of a Bottleneck carries the stride of a stage: the 3x3 ("v1.5", torchvision), or the first 1x1 (the
 # paper, Caffe's and detectron2's weights, transformers' downsample_in_bottleneck): two functions of the same tensors.
 StrideIn = Literal["3x3", "1x1"]
 
-# Kernel size and stride of the stem's convolution, and whether a 3x3 max-pool at stride 2 follows. Those with a pool or
-# without are two functions of the same tensors: small images are often given a 3x3 whose max-pool was left in place, or a
-# 7x7 whose max-pool was taken out.
-STEMS: dict[str, tuple[int, int, bool]] = {
-    "imagenet": (7, 2, True),
-    "cifar": (3, 1, False),
-    "cifar_pool": (3, 1, True),
-    "imagenet_no_pool": (7, 2, False),
+# What a block's output is multiplied by before the shortcut is added, one factor a channel:
+#   "se"   squeeze-and-excitation (arXiv:1709.01507)
+#   "eca"  efficient channel attention (arXiv:1910.03151)
+Attention = Literal["se", "eca"]
+
+# What reduces the image where a network has a stride, its convolution being at stride 1, and behind the stem:
+#   "blur"     a 3x3 binomial filter (arXiv:1904.11486); the stem's max-pool stays, at stride 1
+#   "average"  the average of 2x2 pixels, also in place of the stem's max-pool
+Antialias = Literal["blur", "average"]
+
+Norm = Literal["group"]  # what stands where BatchNorm usually does: GroupNorm of 32 groups (arXiv:1803.08494)
+
+
+class StemKind(NamedTuple):
+    """What a stem is made of."""
+
+    kernel: int  # of each of its convolutions
+    stride: int  # of the first one
+    pool: Literal["max", "conv"] | None  # at stride 2 behind it: a 3x3 max-pool, or a 3x3 convolution, BN and ReLU
+    inner: tuple[int, ...] = ()  # outputs of the convolutions before the last one, in eighths of the last one's
+
+
+# Those with a pool or without are two functions of the same tensors: small images are often given a 3x3 whose max-pool was
+# left in place, or a 7x7 whose max-pool was taken out. The deep ones are ResNet-C's and -D's (arXiv:1812.01187), timm's "t"
+# networks' and ResNet-RS's (arXiv:2103.07579).
+STEMS: dict[str, StemKind] = {
+    "imagenet": StemKind(7, 2, "max"),
+    "cifar": StemKind(3, 1, None),
+    "cifar_pool": StemKind(3, 1, "max"),
+    "imagenet_no_pool": StemKind(7, 2, None),
+    "deep": StemKind(3, 2, "max", (4, 4)),
+    "deep_tiered": StemKind(3, 2, "max", (3, 4)),
+    "deep_conv": StemKind(3, 2, "conv", (4, 4)),
 }
 
 EXPANSION: dict[Block, int] = {"basic": 1, "bottleneck": 4}  # a block's output channels by its stage's width
@@ -37,7 +64,7 @@ EXPANSION: dict[Block, int] = {"basic": 1, "bottleneck": 4}  # a block's output 
 class ResNetConfig:
     """Everything that tells one ResNet from another."""
 
-    block: Block
+    block: Block | tuple[Block, ...]  # of all stages, or one for each
     depths: tuple[int, ...]  # blocks in each stage
     widths: tuple[int, ...] = (64, 128, 256, 512)  # channels of each stage, before a Bottleneck's expansion
     num_classes: int = 1000  # logits; 0: no head, the network gives pooled features
@@ -51,6 +78,18 @@ class ResNetConfig:
     # dilated instead (torchvision's replace_stride_with_dilation, timm's output_stride). None: as the strides make it.
     output_stride: int | None = None
     stride_in: StrideIn = "3x3"  # a Bottleneck's; a basic block has its stride in its first 3x3
+    # From here on None is what most networks have, and what a file need not say.
+    stem_channels: int | None = None  # outputs of the stem; None: as many as the first stage's width
+    attention: Attention | None = None
+    reduction: int | None = None  # "se" squeezes the channels to this fraction, in whole eights; None: to a sixteenth
+    antialias: Antialias | None = None
+    norm: Norm | None = None  # None: BatchNorm
+    # A Bottleneck's first convolution has the width's channels divided by this: half as many in SENet-154, whose authors
+    # saved arithmetic there (arXiv:1709.01507, section 6.1).
+    reduce_first: int | None = None
+    # Channels that pruning left (arXiv:2002.08258): for each stage its output, and for each of its blocks the outputs of
+    # the first and the second convolution. The widths stay those of the network that was pruned: ECA's kernels have its.
+    pruned: tuple[tuple[int, tuple[tuple[int, int], ...]], ...] | None = None
 
     def __post_init__(self) -> None:
         """Raises :class:`jresnet.InputError` with everything that is wrong."""
@@ -67,8 +106,8 @@ class ResNetConfig:
     @property
     def stem_stride(self) -> int:
         """Pixels of an image, a side, for one pixel of the stem's output."""
-        _, stride, pool = STEMS[self.stem]
-        return stride * 2 if pool else stride
+        stem = STEMS[self.stem]
+        return stem.stride * 2 if stem.pool else stem.stride
 
     @property
     def strides(self) -> tuple[tuple[int, int], ...]:
@@ -86,32 +125,83 @@ class ResNetConfig:
         return tuple(found)
 
     @property
+    def blocks(self) -> tuple[Block, ...]:
+        """The kind of each stage's blocks."""
+        return self.block if isinstance(self.block, tuple) else (self.block,) * len(self.depths)
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """Channels of each stage's output."""
+        if self.pruned is not None:
+            return tuple(outputs for outputs, _ in self.pruned)
+        return tuple(planes * EXPANSION[block] for block, planes in zip(self.blocks, self.widths, strict=True))
+
+    def channels(self, stage: int, block: int) -> tuple[int, int, int]:
+        """Outputs of a block's first and second convolution, and its own; stages and blocks from 0."""
+        if self.pruned is not None:
+            outputs, blocks = self.pruned[stage]
+            return (*blocks[block], outputs)
+        width = self.widths[stage]
+        if self.blocks[stage] == "basic":
+            return width, width, width
+        width = width * self.width_per_group // 64 * self.groups
+        return width // (self.reduce_first or 1), width, self.outputs[stage]
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether it has what torchvision's ResNets and the CIFAR family have not."""
+        parts = (self.stem_channels, self.attention, self.antialias, self.norm, self.reduce_first, self.pruned)
+        kinds = self.shortcut in ("average", "projection_3x3") or isinstance(self.block, tuple)
+        return kinds or bool(STEMS[self.stem].inner) or any(parts)
+
+    @property
+    def stem_outputs(self) -> int:
+        """Channels of the stem's output."""
+        return self.stem_channels or self.widths[0]
+
+    @property
     def num_features(self) -> int:
         """Channels of the last stage's output, and so of the pooled features that the head takes."""
-        return self.widths[-1] * EXPANSION[self.block]
+        return self.outputs[-1]
 
 
 MOST = 1_000_000  # of anything that is counted: more would be wrong, and XLA ends the process where memory lacks
 KINDS: dict[str, tuple[str, ...]] = {
-    "block": get_args(Block),
     "stem": get_args(Stem),
     "shortcut": get_args(Shortcut),
     "stride_in": get_args(StrideIn),
+    "attention": get_args(Attention),
+    "antialias": get_args(Antialias),
+    "norm": get_args(Norm),
 }
 
 
-def _problems(config: ResNetConfig) -> list[str]:
-    def counts(value: object, least: int = 1) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+def _counts(value: object, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
+
+def _problems(config: ResNetConfig) -> list[str]:
+    return _wrong_alone(config) or _wrong_together(config)
+
+
+def _wrong_alone(config: ResNetConfig) -> list[str]:
+    """What is wrong with a field whatever the others are."""
+    blocks = config.block if isinstance(config.block, tuple) and config.block else (config.block,)
     problems = [
+        f"block must be {' or '.join(map(repr, get_args(Block)))}, or a tuple of these, got {config.block!r:.80}"
+        for _ in range(any(block not in get_args(Block) for block in blocks))
+    ]
+    problems += [
         f"{name} must be {' or '.join(map(repr, kinds))}, got {getattr(config, name)!r}"
         for name, kinds in KINDS.items()
-        if getattr(config, name) not in kinds
+        if getattr(config, name) not in (kinds if name in ("stem", "shortcut", "stride_in") else (*kinds, None))
     ]
-    for name in ("num_classes", "in_channels", "groups", "width_per_group"):
+    for name in ("num_classes", "in_channels", "groups", "width_per_group", *OPTIONAL):
         least = 0 if name == "num_classes" else 1
-        if not counts(value := getattr(config, name), least):
+        value = getattr(config, name)
+        if name in OPTIONAL and value is None:
+            continue
+        if not _counts(value, least):
             problems.append(f"{name} must be a whole number of at least {least}, got {value!r:.80}")
         elif value > MOST:
             problems.append(
@@ -119,36 +209,103 @@ def _problems(config: ResNetConfig) -> list[str]:
             )
     for name in ("depths", "widths"):
         value = getattr(config, name)
-        if not isinstance(value, tuple) or not value or not all(map(counts, value)):
+        if not isinstance(value, tuple) or not value or not all(map(_counts, value)):
             problems.append(f"{name} must be a tuple of whole numbers of at least 1, got {value!r}")
     if not isinstance(config.conv_bias, bool):
         problems.append(f"conv_bias must be True or False, got {config.conv_bias!r}")
-    if problems:
-        return problems
-    if config.output_stride is not None:
-        fitting = [config.stem_stride * 2**stage for stage in range(len(config.depths))]
-        if not counts(config.output_stride) or config.output_stride not in fitting:
-            problems.append(
-                f"output_stride must be {' or '.join(map(str, fitting))} for {len(fitting)} stages and the "
-                f"{config.stem} stem, got {config.output_stride!r}"
-            )
+    return problems
+
+
+OPTIONAL = ("stem_channels", "reduction", "reduce_first")  # numbers that may be None
+
+
+def _wrong_together(config: ResNetConfig) -> list[str]:
+    problems = []
     if len(config.depths) != len(config.widths):
         problems.append(
             f"there are {len(config.depths)} depths and {len(config.widths)} widths: give both for each stage"
         )
-    if config.block == "basic" and (config.groups, config.width_per_group) != (1, 64):
+    if isinstance(config.block, tuple) and len(config.block) != len(config.depths):
+        problems.append(f"there are {len(config.block)} blocks for {len(config.depths)} stages: give one for each")
+    basic = "bottleneck" not in config.blocks
+    if config.output_stride is not None:
+        fitting = [config.stem_stride * 2**stage for stage in range(len(config.depths))]
+        if not _counts(config.output_stride) or config.output_stride not in fitting:
+            problems.append(
+                f"output_stride must be {' or '.join(map(str, fitting))} for {len(fitting)} stages and the "
+                f"{config.stem} stem, got {config.output_stride!r}"
+            )
+    if basic and (config.groups, config.width_per_group) != (1, 64):
         problems.append(
             f"groups {config.groups} and width_per_group {config.width_per_group} are for bottlenecks: "
             "basic blocks have 1 and 64"
         )
-    if config.block == "basic" and config.stride_in != "3x3":
+    if basic and config.stride_in != "3x3":
         problems.append(f"stride_in {config.stride_in!r} is for bottlenecks: basic blocks have 3x3 convolutions only")
-    if config.block == "bottleneck" and min(config.widths) * config.width_per_group < 64:
+    if basic and config.reduce_first:
+        problems.append(f"reduce_first {config.reduce_first} is for bottlenecks")
+    if not basic and min(config.widths) * config.width_per_group < 64:
         problems.append(
             f"width_per_group {config.width_per_group} leaves a stage of {min(config.widths)} without channels"
         )
-    if config.shortcut == "pad" and config.block != "basic":
+    if config.shortcut == "pad" and "bottleneck" in config.blocks:
         problems.append("shortcut 'pad' is defined for basic blocks (He et al. 2016, section 4.2), not for bottlenecks")
     if config.shortcut == "pad" and list(config.widths) != sorted(config.widths):
         problems.append(f"shortcut 'pad' needs widths that never fall, got {config.widths}")
+    if config.reduction and config.attention != "se":
+        problems.append(f"reduction {config.reduction} is for attention 'se', not {config.attention!r}")
+    if config.antialias and config.stride_in != "3x3":
+        problems.append("antialias is for strides in the 3x3 convolution: leave stride_in out")
+    if config.antialias and STEMS[config.stem].pool == "conv":
+        problems.append(f"antialias is for a stem with a max-pool or none, not for {config.stem!r}")
+    if not problems and config.pruned is not None:
+        problems += _wrong_in_pruned(config)
+    if not problems:
+        problems += _wrong_channels(config)
     return problems
+
+
+def _wrong_in_pruned(config: ResNetConfig) -> list[str]:
+    def is_stage(stage: object, depth: int) -> bool:
+        return (
+            isinstance(stage, tuple)
+            and len(stage) == 2
+            and _counts(stage[0])
+            and isinstance(stage[1], tuple)
+            and len(stage[1]) == depth
+            and all(isinstance(inner, tuple) and len(inner) == 2 and all(map(_counts, inner)) for inner in stage[1])
+        )
+
+    stages = config.pruned
+    if not isinstance(stages, tuple) or len(stages) != len(config.depths):
+        return [f"pruned must be a tuple with an entry for each of {len(config.depths)} stages, got {stages!r:.80}"]
+    return [
+        f"pruned must be (channels, ((channels, channels), ...)) with {depth} pairs for stage {i + 1}, got {stage!r:.80}"
+        for i, (stage, depth) in enumerate(zip(stages, config.depths, strict=True))
+        if not is_stage(stage, depth)
+    ]
+
+
+def _wrong_channels(config: ResNetConfig) -> list[str]:
+    """Of fields that are right one by one: what leaves channels that cannot be shared out."""
+    problems = []
+    kind, stem = STEMS[config.stem], config.stem_outputs
+    if any(stem * share % 8 for share in kind.inner):
+        problems.append(f"a {config.stem} stem's channels must be a multiple of 8, got {stem}")
+    for i, block in enumerate(config.blocks if config.pruned is None else ()):
+        first, second, outputs = config.channels(i, 0)
+        if block == "bottleneck" and (second % first or first % config.groups):
+            problems.append(
+                f"stage {i + 1} has {second} channels, which reduce_first {config.reduce_first} and groups "
+                f"{config.groups} must divide"
+            )
+        if config.norm == "group" and (odd := [n for n in (first, second, outputs) if n % NORM_GROUPS]):
+            problems.append(f"GroupNorm needs multiples of {NORM_GROUPS} channels, got {odd[0]} in stage {i + 1}")
+    if config.pruned is not None and (config.groups > 1 or config.norm):
+        problems.append("pruned networks have no groups and no GroupNorm")
+    if config.norm == "group" and stem % NORM_GROUPS:
+        problems.append(f"GroupNorm needs multiples of {NORM_GROUPS} channels, got {stem} of the stem")
+    return problems
+
+
+NORM_GROUPS = 32  # of GroupNorm: the paper's and timm's

@@ -16,7 +16,6 @@ from jaxtyping import Array, Float
 
 from jresnet.errors import InputError
 from jresnet.kernels import in_pieces
-from jresnet.models.config import EXPANSION
 from jresnet.models.layers import BatchNorm, Conv, Images
 from jresnet.models.resnet import ResNet, checked
 
@@ -43,19 +42,21 @@ class FusedResNet(ResNet):
         """As :class:`ResNet` in evaluation; inside ``jax.jit`` on a CPU a batch goes in pieces that fit the cache."""
         if train or not isinstance(x, jax.core.Tracer):
             return super().__call__(x, train)
-        config, kernel, x = self.config, self.conv1.kernel[...], checked(x, self.config.in_channels)
-        dtype = jnp.dtype(self.conv1.dtype or jnp.promote_types(x.dtype, kernel.dtype))
+        config, x = self.config, checked(x, self.config.in_channels)
+        first = self.conv1[0] if isinstance(self.conv1, nnx.List) else self.conv1
+        kernel = first.kernel[...]
+        dtype = jnp.dtype(first.dtype or jnp.promote_types(x.dtype, kernel.dtype))
         pooled = (x.shape[0], config.num_features), jnp.promote_types(dtype, jnp.float32)
         logits = jax.eval_shape(lambda pooled: self._head(pooled, train), jax.ShapeDtypeStruct(*pooled))
         # The first stage's output is the largest, unless later ones are dilated.
         strides = accumulate((stride for stride, _ in config.strides), operator.mul, initial=config.stem_stride)
-        stages = zip(list(strides)[1:], config.widths, strict=True)
+        stages = zip(list(strides)[1:], config.outputs, strict=True)
         stride, width = max(stages, key=lambda stage: stage[1] / stage[0] ** 2)
         pixels = math.prod(x.shape[1:3]) // stride**2
         return in_pieces(
             *_as_a_function(self, x),
             outputs=(logits.shape[-1], logits.dtype),
-            bytes_an_image=pixels * width * EXPANSION[config.block] * dtype.itemsize,
+            bytes_an_image=pixels * width * dtype.itemsize,
         )
 
 
@@ -130,6 +131,8 @@ def _norms(model: ResNet) -> Iterator[tuple[tuple[Any, ...], Any, Any, Conv | No
             *above, name = path
             before = name - 1 if isinstance(name, int) else str(name).replace("bn", "conv")
             conv = modules.get((*above, before))
+            if isinstance(conv, nnx.List):  # a stem of several convolutions
+                conv = conv[-1]
             yield path, modules[tuple(above)], name, conv if isinstance(conv, Conv) else None
 
 

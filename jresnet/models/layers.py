@@ -104,7 +104,8 @@ class Conv(nnx.Module):
         self.bias = param(uniform_fan_in(math.prod(shape[:3])), shape[3:], rngs) if bias else None
         self.stride, self.padding, self.groups, self.dilation, self.dtype = stride, padding, groups, dilation, dtype
 
-    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h2 w2 c2"]:
+    def __call__(self, x: Float[Array, "n h w c"], train: bool | None = None) -> Float[Array, "n h2 w2 c2"]:
+        del train  # it is the same; layers are called alike
         kernel = self.kernel[...]
         dtype = self.dtype or jnp.promote_types(x.dtype, kernel.dtype)
         x, kernel = x.astype(dtype), kernel.astype(dtype)

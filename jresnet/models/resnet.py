@@ -16,72 +16,91 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from jresnet.errors import InputError
-from jresnet.kernels import add_relu, every_second, global_average_pool, max_pool, relu
+from jresnet.kernels import add_relu, every_second, global_average_pool, relu
 from jresnet.models import paths, zoo
-from jresnet.models.config import EXPANSION, STEMS, ResNetConfig
+from jresnet.models.config import EXPANSION, ResNetConfig
 from jresnet.models.layers import BatchNorm, Conv, Images, Linear, as_dtype
+from jresnet.models.parts import Parts, through
 
 
 class BasicBlock(nnx.Module):
     """Two 3x3 convolutions; the stride is on the first. Paper: figure 5, left.
 
-    ``dilations`` are those of a block's first 3x3 convolution and of a second one, which are padded by as many pixels.
+    Args:
+        inputs: channels.
+        outputs: channels of the first convolution, of the second, and of the block.
+        stride: of the block.
+        dilations: of its first 3x3 convolution and of a second one, which are padded by as many pixels.
+        parts: what the network's layers are made by.
+        stage: the block's, from 0.
+        downsample: what the input goes through before it is added; empty where it is added as it is, or padded.
     """
 
     expansion = EXPANSION["basic"]
 
     def __init__(
         self,
-        inplanes: int,
-        planes: int,
+        inputs: int,
+        outputs: tuple[int, int, int],
         stride: int,
         dilations: tuple[int, int],
-        config: ResNetConfig,
-        downsample: list,
-        conv: Callable,
+        parts: Parts,
+        stage: int,
+        downsample: nnx.List,
     ):
-        first, second = dilations
-        self.conv1 = conv(inplanes, planes, 3, stride, first, dilation=first)
-        self.bn1 = BatchNorm(planes)
-        self.conv2 = conv(planes, planes, 3, 1, second, dilation=second)
-        self.bn2 = BatchNorm(planes)
-        self.downsample = nnx.List(downsample)
+        (width, _, planes), (first, second) = outputs, dilations
+        self.aa = parts.antialias(stride, dilations)
+        self.conv1 = parts.conv(inputs, width, 3, 1 if self.aa else stride, first, dilation=first)
+        self.bn1 = parts.norm(width)
+        self.conv2 = parts.conv(width, planes, 3, 1, second, dilation=second)
+        self.bn2 = parts.norm(planes)
+        self.se = parts.attention(stage, planes)
+        self.downsample = downsample
 
     def __call__(self, x: Float[Array, "n h w c"], train: bool | None = None) -> Float[Array, "n h2 w2 c2"]:
         y = relu(self.bn1(self.conv1(x), train))
+        y = self.aa(y) if self.aa else y
         y = self.bn2(self.conv2(y), train)
+        y = self.se(y) if self.se else y
         return add_relu(y, shortcut(self.downsample, x, y.shape, train))
 
 
 class Bottleneck(nnx.Module):
-    """1x1, 3x3, 1x1 convolutions; the stride is on the 3x3 ("v1.5", as torchvision), or on the first 1x1 (paper)."""
+    """1x1, 3x3, 1x1 convolutions; the stride is on the 3x3 ("v1.5", as torchvision), or on the first 1x1 (paper).
+
+    The arguments are those of :class:`BasicBlock`.
+    """
 
     expansion = EXPANSION["bottleneck"]
 
     def __init__(
         self,
-        inplanes: int,
-        planes: int,
+        inputs: int,
+        outputs: tuple[int, int, int],
         stride: int,
         dilations: tuple[int, int],
-        config: ResNetConfig,
-        downsample: list,
-        conv: Callable,
+        parts: Parts,
+        stage: int,
+        downsample: nnx.List,
     ):
-        width = planes * config.width_per_group // 64 * config.groups
-        first, second = (stride, 1) if config.stride_in == "1x1" else (1, stride)
-        self.conv1 = conv(inplanes, width, 1, first)
-        self.bn1 = BatchNorm(width)
-        self.conv2 = conv(width, width, 3, second, dilations[0], config.groups, dilation=dilations[0])
-        self.bn2 = BatchNorm(width)
-        self.conv3 = conv(width, planes * self.expansion, 1)
-        self.bn3 = BatchNorm(planes * self.expansion)
-        self.downsample = nnx.List(downsample)
+        narrow, width, planes = outputs
+        self.aa = parts.antialias(stride, dilations)
+        first, second = (stride, 1) if parts.config.stride_in == "1x1" else (1, 1 if self.aa else stride)
+        self.conv1 = parts.conv(inputs, narrow, 1, first)
+        self.bn1 = parts.norm(narrow)
+        self.conv2 = parts.conv(narrow, width, 3, second, dilations[0], parts.config.groups, dilation=dilations[0])
+        self.bn2 = parts.norm(width)
+        self.conv3 = parts.conv(width, planes, 1)
+        self.bn3 = parts.norm(planes)
+        self.se = parts.attention(stage, planes)
+        self.downsample = downsample
 
     def __call__(self, x: Float[Array, "n h w c"], train: bool | None = None) -> Float[Array, "n h2 w2 c2"]:
         y = relu(self.bn1(self.conv1(x), train))
         y = relu(self.bn2(self.conv2(y), train))
+        y = self.aa(y) if self.aa else y
         y = self.bn3(self.conv3(y), train)
+        y = self.se(y) if self.se else y
         return add_relu(y, shortcut(self.downsample, x, y.shape, train))
 
 
@@ -90,8 +109,7 @@ def shortcut(
 ) -> Float[Array, "n h2 w2 c2"]:
     """The input as the block's output can take it: projected by ``downsample``, padded (option A), or unchanged."""
     if downsample:
-        conv, *norm = downsample  # a 1x1 convolution, then its BN unless the kind is "conv"
-        return norm[0](conv(x), train) if norm else conv(x)
+        return through(downsample, x, train)
     if x.shape == shape:
         return x
     new = shape[-1] - x.shape[-1]
@@ -132,37 +150,33 @@ class ResNet(nnx.Module):
         remat: bool = False,
         rngs: nnx.Rngs | None,
     ):
-        conv = partial(Conv, bias=config.conv_bias, dtype=as_dtype(dtype), rngs=rngs)
-        block: type[BasicBlock | Bottleneck] = Bottleneck if config.block == "bottleneck" else BasicBlock
+        parts = Parts(config, partial(Conv, bias=config.conv_bias, dtype=as_dtype(dtype), rngs=rngs), rngs)
         self.config, self.remat = config, remat
         self.deterministic = True  # Flax's name for evaluation, set by train() and eval(); use_running_average in a BN
-        inplanes = config.widths[0]
-        kernel, stride, _ = STEMS[config.stem]
-        self.conv1 = conv(config.in_channels, inplanes, kernel, stride, kernel // 2)
-        self.bn1 = BatchNorm(inplanes)
-        for i, (depth, planes) in enumerate(zip(config.depths, config.widths, strict=True)):
+        channels = config.stem_outputs
+        self.conv1 = parts.stem()
+        self.bn1 = parts.norm(channels)
+        self.maxpool = parts.stem_pool()
+        dilation = 1
+        for i, (kind, depth) in enumerate(zip(config.blocks, config.depths, strict=True)):
             blocks = []
+            stride, last_dilation = config.strides[i]
             for j in range(depth):
-                stride, dilation = config.strides[i]
-                first = config.strides[i - 1][1] if i > 0 and j == 0 else dilation
-                if j > 0:
-                    stride = 1
-                outplanes = planes * block.expansion
+                outputs, dilations = config.channels(i, j), (dilation, last_dilation)
                 # Of the architecture, dilated or not: a network has the same parameters at every output stride.
-                projects = (i > 0 and j == 0) or inplanes != outplanes
+                projects = (i > 0 and j == 0) or channels != outputs[-1]
                 projects = projects or (config.shortcut == "projection_first" and j == 0)
-                downsample: list[nnx.Module] = []
+                downsample = nnx.List([])
                 if projects and config.shortcut != "pad":
-                    downsample.append(conv(inplanes, outplanes, 1, stride))
-                    if config.shortcut != "conv":
-                        downsample.append(BatchNorm(outplanes))
-                blocks.append(block(inplanes, planes, stride, (first, dilation), config, downsample, conv))
+                    downsample = parts.projection(channels, outputs[-1], stride, dilations)
+                block = Bottleneck if kind == "bottleneck" else BasicBlock
+                blocks.append(block(channels, outputs, stride, dilations, parts, i, downsample))
                 if zero_init_residual:
-                    last = blocks[-1].bn3 if isinstance(blocks[-1], Bottleneck) else blocks[-1].bn2
+                    last = blocks[-1].bn3 if kind == "bottleneck" else blocks[-1].bn2
                     last.scale[...] = jnp.zeros_like(last.scale[...])
-                inplanes = outplanes
+                channels, stride, dilation = outputs[-1], 1, last_dilation
             setattr(self, f"layer{i + 1}", nnx.List(blocks))
-        self.fc = nnx.data(Linear(inplanes, config.num_classes, rngs=rngs) if config.num_classes else None)
+        self.fc = nnx.data(Linear(channels, config.num_classes, rngs=rngs) if config.num_classes else None)
 
     @property
     def arch(self) -> str | None:
@@ -197,10 +211,9 @@ class ResNet(nnx.Module):
         wanted = stages if names is None else [names] if isinstance(names, str) else list(names)
         last = max((self._position(name) for name in wanted), default=0)
         found = {}
-        y = relu(self.bn1(self.conv1(checked(x, self.config.in_channels)), train))
-        if STEMS[self.config.stem][2]:
-            y = max_pool(y)
-        found["stem"] = y
+        y = checked(x, self.config.in_channels)
+        y = through(self.conv1, y, train) if isinstance(self.conv1, nnx.List) else self.conv1(y)
+        y = found["stem"] = through(self.maxpool, relu(self.bn1(y, train)), train)
         for name, block in list(self._blocks())[:last]:
             y = self._apply(block, y, train)
             found[name] = found[name.partition(".")[0]] = y

@@ -1,7 +1,8 @@
 """The architectures: one frozen row each, as data.
 
 Parameter counts are published ones where there are any: torchvision's documentation for its ten, akamaster's table and
-He et al.'s table 6 (both rounded) for the CIFAR family; the tests recount every row. GMACs are multiply-accumulates of
+He et al.'s table 6 (both rounded) for the CIFAR family, timm 1.0.31's own networks for its rows; the tests recount every
+row. GMACs are multiply-accumulates of
 convolutions and head, for one image of the size given, counted by ``tests/test_zoo.py`` from the shapes.
 """
 
@@ -9,13 +10,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from jresnet.errors import InputError
-from jresnet.models.config import Block, ResNetConfig
+from jresnet.models.config import STEMS, Block, ResNetConfig
+from jresnet.models.pruned import PRUNED_50D, PRUNED_101D
 
 # What may be chosen apart from an architecture's row
 FREE = ("num_classes", "in_channels", "stem", "shortcut", "stride_in", "output_stride")
@@ -49,7 +52,7 @@ def _cifar(depth: int, parameters: int, gmacs: float) -> Row:
     return Row(f"resnet{depth}_cifar", config, parameters, 32, gmacs, HE_CIFAR)
 
 
-_ROWS = (
+_PLAIN = (
     _imagenet("resnet18", "basic", (2, 2, 2, 2), 11_689_512, 1.81, HE),
     _imagenet("resnet34", "basic", (3, 4, 6, 3), 21_797_672, 3.66, HE),
     _imagenet("resnet50", "bottleneck", (3, 4, 6, 3), 25_557_032, 4.09, HE),
@@ -90,7 +93,128 @@ _ROWS = (
     ),
 )
 
-ZOO: dict[str, Row] = {row.name: row for row in _ROWS}
+# timm's other networks: parts that come together, under the letters of their names
+BASIC, BOTTLENECK, MIXED = "basic", "bottleneck", ("basic", "basic", "bottleneck", "basic")
+C = {"stem": "deep"}
+D = C | {"shortcut": "average"}
+S = C | {"stem_channels": 128}
+T = {"stem": "deep_tiered", "shortcut": "average"}
+SE, ECA = {"attention": "se"}, {"attention": "eca"}
+RS = SE | {"reduction": 4, "stem": "deep_conv", "shortcut": "average"}
+AA, BLUR = {"antialias": "average"}, {"antialias": "blur"}
+G32X4, G32X8, G32X16, G32X32, G64X4 = (
+    {"groups": groups, "width_per_group": width} for groups, width in ((32, 4), (32, 8), (32, 16), (32, 32), (64, 4))
+)
+AVERAGE, P3X3 = {"shortcut": "average"}, {"shortcut": "projection_3x3"}
+
+
+def _timm(
+    name: str,
+    block: Any,
+    depths: tuple[int, ...],
+    parameters: int,
+    gmacs: float,
+    parts: Mapping[str, Any] = {},  # is read only
+    size: int = 224,
+    **more: Any,
+) -> Row:
+    config = ResNetConfig(block, depths, **parts, **more)
+    return Row(name, config, parameters, size, gmacs, _source(config))
+
+
+def _source(config: ResNetConfig) -> str:
+    """The papers that a network of timm's is from, by its parts."""
+    papers = [
+        ("Bello et al. 2021, arXiv:2103.07579", config.stem == "deep_conv"),
+        ("Aflalo et al. 2020, arXiv:2002.08258", config.pruned),
+        ("Wang et al. 2020, arXiv:1910.03151", config.attention == "eca"),
+        ("Hu et al. 2018, arXiv:1709.01507", config.attention == "se" and config.stem != "deep_conv"),
+        ("Zhang 2019, arXiv:1904.11486", config.antialias == "blur"),
+        ("Wu & He 2018, arXiv:1803.08494", config.norm == "group"),
+        ("Xie et al. 2017, arXiv:1611.05431", config.groups > 1),
+        ("He et al. 2019, arXiv:1812.01187", config.stem == "deep" or config.shortcut == "average"),
+    ]
+    found = [paper for paper, is_from in papers if is_from] or ["He et al. 2016, arXiv:1512.03385"]
+    return f"{'; '.join(found[:2])}; timm"
+
+
+# What timm's models/resnet.py has beyond torchvision's ten, in the order of its source
+_TIMM = (
+    _timm("resnet10t", BASIC, (1, 1, 1, 1), 5_435_488, 0.7, T, size=176),
+    _timm("resnet14t", BOTTLENECK, (1, 1, 1, 1), 10_081_632, 1.07, T, size=176),
+    _timm("resnet18d", BASIC, (2, 2, 2, 2), 11_708_744, 2.05, D),
+    _timm("resnet34d", BASIC, (3, 4, 6, 3), 21_816_904, 3.9, D),
+    _timm("resnet26", BOTTLENECK, (2, 2, 2, 2), 15_995_176, 2.34),
+    _timm("resnet26t", BOTTLENECK, (2, 2, 2, 2), 16_011_872, 3.33, T, size=256),
+    _timm("resnet26d", BOTTLENECK, (2, 2, 2, 2), 16_014_408, 2.58, D),
+    _timm("resnet50c", BOTTLENECK, (3, 4, 6, 3), 25_576_264, 4.33, C),
+    _timm("resnet50d", BOTTLENECK, (3, 4, 6, 3), 25_576_264, 4.33, D),
+    _timm("resnet50s", BOTTLENECK, (3, 4, 6, 3), 25_680_808, 5.44, S),
+    _timm("resnet50t", BOTTLENECK, (3, 4, 6, 3), 25_573_728, 4.3, T),
+    _timm("resnet101c", BOTTLENECK, (3, 4, 23, 3), 44_568_392, 8.04, C),
+    _timm("resnet101d", BOTTLENECK, (3, 4, 23, 3), 44_568_392, 10.5, D, size=256),
+    _timm("resnet101s", BOTTLENECK, (3, 4, 23, 3), 44_672_936, 9.16, S),
+    _timm("resnet152c", BOTTLENECK, (3, 8, 36, 3), 60_212_040, 11.75, C),
+    _timm("resnet152d", BOTTLENECK, (3, 8, 36, 3), 60_212_040, 15.35, D, size=256),
+    _timm("resnet152s", BOTTLENECK, (3, 8, 36, 3), 60_316_584, 12.87, S),
+    _timm("resnet200", BOTTLENECK, (3, 24, 36, 3), 64_673_832, 15.01),
+    _timm("resnet200d", BOTTLENECK, (3, 24, 36, 3), 64_693_064, 19.91, D, size=256),
+    _timm("resnet50_gn", BOTTLENECK, (3, 4, 6, 3), 25_557_032, 4.09, norm="group"),
+    _timm("resnext50d_32x4d", BOTTLENECK, (3, 4, 6, 3), 25_048_136, 4.47, G32X4 | D),
+    _timm("resnext101_32x4d", BOTTLENECK, (3, 4, 23, 3), 44_177_704, 7.97, G32X4),
+    _timm("resnext101_32x16d", BOTTLENECK, (3, 4, 23, 3), 194_026_792, 36.16, G32X16),
+    _timm("resnext101_32x32d", BOTTLENECK, (3, 4, 23, 3), 468_530_472, 87.11, G32X32),
+    _timm("ecaresnet26t", BOTTLENECK, (2, 2, 2, 2), 16_011_916, 3.33, ECA | T, size=256),
+    _timm("ecaresnet50d", BOTTLENECK, (3, 4, 6, 3), 25_576_350, 4.33, ECA | D),
+    _timm("ecaresnet50d_pruned", BOTTLENECK, (3, 4, 6, 3), 19_939_713, 2.52, ECA | D, pruned=PRUNED_50D),
+    _timm("ecaresnet50t", BOTTLENECK, (3, 4, 6, 3), 25_573_814, 5.61, ECA | T, size=256),
+    _timm("ecaresnetlight", BOTTLENECK, (1, 1, 11, 3), 30_162_046, 4.09, ECA | AVERAGE),
+    _timm("ecaresnet101d", BOTTLENECK, (3, 4, 23, 3), 44_568_563, 8.04, ECA | D),
+    _timm("ecaresnet101d_pruned", BOTTLENECK, (3, 4, 23, 3), 24_876_040, 3.46, ECA | D, pruned=PRUNED_101D),
+    _timm("ecaresnet200d", BOTTLENECK, (3, 24, 36, 3), 64_693_400, 19.91, ECA | D, size=256),
+    _timm("ecaresnet269d", BOTTLENECK, (3, 30, 48, 8), 102_093_077, 41.36, ECA | D, size=320),
+    _timm("ecaresnext26t_32x4d", BOTTLENECK, (2, 2, 2, 2), 15_406_220, 2.68, ECA | G32X4 | T),
+    _timm("ecaresnext50t_32x4d", BOTTLENECK, (3, 4, 6, 3), 25_045_686, 4.44, ECA | G32X4 | T),
+    _timm("seresnet18", BASIC, (2, 2, 2, 2), 11_779_624, 1.81, SE),
+    _timm("seresnet34", BASIC, (3, 4, 6, 3), 21_960_416, 3.66, SE),
+    _timm("seresnet50", BOTTLENECK, (3, 4, 6, 3), 28_088_024, 4.09, SE),
+    _timm("seresnet50t", BOTTLENECK, (3, 4, 6, 3), 28_104_720, 4.3, SE | T),
+    _timm("seresnet101", BOTTLENECK, (3, 4, 23, 3), 49_326_872, 7.81, SE),
+    _timm("seresnet152", BOTTLENECK, (3, 8, 36, 3), 66_821_848, 11.52, SE),
+    _timm("seresnet152d", BOTTLENECK, (3, 8, 36, 3), 66_841_080, 15.36, SE | D, size=256),
+    _timm("seresnet200d", BOTTLENECK, (3, 24, 36, 3), 71_855_096, 19.92, SE | D, size=256),
+    _timm("seresnet269d", BOTTLENECK, (3, 30, 48, 8), 113_672_760, 26.49, SE | D, size=256),
+    _timm("seresnext26d_32x4d", BOTTLENECK, (2, 2, 2, 2), 16_809_512, 2.71, SE | G32X4 | D),
+    _timm("seresnext26t_32x4d", BOTTLENECK, (2, 2, 2, 2), 16_806_976, 2.68, SE | G32X4 | T),
+    _timm("seresnext50_32x4d", BOTTLENECK, (3, 4, 6, 3), 27_559_896, 4.23, SE | G32X4),
+    _timm("seresnext101_32x4d", BOTTLENECK, (3, 4, 23, 3), 48_955_416, 7.97, SE | G32X4),
+    _timm("seresnext101_32x8d", BOTTLENECK, (3, 4, 23, 3), 93_569_048, 16.42, SE | G32X8),
+    _timm("seresnext101d_32x8d", BOTTLENECK, (3, 4, 23, 3), 93_588_280, 16.66, SE | G32X8 | D),
+    _timm("seresnext101_64x4d", BOTTLENECK, (3, 4, 23, 3), 88_232_984, 15.47, SE | G64X4),
+    _timm("senet154", BOTTLENECK, (3, 8, 36, 3), 115_088_984, 20.69, SE | G64X4 | S | P3X3, reduce_first=2),
+    _timm("resnetblur18", BASIC, (2, 2, 2, 2), 11_689_512, 2.33, BLUR),
+    _timm("resnetblur50", BOTTLENECK, (3, 4, 6, 3), 25_557_032, 5.13, BLUR),
+    _timm("resnetblur50d", BOTTLENECK, (3, 4, 6, 3), 25_576_264, 5.37, D | BLUR),
+    _timm("resnetblur101d", BOTTLENECK, (3, 4, 23, 3), 44_568_392, 9.08, D | BLUR),
+    _timm("resnetaa34d", BASIC, (3, 4, 6, 3), 21_816_904, 4.42, D | AA),
+    _timm("resnetaa50", BOTTLENECK, (3, 4, 6, 3), 25_557_032, 5.13, AA),
+    _timm("resnetaa50d", BOTTLENECK, (3, 4, 6, 3), 25_576_264, 5.37, D | AA),
+    _timm("resnetaa101d", BOTTLENECK, (3, 4, 23, 3), 44_568_392, 9.08, D | AA),
+    _timm("seresnetaa50d", BOTTLENECK, (3, 4, 6, 3), 28_107_256, 5.37, SE | D | AA),
+    _timm("seresnextaa101d_32x8d", BOTTLENECK, (3, 4, 23, 3), 93_588_280, 28.39, SE | G32X8 | D | AA, size=288),
+    _timm("seresnextaa201d_32x8d", BOTTLENECK, (3, 24, 36, 4), 149_394_904, 100.71, SE | G32X8 | D | S | AA, size=384),
+    _timm("resnetrs50", BOTTLENECK, (3, 4, 6, 3), 35_691_912, 2.28, RS, size=160),
+    _timm("resnetrs101", BOTTLENECK, (3, 4, 23, 3), 63_618_696, 6.01, RS, size=192),
+    _timm("resnetrs152", BOTTLENECK, (3, 8, 36, 3), 86_621_576, 15.53, RS, size=256),
+    _timm("resnetrs200", BOTTLENECK, (3, 24, 36, 3), 93_209_992, 20.09, RS, size=256),
+    _timm("resnetrs270", BOTTLENECK, (4, 29, 53, 4), 129_861_448, 26.95, RS, size=256),
+    _timm("resnetrs350", BOTTLENECK, (4, 36, 72, 4), 163_956_168, 43.49, RS, size=288),
+    _timm("resnetrs420", BOTTLENECK, (4, 44, 87, 4), 191_891_656, 63.94, RS, size=320),
+    _timm("test_resnet", MIXED, (1, 1, 1, 1), 469_688, 0.1, D, size=160, widths=(32, 48, 48, 96)),
+)  # fmt: skip
+
+ZOO: dict[str, Row] = {row.name: row for row in (*_PLAIN, *_TIMM)}
+IN_TIMM = frozenset(row.name for row in (*_PLAIN[:10], *_TIMM))  # under the same name, and of the same function
 
 
 def find(arch: str) -> Row:
@@ -113,15 +237,34 @@ def find(arch: str) -> Row:
 def name_of(config: ResNetConfig) -> str | None:
     """The row that ``config`` is of, whatever those of its fields say that may be chosen; None if of none."""
 
-    told = [field.name for field in dataclasses.fields(ResNetConfig)]
+    # A row is told by its stem and shortcut where it can be: the zoo has a resnet50 of four kinds.
+    return max(
+        (row.name for row in ZOO.values() if is_like(config, row.config)),
+        key=lambda name: [getattr(ZOO[name].config, field) == getattr(config, field) for field in _TELLING],
+        default=None,
+    )
 
-    def row(*free: str) -> str | None:
-        fields = [name for name in told if name not in free]
-        alike = (row.name for row in ZOO.values() if all(getattr(row.config, f) == getattr(config, f) for f in fields))
-        return next(alike, None)
 
-    # A row is told by its shortcut where it can be: the zoo has a resnet34 of two kinds.
-    return row(*(name for name in FREE if name != "shortcut")) or row(*FREE)
+_TELLING = ("shortcut", "stem", "stride_in", "in_channels", "num_classes")
+
+
+def is_like(config: ResNetConfig, own: ResNetConfig) -> bool:
+    """Whether ``config`` is ``own``, apart from what may be chosen; a deep stem is a part of an architecture."""
+
+    def told(config: ResNetConfig) -> dict[str, Any]:
+        stem = STEMS[config.stem]
+        return {
+            "stem": (stem.inner, stem.inner and stem.pool, config.stem_outputs),
+            "blocks": config.blocks,
+            **{name: getattr(config, name) for name in _FIXED},
+        }
+
+    return told(config) == told(own)
+
+
+_FIXED = tuple(
+    field.name for field in dataclasses.fields(ResNetConfig) if field.name not in (*FREE, "block", "stem_channels")
+)
 
 
 def configure(arch: str, **chosen: Any) -> ResNetConfig:

@@ -16,13 +16,18 @@ from typing import Any
 from jresnet.errors import InputError, WeightsError
 from jresnet.models import zoo
 from jresnet.models.config import STEMS, ResNetConfig
+from jresnet.models.parts import squeezed_channels
 from jresnet.pytorch import keymap
 
 Shape = tuple[int, ...]
 
 _CONV, _NORM = ("kernel", "bias"), ("scale", "bias", "mean", "var")
 _LEAVES = {"conv1": _CONV, "bn1": _NORM, "conv2": _CONV, "bn2": _NORM, "conv3": _CONV, "bn3": _NORM}
-_LEAVES |= {"downsample.0": _CONV, "downsample.1": _NORM}
+_LEAVES |= {"se.fc1": _CONV, "se.fc2": _CONV, "se.conv": ("kernel",)}
+_PROJECTION = {"downsample.0": _CONV, "downsample.1": _NORM}
+_AVERAGED = {"downsample.1": _CONV, "downsample.2": _NORM}  # the first is an average
+_STEM = {"conv1": _CONV, "bn1": _NORM, "maxpool.0": _CONV, "maxpool.1": _NORM}
+_STEM |= {"conv1.0": _CONV, "conv1.1": _NORM, "conv1.3": _CONV, "conv1.4": _NORM, "conv1.6": _CONV}
 
 # A prefix is looked at where at least one of the stem's and one of the first block's names stands behind it, or two.
 _ANCHORS = ("conv1.kernel", "bn1.scale", "layer1.0.conv1.kernel", "layer1.0.bn1.scale")
@@ -124,14 +129,18 @@ def _at(shapes: Mapping[str, Shape], dialect: str, prefix: str) -> Found:
                 break
         return there
 
-    look("conv1", _CONV)
-    look("bn1", _NORM)
-    # conv3 alone tells nothing: resnet18_d2l's projections are called so.
-    norm3 = [keymap.torch_key(f"layer1.{j}.bn3.{leaf}", dialect) for j in range(GAP) for leaf in _NORM]
-    bottleneck = any(prefix + key[len(root) :] in shapes for key in norm3)
-    modules = {name: leaves for name, leaves in _LEAVES.items() if bottleneck or not name.endswith("3")}
+    def has(stage: int, module: str) -> bool:
+        names = [keymap.torch_key(f"layer{stage}.{j}.{module}.{leaf}", dialect) for j in range(GAP) for leaf in _NORM]
+        return any(prefix + key[len(root) :] in shapes for key in names)
+
+    for name, leaves in _STEM.items():
+        look(name, leaves)
     stage, blocks = 1, 1
     while blocks:
+        # conv3 alone tells nothing: resnet18_d2l's projections are called so.
+        bottleneck = has(stage, "bn3")
+        modules = {name: leaves for name, leaves in _LEAVES.items() if bottleneck or not name.endswith("3")}
+        modules |= _AVERAGED if has(stage, "downsample.2") and not has(stage, "downsample.0") else _PROJECTION
         blocks = block = missing = 0
         while missing < GAP:
             there = [look(f"layer{stage}.{block}.{name}", leaves) for name, leaves in modules.items()]
@@ -205,46 +214,128 @@ def configure(found: Found, shapes: Mapping[str, Shape], num_classes: int | None
     paths = [path.split(".") for path in shape if path.startswith("layer")]
     stages = [f"layer{i + 1}" for i in range(max(int(path[0][5:]) for path in paths))]
     depths = tuple(1 + max((int(path[1]) for path in paths if path[0] == stage), default=0) for stage in stages)
-    bottleneck = any(path[2] == "bn3" for path in paths)
-    outer = ("conv3", "bn3") if bottleneck else ("conv1", "bn1", "conv2", "bn2")
-    channels = [_vote(shape[".".join(p)] for p in paths if p[0] == stage and p[2] in outer) for stage in stages]
-    widths = tuple(count // (4 if bottleneck else 1) for count in channels)
-    groups, width_per_group = 1, 64
-    if bottleneck:
-        kernels = [shape[path] for path in shape if path.endswith(".conv2.kernel") and len(shape[path]) == 4]
-        votes = Counter(kernel[0] // kernel[1] for kernel in kernels if kernel[1]).most_common(1)
-        groups = votes[0][0] if votes else 1
-        inner = [_vote(shape[".".join(p)] for p in paths if p[0] == s and p[2] in ("conv2", "bn2")) for s in stages]
-        width_per_group = _width_per_group(widths, [count // max(groups, 1) for count in inner])
-    shortcut: Any = _shortcut(shape, stages, bottleneck)
-    if shortcut is None or (bottleneck and shortcut == "projection" and chosen.get("shortcut") == "projection_first"):
-        shortcut = chosen.get("shortcut") or like.get("shortcut", "projection")  # for bottlenecks the two are the same
-    kernel = shape.get("conv1.kernel", ())
-    stem = chosen.get("stem") or like.get("stem", "imagenet")
-    if len(kernel) == 4:
-        fitting = [name for name, (size, *_) in STEMS.items() if size == kernel[2]]
-        stem = next((name for name in (stem, like.get("stem"), *fitting) if name in fitting), stem)
-    function = {name: chosen[name] for name in ("output_stride",) if chosen.get(name) is not None}
-    if bottleneck:
-        function["stride_in"] = chosen.get("stride_in") or like.get("stride_in", "3x3")
+    bottlenecks = [any(path[0] == stage and path[2] == "bn3" for path in paths) for stage in stages]
+    bottleneck = any(bottlenecks)
     head = shapes.get(f"{found.head}.weight", ())
     head = head if math.prod(head) else ()
+    stem = _stem(shape, chosen.get("stem"), like.get("stem"))
+    fields: dict[str, Any] = {
+        "num_classes": head[0] if len(head) == 2 else num_classes or 1,
+        "in_channels": next(
+            (k[1] for name in ("conv1", "conv1.0") if len(k := shape.get(f"{name}.kernel", ())) == 4), 3
+        ),
+        "stem": stem,
+        "conv_bias": sum(path[2].startswith("conv") and path[3] == "bias" for path in paths) > len(paths) / 20,
+        **{name: chosen[name] for name in UNTOLD if chosen.get(name) is not None},
+    }
+    if bottleneck:
+        fields["stride_in"] = chosen.get("stride_in") or like.get("stride_in", "3x3")
+    if pruned := _pruned(shape, depths):
+        return dataclasses.replace(pruned, **fields)
+    channels, inner = [], []
+    for stage, is_bottleneck in zip(stages, bottlenecks, strict=True):
+        outer = ("conv3", "bn3") if is_bottleneck else ("conv1", "bn1", "conv2", "bn2")
+        channels.append(_vote(shape[".".join(p)] for p in paths if p[0] == stage and p[2] in outer))
+        if is_bottleneck:
+            widths_3x3 = (shape[".".join(p)] for p in paths if p[0] == stage and p[2] in ("conv2", "bn2"))
+            inner.append((channels[-1] // 4, _vote(widths_3x3)))
+    widths = tuple(n // (4 if is_bottleneck else 1) for n, is_bottleneck in zip(channels, bottlenecks, strict=True))
+    if bottleneck:
+        # Of the 3x3 convolutions of bottlenecks: inputs in a group, and what is before them.
+        before = [
+            (shape.get(path.replace("conv2", "conv1"), ()), shape[path]) for path in _kernels_2(shape, bottlenecks)
+        ]
+        groups = _most(n[0] // k[1] for n, k in before if n and k[1]) or 1
+        fields["reduce_first"] = _most(k[0] // n[0] for n, k in before if n and n[0]) or 1
+        if fields["reduce_first"] == 1:
+            del fields["reduce_first"]
+        fields["groups"] = groups
+        fields["width_per_group"] = _width_per_group([(width, count // max(groups, 1)) for width, count in inner])
+    stem_channels = _vote(shape[path] for path in shape if path.startswith("bn1.") or path in _LAST_OF_STEM)
+    shortcut: Any = _shortcut(shape, stages, bottleneck, kept=not bottleneck and stem_channels == channels[0])
+    if shortcut is None or (bottleneck and shortcut == "projection" and chosen.get("shortcut") == "projection_first"):
+        shortcut = chosen.get("shortcut") or like.get("shortcut", "projection")  # for bottlenecks the two are the same
+    kinds: list[Any] = ["bottleneck" if is_bottleneck else "basic" for is_bottleneck in bottlenecks]
     try:
         return ResNetConfig(
-            block="bottleneck" if bottleneck else "basic",
+            block=kinds[0] if len(set(kinds)) == 1 else tuple(kinds),
             depths=depths,
             widths=widths,
-            num_classes=head[0] if len(head) == 2 else num_classes or 1,
-            in_channels=kernel[1] if len(kernel) == 4 else 3,
-            stem=stem,
             shortcut=shortcut,
-            groups=groups,
-            width_per_group=width_per_group,
-            conv_bias=sum(path[2].startswith("conv") and path[3] == "bias" for path in paths) > len(paths) / 20,
-            **function,
-        )  # fmt: skip
+            stem_channels=stem_channels if stem_channels not in (1, widths[0]) else None,
+            **_attention(shape),
+            **fields,
+        )
     except InputError as error:
         raise WeightsError(f"its tensors are of no ResNet that jresnet has: {error}") from error
+
+
+UNTOLD = ("output_stride", "antialias", "norm")  # what neither keys nor shapes tell
+_LAST_OF_STEM = ("conv1.kernel", "conv1.bias", "conv1.6.kernel", "conv1.6.bias")
+
+
+def _stem(shape: Mapping[str, Shape], asked: str | None, usual: str | None) -> Any:
+    """The kind of stem, ``asked`` and the dialect's where the tensors leave a choice."""
+    stem = asked or usual or "imagenet"
+    if any(path.startswith("conv1.6.") for path in shape):
+        shares = [shape.get(f"conv1.{i}.kernel", ()) for i in (0, 3)]
+        tiered = all(len(share) == 4 for share in shares) and shares[0][0] * 4 == shares[1][0] * 3
+        pool = "conv" if any(path.startswith("maxpool.") for path in shape) else "max"
+        fitting = [name for name, kind in STEMS.items() if kind.inner == ((3, 4) if tiered else (4, 4))]
+        return next((name for name in fitting if STEMS[name].pool == pool), fitting[0])
+    kernel = shape.get("conv1.kernel", ())
+    if len(kernel) == 4:
+        fitting = [name for name, kind in STEMS.items() if kind.kernel == kernel[2] and not kind.inner]
+        return next((name for name in (stem, usual, *fitting) if name in fitting), stem)
+    return stem
+
+
+def _attention(shape: Mapping[str, Shape]) -> dict[str, Any]:
+    """The fields of what multiplies the channels; none where nothing does."""
+    if any(".se.conv." in path for path in shape):
+        return {"attention": "eca"}
+    first = [shape[path] for path in shape if path.endswith(".se.fc1.kernel") and len(shape[path]) == 4]
+    if not first:
+        return {}
+    for reduction in (16, 4, 8, 2, 32):
+        if all(squeezed_channels(kernel[1], reduction) == kernel[0] for kernel in first):
+            return {"attention": "se"} | ({} if reduction == 16 else {"reduction": reduction})
+    return {"attention": "se"}  # whose sizes then differ
+
+
+def _pruned(shape: Mapping[str, Shape], depths: tuple[int, ...]) -> ResNetConfig | None:
+    """The pruned network of the zoo, most of whose convolutions have the sizes of these."""
+    for name, row in zoo.ZOO.items():
+        config = row.config
+        if config.pruned is None or config.depths != depths:
+            continue
+        told = {
+            f"layer{i + 1}.{j}.conv{k + 1}.kernel": count
+            for i, depth in enumerate(depths)
+            for j in range(depth)
+            for k, count in enumerate(config.channels(i, j))
+        }
+        right = sum(shape.get(path, ())[:1] == (count,) for path, count in told.items())
+        if right > RIVAL * len(told):
+            return zoo.ZOO[name].config
+    return None
+
+
+def _kernels_2(shape: Mapping[str, Shape], bottlenecks: list[bool]) -> list[str]:
+    """The paths of the 3x3 kernels of bottlenecks."""
+    return [
+        path
+        for path in shape
+        if path.startswith("layer")
+        and path.endswith(".conv2.kernel")
+        and len(shape[path]) == 4
+        and bottlenecks[int(path.partition(".")[0][5:]) - 1]
+    ]
+
+
+def _most(numbers: Iterable[int]) -> int | None:
+    votes = Counter(numbers).most_common(1)
+    return votes[0][0] if votes else None
 
 
 def _vote(shapes: Iterable[Shape]) -> int:
@@ -253,59 +344,67 @@ def _vote(shapes: Iterable[Shape]) -> int:
     return votes.most_common(1)[0][0] if votes else 1
 
 
-def _width_per_group(widths: tuple[int, ...], inner: list[int]) -> int:
-    """What makes ``width * width_per_group // 64`` the channels of a group in every stage, 64 where it does."""
-    if all(count == width for count, width in zip(inner, widths, strict=True)):
+def _width_per_group(inner: list[tuple[int, int]]) -> int:
+    """What makes ``width * width_per_group // 64`` the channels of a group in every stage, 64 where it does.
+
+    Args:
+        inner: of each stage of bottlenecks, its width and its channels in a group.
+    """
+    if all(count == width for width, count in inner):
         return 64
-    return max(-(-count * 64 // max(width, 1)) for count, width in zip(inner, widths, strict=True)) or 1
+    return max(-(-count * 64 // max(width, 1)) for width, count in inner) or 1
 
 
-def _shortcut(shape: Mapping[str, Shape], stages: list[str], bottleneck: bool) -> str | None:
-    """The kind of shortcut; None where no block needs one."""
+def _shortcut(shape: Mapping[str, Shape], stages: list[str], bottleneck: bool, kept: bool) -> str | None:
+    """The kind of shortcut; None where no block needs one. ``kept``: the first stage needs none."""
+    if any(".0.downsample.2." in path for path in shape):
+        return "average"
     kernels = {path.split(".")[0] for path in shape if ".0.downsample.0." in path}
     norms = {path.split(".")[0] for path in shape if ".0.downsample.1." in path}
     if not kernels | norms:
         return "pad" if len(stages) > 1 and not bottleneck else None
     if not norms:
         return "conv"
-    return "projection_first" if not bottleneck and stages[0] in kernels | norms else "projection"
+    if any(path.endswith(".0.downsample.0.kernel") and shape[path][2:] == (3, 3) for path in shape):
+        return "projection_3x3"
+    return "projection_first" if kept and stages[0] in kernels | norms else "projection"
 
 
 def row(config: ResNetConfig) -> str | None:
     """The architecture of the zoo that ``config`` is, apart from what may be chosen; the nearest, where several are."""
-
-    return max(
-        (name for name in zoo.ZOO if is_like(config, name)),
-        key=lambda name: sum(getattr(zoo.ZOO[name].config, field) == getattr(config, field) for field in zoo.FREE),
-        default=None,
-    )
+    return zoo.name_of(config)
 
 
 def is_like(config: ResNetConfig, arch: str) -> bool:
     """Whether ``config`` is ``arch``, apart from what may be chosen."""
-    own = zoo.find(arch).config
-    return all(
-        getattr(own, field.name) == getattr(config, field.name)
-        for field in dataclasses.fields(ResNetConfig)
-        if field.name not in zoo.FREE
-    )
+    return zoo.is_like(config, zoo.find(arch).config)
 
 
 def describe(config: ResNetConfig) -> str:
     """The configuration in a line."""
-    (kernel, _, _), channels = STEMS[config.stem], config.in_channels
+    stem, channels = STEMS[config.stem], config.in_channels
+    kinds = f"{config.block} blocks" if isinstance(config.block, str) else f"{', '.join(config.block)} stages"
+    size = f"{stem.kernel}x{stem.kernel}" if not stem.inner else config.stem.replace("_", " ")
     parts = [
-        f"{config.block} blocks {'-'.join(map(str, config.depths))}",
-        f"widths {'-'.join(map(str, config.widths))}",
-        f"{kernel}x{kernel} stem for {channels} channel{'s' * (channels > 1)}",
+        f"{kinds} {'-'.join(map(str, config.depths))}",
+        f"widths {'-'.join(map(str, config.widths))}{' before pruning' if config.pruned else ''}",
+        f"{size} stem for {channels} channel{'s' * (channels > 1)}",
         f"{config.shortcut} shortcuts",
     ]
     if (config.groups, config.width_per_group) != (1, 64):
         parts.append(f"{config.groups} group{'s' * (config.groups > 1)} of {config.width_per_group} channels")
+    if config.reduce_first:
+        parts.append(f"first convolutions of 1/{config.reduce_first} of the channels")
+    if config.attention:
+        parts.append(f"{config.attention.upper()} attention")
+    if config.antialias:
+        parts.append(f"strides by {config.antialias}")
+    if config.norm:
+        parts.append("GroupNorm")
     if config.conv_bias:
         parts.append("biased convolutions")
-    if config.stem not in ("imagenet", "cifar"):
-        parts.append(f"{'a' if STEMS[config.stem][2] else 'no'} max-pool")
+    if config.stem in ("cifar_pool", "imagenet_no_pool"):
+        parts.append(f"{'a' if stem.pool else 'no'} max-pool")
     if config.stride_in != "3x3":
         parts.append(f"stride on the {config.stride_in} convolution")
     if config.output_stride:
@@ -321,10 +420,10 @@ def assumed(config: ResNetConfig, known: Collection[str] = ()) -> tuple[str, ...
         known: fields that the user chose or the checkpoint stated.
     """
     found = []
-    _, stride, pool = STEMS[config.stem]
-    if stride == 1 and "stem" not in known:
-        found.append(f"stem at stride 1 with{'' if pool else 'out'} max-pool")
-    if config.block == "bottleneck" and "stride_in" not in known:
+    stem = STEMS[config.stem]
+    if stem.stride == 1 and "stem" not in known:
+        found.append(f"stem at stride 1 with{'' if stem.pool else 'out'} max-pool")
+    if "bottleneck" in config.blocks and "stride_in" not in known:
         found.append(f"stride on the {config.stride_in} convolution")
     if "output_stride" not in known:
         found.append("no dilation")

@@ -73,6 +73,7 @@ class Dialect:
     aliases: tuple[tuple[str, str], ...] = ()  # the same, to a second name under which a tensor is registered again
     root: str = ""  # what every name but the head's begins with, and a file of the body alone leaves out
     config: Mapping[str, Any] = field(default_factory=dict)  # fields of ResNetConfig that its networks share
+    parts: bool = False  # whether its networks may have what timm's have, such as deep stems and attention
     stages: int | None = None  # of its networks, where that alone tells it from another dialect
     num_classes: int | None = None  # of the data set its networks are trained on; None: the architecture's own
     statistics: str | None = (
@@ -82,7 +83,7 @@ class Dialect:
 
 DIALECTS: Mapping[str, Dialect] = {
     # pytorch/vision, and timm (huggingface/pytorch-image-models), which keeps the names for the weights' sake
-    "torchvision": Dialect(),
+    "torchvision": Dialect(parts=True),
     # akamaster/pytorch_resnet_cifar10, with the paper's option A
     "akamaster": Dialect(
         renames=((r"^fc\.", "linear."),),
@@ -157,10 +158,11 @@ DIALECTS: Mapping[str, Dialect] = {
     # nn.Sequential(*resnet.children()) without the last layers, or with a Flatten before the last; fastai's body is one
     "children": Dialect(
         renames=(
-            (r"^conv1\.", "0."), (r"^bn1\.", "1."), (r"^fc\.", "10."),
+            (r"^conv1\.", "0."), (r"^bn1\.", "1."), (r"^maxpool\.", "3."), (r"^fc\.", "10."),
             (r"^layer1\.", "4."), (r"^layer2\.", "5."), (r"^layer3\.", "6."), (r"^layer4\.", "7."),
         ),
         config={"stem": "imagenet", "shortcut": "projection"},
+        parts=True,
     ),
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from jresnet.files import printable
+from jresnet.models import zoo
 from jresnet.models.config import STEMS, ResNetConfig
 from jresnet.pytorch import keymap
 
@@ -34,8 +35,8 @@ _OTHER = (
     (r"resne(x)?t(aa|blur)", "averages or blurs before its strides"),
     (r"pre_?act|resnet_?v2", "normalises before it convolves (pre-activation)"),
     (r"(^|[_\W])(se|sk|eca|gc|cbam|bam)_?resne|^senet", "has attention in its blocks"),
-    (r"resnest|res2ne|resnetrs", "has other blocks"),
-    (r"resnet_?v1[cde]|resne(x)?t\d+[cdst](_|$)", "has a deep stem or averages in its shortcuts"),
+    (r"resnest|res2ne", "has other blocks"),
+    (r"resnet_?v1[cde]", "has a deep stem or averages in its shortcuts"),
     (r"resne(x)?t\d+\w*[_-](gn|ibn)", "has other normalisation than BatchNorm"),
 )
 
@@ -44,6 +45,8 @@ DILATIONS = {
     (1, 1, 2, 4): 2,
     (1, 2, 4, 8): 3,
 }  # of mm's stages -> how many of the last ones are dilated
+
+_POOLS = {"BlurPool2d": "blur", "AvgPool2d": "average"}  # timm's modules for anti-aliasing
 
 _ACTIVATIONS = re.compile(
     r"(gelu\w*|silu|(hard_?)?swish|mish|leaky_?relu|prelu|rrelu|elu|selu|celu|relu6|softplus|tanh)", re.IGNORECASE
@@ -55,7 +58,7 @@ class Statement:
     """What was said: a name, fields of ResNetConfig, and what jresnet cannot compute."""
 
     name: str = ""  # of the network; empty where it has none
-    # stride_in and output_stride as in ResNetConfig; "pool": the stem's; "dilated": how many of the last stages
+    # stride_in, output_stride, antialias and norm as in ResNetConfig; "pool": the stem's; "dilated": the last stages' number
     chosen: dict[str, Any] = field(default_factory=dict)
     said: list[str] = field(default_factory=list)  # where each of these is from, a phrase each
     refused: list[str] = field(default_factory=list)  # phrases that go on after "its network"
@@ -124,10 +127,14 @@ def _of_text(text: str) -> dict[str, Any]:
 
 
 def _read_name(name: str, found: Statement) -> None:
-    for pattern, what in _OTHER:
+    for pattern, what in _OTHER if name not in zoo.ZOO else ():
         if re.search(pattern, name, re.I):
             phrase = f"is a {name}, which {what}"
             found.refused += [phrase] if phrase not in found.refused else []
+    if row := zoo.ZOO.get(name):
+        for part in ("antialias", "norm"):
+            if (value := getattr(row.config, part)) is not None:
+                found.choose(part, value, f"{part} {value!r}, as it is a {name}")
     if "caffe" in name.lower():
         found.choose("stride_in", "1x1", f"stride on the 1x1 convolution, as it is a {name}")
     found.name = found.name or name
@@ -211,7 +218,7 @@ def layers(
 def of_layers(said: Mapping[str, Mapping[str, Any]], config: ResNetConfig) -> Statement:
     """What a module's own layers say: strides, dilation, pool, activations, whatever its forward method does with them."""
     found, stages = Statement(), len(config.depths)
-    if config.block == "bottleneck":
+    if "bottleneck" in config.blocks:
         strides = [
             [_pair(said.get(f"layer{i}.0.conv{j}", {}).get("stride")) for j in (1, 2)] for i in range(2, stages + 1)
         ]
@@ -222,6 +229,12 @@ def of_layers(said: Mapping[str, Mapping[str, Any]], config: ResNetConfig) -> St
     if pool := said.get("maxpool"):
         has = not str(pool.get("class")).endswith("Identity")
         found.choose("pool", has, "a max-pool behind the stem" if has else "no max-pool behind the stem")
+    for path, layer in said.items():
+        kind = str(layer.get("class")).rpartition(".")[2]
+        if path.endswith(".aa)") and kind in _POOLS:
+            found.choose("antialias", _POOLS[kind], f"strides by {kind}")
+        elif path.rpartition(".")[2].startswith("bn") and kind == "GroupNorm":
+            found.choose("norm", "group", "GroupNorm")
     dilated = [_pair(said.get(f"layer{i}.0.downsample.0", {}).get("stride")) for i in range(2, stages + 1)]
     if (count := dilated.count((1, 1))) and dilated[-count:] == [(1, 1)] * count:
         found.choose(
@@ -259,15 +272,19 @@ def _stride(path: str, config: ResNetConfig) -> tuple[tuple[int, int], tuple[int
     """Stride and dilation of a convolution of ``config``; None of another layer."""
     parts = path.split(".")
     if parts == ["conv1"]:
-        return (STEMS[config.stem][1],) * 2, (1, 1)
-    if not parts[0].startswith("layer") or "bn" in parts[2] or parts[2:] == ["downsample", "1"]:
+        return (STEMS[config.stem].stride,) * 2, (1, 1)
+    if not parts[0].startswith("layer") or "bn" in parts[2]:
+        return None
+    if parts[2] == "downsample" and parts[3] != ("1" if config.shortcut == "average" else "0"):
         return None
     stage, first = int(parts[0][5:]) - 1, parts[1] == "0"
     stride, dilation = config.strides[stage]
-    carries = "conv1" if config.block == "basic" or config.stride_in == "1x1" else "conv2"
-    strided = first and parts[2] in (carries, "downsample")
-    wide = parts[2] == "conv2" or (parts[2] == "conv1" and config.block == "basic")
-    begins = first and parts[2] == ("conv2" if config.block == "bottleneck" else "conv1")
+    basic = config.blocks[stage] == "basic"
+    carries = "conv1" if basic or config.stride_in == "1x1" else "conv2"
+    carries = "aa" if config.antialias else carries
+    strided = first and parts[2] in (carries, "downsample") and parts[2:] != ["downsample", "1"]
+    wide = parts[2] == "conv2" or (parts[2] == "conv1" and basic)
+    begins = first and parts[2] == ("conv1" if basic else "conv2")
     if wide and begins:  # a stage begins with the dilation of the one before
         dilation = config.strides[stage - 1][1] if stage else 1
     return (stride if strided else 1,) * 2, (dilation if wide else 1,) * 2
@@ -275,13 +292,17 @@ def _stride(path: str, config: ResNetConfig) -> tuple[tuple[int, int], tuple[int
 
 def fields(chosen: Mapping[str, Any], config: ResNetConfig) -> dict[str, Any]:
     """What a :class:`Statement` chose, as fields of a configuration like ``config``."""
-    found = {name: value for name, value in chosen.items() if name in ("stride_in", "output_stride")}
-    if config.block == "basic":
+    found = {
+        name: value for name, value in chosen.items() if name in ("stride_in", "output_stride", "antialias", "norm")
+    }
+    if "bottleneck" not in config.blocks:
         found.pop("stride_in", None)  # scripts have the option for all their networks
     if (pool := chosen.get("pool")) is not None:
-        kernel, stride, _ = STEMS[config.stem]
-        found["stem"] = next(name for name, parts in STEMS.items() if parts == (kernel, stride, pool))
-        config = dataclasses.replace(config, stem=found["stem"])
+        stem = STEMS[config.stem]
+        if bool(stem.pool) != pool:  # of a deep stem there is one kind
+            wanted = (stem.kernel, stem.stride, "max" if pool else None, stem.inner)
+            found["stem"] = next((name for name, kind in STEMS.items() if kind == wanted), config.stem)
+            config = dataclasses.replace(config, stem=found["stem"])
     if stages := chosen.get("dilated"):
         found.setdefault("output_stride", config.full_stride >> stages)
     return found

@@ -21,8 +21,8 @@ from jresnet.pytorch.torchfile import Module
 
 # In the order in which torchvision registers them, which is that of PyTorch's own state_dicts.
 _ORDER = (
-    "conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "downsample", "layer1", "layer2", "layer3", "layer4", "fc",
-    "kernel", "scale", "bias", "mean", "var",
+    "conv1", "bn1", "maxpool", "conv2", "bn2", "conv3", "bn3", "se", "downsample", "layer1", "layer2", "layer3", "layer4",
+    "fc", "fc1", "fc2", "conv", "kernel", "scale", "bias", "mean", "var",
 )  # fmt: skip
 
 
@@ -120,11 +120,13 @@ def match(
             "jresnet's networks do not; look for weights of a plain ResNet"
         )
     asked = dict(chosen)
+    if arch is not None:  # what no tensor tells of it
+        chosen |= {name: getattr(zoo.find(arch).config, name) for name in ("antialias", "norm")}
     try:
         config = infer.configure(found, shapes, **chosen)
         layers = stated.layers(tensors.settings, found.keys, found.prefix) if isinstance(tensors, Module) else {}
         own = stated.of_layers(layers, config)
-        if not layers and config.block == "bottleneck" and _is_segmentation(found, shapes):
+        if not layers and "bottleneck" in config.blocks and _is_segmentation(found, shapes):
             said.choose("dilated", 2, "dilation in the last 2 stages, as torchvision's segmentation networks have it")
         for statement in (own, said):
             for name, value in stated.fields(statement.chosen, config).items():
@@ -191,7 +193,7 @@ def match(
                 "it has no BatchNorm: convert it from before that was folded into the convolutions"
                 if folded
                 else "it has no running statistics: it is of parameters alone, where model.state_dict() has the buffers "
-                "too, or its normalisation is not BatchNorm",
+                "too, or its normalisation is not BatchNorm: of a network with GroupNorm name the architecture, resnet50_gn",
             )
         what = f"a whole {arch or row or 'ResNet'}"
         raise WeightsError(f"{source} does not hold {what} ({found.dialect} naming): {'; '.join(problems)}")
@@ -415,11 +417,14 @@ def check_dialect(config: ResNetConfig, dialect: str) -> None:
 
 def _differences(config: ResNetConfig, dialect: str) -> list[str]:
     """In what the networks of ``dialect`` are not like ``config``."""
-    return [
+    found = [
         f"{field} is {value!r} there, {getattr(config, field)!r} here"
         for field, value in keymap.DIALECTS[dialect].config.items()
         if getattr(config, field) != value
     ]
+    if config.has_parts and not keymap.DIALECTS[dialect].parts:
+        found.append("it has no names for the parts that this network has beyond He et al.'s")
+    return found
 
 
 def _rank(path: str) -> list[int]:

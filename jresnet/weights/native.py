@@ -296,15 +296,20 @@ def _stated(metadata: Mapping[str, str], values: Mapping[str, np.ndarray]) -> Re
     if not isinstance(said, dict) or not needed <= said.keys() <= names:
         may = ", ".join(sorted(names - needed))
         raise InputError(f"its configuration must have {', '.join(sorted(needed))}, may have {may} and nothing else")
-    known: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in said.items()}
+    known: dict[str, Any] = {name: _tuples(value) for name, value in said.items()}
     config = ResNetConfig(**known)
     # Building a network takes time and memory for every block and channel, so that the file must have as many.
     blocks, widest = sum(config.depths), max((max(value.shape, default=0) for value in values.values()), default=0)
     inner = max(config.widths) * config.width_per_group // 64 * config.groups
-    channels = (config.in_channels, config.num_classes, config.num_features, inner, *config.widths)
+    channels = (config.in_channels, config.num_classes, inner, config.stem_outputs, *config.widths, *config.outputs)
     if blocks > len(values) or max(channels) > widest:
         raise InputError(f"its configuration has {blocks:,} blocks or channels that its arrays have not")
     return config
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as tuples, however deep."""
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def load(path: str | Path, dtype: DTypeLike | None = None) -> ResNet:

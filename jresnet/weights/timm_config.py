@@ -26,7 +26,7 @@ class Described(NamedTuple):
     """What a ``config.json`` says; None throughout where there is none, or it is nobody's who is known."""
 
     arch: str | None = None  # a name of the zoo
-    num_classes: int | None = None
+    num_classes: int | None = None  # 0: the weights have no head
     preprocessing: Preprocessing | None = None
     categories: tuple[str, ...] | None = None  # in the order of the logits
     network: Mapping[str, Any] | None = None  # fields of its ResNetConfig, of which the tensors do not tell stride_in
@@ -108,8 +108,8 @@ def _num_classes(config: dict[str, Any], pretrained: dict[str, Any], problems: l
     value = config.get("num_classes", pretrained.get("num_classes"))
     if value is None:
         return None
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1_000_000:
-        problems.append(f"num_classes should be 1 to 1,000,000, not {reprlib.repr(value)}")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= 1_000_000:
+        problems.append(f"num_classes should be 0 to 1,000,000, not {reprlib.repr(value)}")
         return None
     return value
 
@@ -120,7 +120,11 @@ def _check_network(config: dict[str, Any], num_classes: int | None, problems: li
     if not isinstance(arguments, dict):
         problems.append(f"model_args should be an object, not {reprlib.repr(arguments)}")
         return
-    plain = {"in_chans": 3, "num_classes": num_classes or arguments.get("num_classes"), "global_pool": "avg"}
+    plain = {
+        "in_chans": 3,
+        "num_classes": arguments.get("num_classes") if num_classes is None else num_classes,
+        "global_pool": "avg",
+    }
     for name, value in ({"global_pool": config.get("global_pool")} | arguments).items():
         if name in ("zero_init_last", "drop_rate", "drop_path_rate", "drop_block_rate"):  # matter in training only
             continue

@@ -37,7 +37,8 @@ SIZES = {"imagenet": (4, 40), "cifar": (20, 32)}  # images a batch, pixels
 WHOLE = ("resnet18", "resnet20_cifar", "resnet50")
 SHALLOW = ("resnet34_projection", "resnet18_d2l", "resnext50_32x4d", "wide_resnet50_2")  # whole ones: pytest -m long
 TRAINED = (*WHOLE, *SHALLOW)
-OTHERS = tuple(arch for arch in zoo.ZOO if arch not in TRAINED)
+# What timm alone has is in test_timm.py.
+OTHERS = tuple(arch for arch in zoo.ZOO if arch not in TRAINED and arch not in zoo.IN_TIMM - {*networks.TORCHVISION})
 
 
 def cases() -> list[Any]:
