@@ -204,9 +204,12 @@ def small() -> dict[str, zoo.Row]:
     for row in zoo.ZOO.values():
         if row.name == "resnet8_cifar":  # is as small as that
             continue
-        widths = (16,) * len(row.config.depths)
-        config = dataclasses.replace(row.config, depths=(1,) * len(widths), widths=widths)
-        rows[row.name] = dataclasses.replace(row, config=config)
+        stages = len(row.config.depths)
+        for channels in (16, 32, 64):  # as few as its groups and norms allow
+            with contextlib.suppress(jresnet.InputError):
+                config = dataclasses.replace(row.config, depths=(1,) * stages, widths=(channels,) * stages)
+                rows[row.name] = dataclasses.replace(row, config=config)
+                break
     return rows
 
 
