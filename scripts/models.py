@@ -1,8 +1,12 @@
-"""The table of all architectures in docs/models.md, from the zoo's rows: ``python scripts/models.py``, ``--check``."""
+"""The tables of architectures from the zoo's rows: all in docs/models.md, families in README.md.
+
+``python scripts/models.py`` writes them between their marks, ``--check`` only compares.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from jresnet.commands import guarded
@@ -10,7 +14,7 @@ from jresnet.commands.flags import Parser
 from jresnet.files import write_atomically
 from jresnet.models import zoo
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "models.md"
+ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- models -->\n", "<!-- /models -->"
 
 
@@ -22,21 +26,61 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(argv: list[str] | None = None, page: Path = PAGE) -> int:
+# A family of networks: what tells that a row is of it. A row belongs to the first that fits.
+FAMILIES: dict[str, Callable[[zoo.Row], bool]] = {
+    "for CIFAR (He et al. 2016)": lambda row: row.name.endswith("_cifar"),
+    "of tutorials": lambda row: row.name in ("resnet34_projection", "resnet18_d2l"),
+    "ResNet-RS": lambda row: row.name.startswith("resnetrs"),
+    "ECA-ResNet, ECA-ResNeXt": lambda row: row.config.attention == "eca",
+    "SENet, SE-ResNet, SE-ResNeXt": lambda row: row.config.attention == "se",
+    "anti-aliased": lambda row: row.config.antialias is not None,
+    "GroupNorm": lambda row: row.config.norm == "group",
+    "ResNeXt": lambda row: row.config.groups > 1,
+    "Wide ResNet": lambda row: row.config.width_per_group > 64,
+    "ResNet-C, -D, -S, -T": lambda row: row.config.stem.startswith("deep"),
+    "ResNet": lambda row: True,
+}
+
+
+def families() -> str:
+    """A line a family: how many networks, the smallest and the largest of them."""
+    of: dict[str, list[zoo.Row]] = {title: [] for title in reversed(FAMILIES)}
+    for row in zoo.ZOO.values():
+        of[next(title for title, fits in FAMILIES.items() if fits(row))].append(row)
+    lines = ["| family | names | parameters, millions |", "|---|---|---|"]
+    for title, rows in of.items():
+        rows.sort(key=lambda row: row.parameters)
+        shown = [rows[0].name] if len(rows) == 1 else [rows[0].name, rows[-1].name]
+        names = f"`{'` to `'.join(shown)}`" + (f" ({len(rows)})" if len(rows) > 1 else "")
+        sizes = sorted({f"{row.parameters / 1e6:.3g}" for row in (rows[0], rows[-1])}, key=float)
+        lines.append(f"| {title} | {names} | {' to '.join(sizes)} |")
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"docs/models.md": table, "README.md": families}
+
+
+def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     """Runs the command; returns its exit code."""
-    parser = Parser(description="Write the table of architectures between its marks in docs/models.md.")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where the page differs")
+    parser = Parser(
+        description="Write the tables of architectures between their marks in docs/models.md and README.md."
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a page differs")
     args = parser.parse_args(argv)
-    before = page.read_text()
-    head, _, rest = before.partition(BEGIN)
-    after = head + BEGIN + table() + END + rest.partition(END)[2]
-    if args.check and after != before:
-        print(f"error: {page.name} is not what the zoo says: run python scripts/models.py", file=sys.stderr)
-        return 1
-    if not args.check and after != before:
-        write_atomically(page, after.encode())
-        print(f"wrote {page}")
-    return 0
+    differing = 0
+    for name, made in PAGES.items():
+        before = (root / name).read_text()
+        head, _, rest = before.partition(BEGIN)
+        after = head + BEGIN + made() + END + rest.partition(END)[2]
+        if after == before:
+            continue
+        differing += 1
+        if args.check:
+            print(f"error: {name} is not what the zoo says: run python scripts/models.py", file=sys.stderr)
+        else:
+            write_atomically(root / name, after.encode())
+            print(f"wrote {root / name}")
+    return 1 if args.check and differing else 0
 
 
 if __name__ == "__main__":
