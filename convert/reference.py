@@ -53,7 +53,7 @@ def _timms(arch: str | None, config: ResNetConfig) -> nn.Module:
         from timm.models import resnet
     except ImportError as error:
         raise LookupError(f"timm is missing, whose network this is ({error}): pip install timm") from error
-    given = {
+    given: dict[str, Any] = {
         "num_classes": config.num_classes,
         "in_chans": config.in_channels,
         "output_stride": config.output_stride or 32,
@@ -94,7 +94,8 @@ OWN = ("num_classes", "in_channels", "output_stride")  # which timm's networks o
 def randomise(model: nn.Module) -> None:
     """Draws every normalisation's scale, bias, mean and variance at random: default ones hide swaps.
 
-    Beyond a hundred blocks, what each adds is weakened: activations that grow by a third in each overflow float32.
+    Beyond a hundred blocks, what each adds is weakened: activations that grow by a third in each overflow float32. So it is
+    beyond thirty with attention, whose factors then depend on rounding errors: PyTorch's own float32 has no right digit.
     """
     blocks: list[Any] = [block for block in model.modules() if hasattr(block, "bn2")]
     for module in model.modules():
@@ -104,7 +105,7 @@ def randomise(model: nn.Module) -> None:
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_mean, -0.3, 0.3)  # type: ignore[arg-type]
             nn.init.uniform_(module.running_var, 0.5, 1.5)  # type: ignore[arg-type]
-    if len(blocks) > 100:
+    if len(blocks) > (30 if getattr(blocks[0], "se", None) else 100):
         for block in blocks:
             nn.init.uniform_(getattr(block, "bn3", block.bn2).weight, 0.05, 0.15)
 

@@ -88,7 +88,7 @@ def test_unknown_architecture(arch: object, words: str) -> None:
 
 
 def test_list_models() -> None:
-    assert jresnet.list_models("resnet20*") == ["resnet20_cifar"]
+    assert jresnet.list_models("resnet20_*") == ["resnet20_cifar"]
     assert jresnet.list_models("vgg*") == []
     assert len(jresnet.list_models()) == 19 + 71
 

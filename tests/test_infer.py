@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+from flax import nnx
 
 import jresnet
 from convert import torch2flax
@@ -219,6 +220,43 @@ def test_a_network_of_another_function_with_the_same_keys(small: dict[str, np.nd
         "the file calls its network 'my_net'; its tensors are those of a ResNet that has no name here",
     )
     assert not statedict.match({"arch": "resnet18", "state_dict": tensors_of(zoo.configure("resnet18"))}).notes
+
+
+def test_parts_of_timms() -> None:
+    """Sizes of attention, of a stem, of first convolutions; and what is told by a name alone."""
+    deep = {"stem": "deep", "stem_channels": 16, "shortcut": "average"}
+    for config in (
+        ResNetConfig("bottleneck", (1, 2), (8, 16), 3, attention="se", reduction=4, **deep),
+        ResNetConfig("basic", (1, 1), (8, 16), 3, attention="eca", stem="deep_tiered"),
+        ResNetConfig(("basic", "bottleneck"), (1, 1), (8, 16), 3, stem="deep_conv", stem_channels=24),
+        ResNetConfig("bottleneck", (1, 1), (16, 24), 3, groups=4, width_per_group=32, reduce_first=2, attention="se"),
+        ResNetConfig("bottleneck", (1, 1), (16, 24), 3, shortcut="projection_3x3"),
+        dataclasses.replace(SMALL, stem_channels=8),
+    ):
+        found = statedict.match(tensors_of(config))
+        assert (found.config, found.notes) == (config, ())
+        assert same(found, tensors_of(config))
+        again = infer.find({key: value.shape for key, value in tensors_of(config, "children").items()})
+        assert again is not None
+        assert again.dialect == "children"
+
+
+def test_groupnorm_is_told_by_a_name() -> None:
+    """A file of parameters alone has the same tensors."""
+    config = dataclasses.replace(SMALL, widths=(32, 64, 96, 128), norm="group")
+    with pytest.raises(WeightsError, match=r"no running statistics.*of a network with GroupNorm name the architecture"):
+        statedict.match(tensors_of(config))
+    found = statedict.match({"arch": "resnet50_gn", "state_dict": tensors_of(config)})
+    assert found.config == config
+
+
+def test_a_dialect_without_names_for_parts() -> None:
+    model = jresnet.ResNet(ResNetConfig("basic", (1, 1), (8, 16), 3, attention="se"), rngs=nnx.Rngs(0))
+    assert len(statedict.state_dict(model)) == len(statedict.state_dict(model, "children"))
+    with pytest.raises(
+        jresnet.InputError, match=r"no names for the parts .* that fit are those of torchvision, children"
+    ):
+        statedict.state_dict(model, "transformers")
 
 
 # --- The head

@@ -40,8 +40,9 @@ def parser(prog: str) -> argparse.ArgumentParser:
     """The command line's options. What is not given is None: the recipe's value, or the resumed run's."""
     parser = Parser(
         prog=prog,
+        usage="%(prog)s --data DATA --out RUN [OPTION ...]",
         description="Train a ResNet from scratch on ImageNet or any images by class, decoded ahead of the device.",
-        epilog="docs/imagenet.md has launch lines for one and several hosts, and what a run costs.",
+        epilog="docs/howto/imagenet.md has launch lines for one and several hosts, and what a run costs.",
     )
     names = ("network", "recipe", "data", "results", "when something is wrong", "devices")
     groups = {name: parser.add_argument_group(name) for name in names}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -166,10 +167,10 @@ class ResNet(nnx.Module):
                 # Of the architecture, dilated or not: a network has the same parameters at every output stride.
                 projects = (i > 0 and j == 0) or channels != outputs[-1]
                 projects = projects or (config.shortcut == "projection_first" and j == 0)
-                downsample = nnx.List([])
+                downsample: nnx.List = nnx.List([])
                 if projects and config.shortcut != "pad":
                     downsample = parts.projection(channels, outputs[-1], stride, dilations)
-                block = Bottleneck if kind == "bottleneck" else BasicBlock
+                block: Any = Bottleneck if kind == "bottleneck" else BasicBlock
                 blocks.append(block(channels, outputs, stride, dilations, parts, i, downsample))
                 if zero_init_residual:
                     last = blocks[-1].bn3 if kind == "bottleneck" else blocks[-1].bn2

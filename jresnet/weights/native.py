@@ -300,8 +300,11 @@ def _stated(metadata: Mapping[str, str], values: Mapping[str, np.ndarray]) -> Re
     config = ResNetConfig(**known)
     # Building a network takes time and memory for every block and channel, so that the file must have as many.
     blocks, widest = sum(config.depths), max((max(value.shape, default=0) for value in values.values()), default=0)
-    inner = max(config.widths) * config.width_per_group // 64 * config.groups
-    channels = (config.in_channels, config.num_classes, inner, config.stem_outputs, *config.widths, *config.outputs)
+    if config.pruned is None:
+        inner = (max(config.widths) * config.width_per_group // 64 * config.groups, *config.widths)
+    else:
+        inner = tuple(count for _, pairs in config.pruned for pair in pairs for count in pair)
+    channels = (config.in_channels, config.num_classes, config.stem_outputs, *inner, *config.outputs)
     if blocks > len(values) or max(channels) > widest:
         raise InputError(f"its configuration has {blocks:,} blocks or channels that its arrays have not")
     return config

@@ -177,7 +177,7 @@ def write(
         "model_type": "resnet",
         "num_channels": config.in_channels,
         "embedding_size": config.widths[0],
-        "hidden_sizes": [width * EXPANSION[config.block] for width in config.widths],
+        "hidden_sizes": list(config.outputs),
         "depths": list(config.depths),
         "layer_type": config.block,
         "hidden_act": "relu",
