@@ -27,6 +27,7 @@ import jresnet
 from gpu.bars import bars
 from gpu.variants import Training
 from jresnet.data import folder
+from jresnet.data.stream import Files, Stream
 from jresnet.models import zoo
 from jresnet.weights import native
 from jresnet.weights.preprocessing import STATISTICS, Preprocessing
@@ -58,8 +59,8 @@ def photos(root: Path, count: int) -> None:
 def decoding(root: Path, size: int, batch: int, workers: int, seconds: float) -> float:
     """Training views a second that ``workers`` processes decode, with nobody else at work."""
     how = Preprocessing(None, size, *STATISTICS["imagenet"])
-    files = folder.Files(folder.find(root).train.sources, how)
-    stream = folder.Stream(files, batch_size=batch, epochs=1000, seed=0, size=size, workers=workers)
+    files = Files(folder.find(root).train.sources, how)
+    stream = Stream(files, batch_size=batch, epochs=1000, seed=0, size=size, workers=workers)
     try:
         stream.batch(0)  # the workers have begun
         began, number = time.perf_counter(), 0
@@ -134,9 +135,9 @@ def main(argv: list[str] | None = None) -> int:
     root, start = args.out / "photos", args.out / "start.safetensors"
     report: dict[str, Any] = {"arch": arch, "size": size, "batch": batch, "photos": count, "cores": os.cpu_count()}
     try:
-        folder._grain()
-    except jresnet.JresnetError as error:
-        print(f"error: {error}", file=sys.stderr)
+        import grain  # noqa: F401
+    except ImportError as error:
+        print(f"error: photos are decoded ahead by grain, which cannot be used: {error}", file=sys.stderr)
         return 1
 
     began = time.monotonic()

@@ -10,7 +10,9 @@ fi
 left() { python -c "print(max(0.1, min(${1:-1e9}, $minutes - $SECONDS / 60)))"; }
 small=${SMALL:+--small}
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader >"$out/card.txt" 2>&1
-ended() {
+ended() { # as the command before it did
+  local code=$?
   echo "$SECONDS s; in $out:"
   find "$out" -type f | sort
+  exit "$code"
 }
