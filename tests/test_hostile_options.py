@@ -114,6 +114,7 @@ ALLOWED: dict[tuple[str, str], tuple[set[str], str]] = {
     ("train-imagenet", "--workers"): ({"0"}, "threads"),
     ("train-imagenet", "--lr"): ({"huge"}, "the run stops where the loss is not finite"),
     ("train-imagenet", "--checkpoint-minutes"): ({"0", "huge"}, "after each stretch of steps; at an epoch's end"),
+    ("train-imagenet", "--checkpoint-seconds"): ({"0", "huge"}, "after each epoch; after the last one alone"),
     ("train-imagenet", "--warmup-epochs"): ({"0"}, "none"),
     ("train-imagenet", "--momentum"): ({"0"}, "plain SGD"),
     **{
