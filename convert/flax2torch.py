@@ -6,10 +6,16 @@ is installed -> .pth or .safetensors, written atomically -> read back and conver
 
 from __future__ import annotations
 
+import sys
+
+from jresnet.commands import greet
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    greet("export-torch", sys.argv[1:])
+
 import argparse
 import json
 import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -177,7 +183,7 @@ def _check_written(
     chosen = {name: getattr(config, name) for name in zoo.FREE}
     back = statedict.match(found, arch, dialect=dialect, source=str(output), **chosen)
     if native.digest(found) != native.digest(tensors) or native.digest(back.values) != digest:
-        raise WeightsError(f"{output} does not hold what was written: look after the disk, and convert again")
+        raise WeightsError(f"{output} does not hold what was written: check the disk, and convert again")
 
 
 def _build(arch: str | None, config: ResNetConfig, dialect: str) -> list[str]:

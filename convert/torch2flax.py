@@ -6,11 +6,17 @@ error that lists all that is wrong -> logits against PyTorch, where it is instal
 
 from __future__ import annotations
 
+import sys
+
+from jresnet.commands import greet
+
+if __name__ == "__main__":  # before the imports below, which take seconds
+    greet("convert", sys.argv[1:])
+
 import argparse
 import dataclasses
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,8 +65,14 @@ def convert(
         arch: a name of :func:`jresnet.list_models` that it must be; ``None``: whatever ResNet it is.
         num_classes: the head's. Another number than the state_dict's asks for a fresh head.
         in_channels: the stem's. Another number than the state_dict's 3 adapts it (:func:`jresnet.models.params.adapt`).
-        stem, shortcut, stride_in, output_stride, dtype: as in :func:`jresnet.create`.
-        dialect, prefix, key: as in :func:`jresnet.pytorch.statedict.match`, with its errors.
+        stem: as in :func:`jresnet.create`, like the next four.
+        shortcut: likewise.
+        stride_in: likewise.
+        output_stride: likewise.
+        dtype: likewise.
+        dialect: as in :func:`jresnet.pytorch.statedict.match`, with its errors, like the next two.
+        prefix: likewise.
+        key: likewise.
         seed: of a fresh head.
     """
     chosen: dict[str, Any] = {
@@ -77,6 +89,7 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     """The command line's options."""
     parser = Parser(
         prog=prog,
+        usage="%(prog)s FILE|ARCH [OPTION ...]",
         description="Convert PyTorch weights into a native jresnet file. Needs no torch; where torch and torchvision "
         "are installed, the converted model's logits are compared with theirs.",
         epilog=f"Architectures: {', '.join(zoo.ZOO)}.",
@@ -95,51 +108,53 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         "downloaded into torch's own cache)",
     )
     parser.add_argument("--output", metavar="FILE", type=Path, help="file to write (default: ARCH-NAME.safetensors)")
-    parser.add_argument(
+    place = parser.add_argument_group("where the network lies in the file", "found by itself, as a rule")
+    network = parser.add_argument_group("which network it is, or shall be")
+    place.add_argument(
         "--dialect",
         choices=tuple(DIALECTS),
         help="how the file names its tensors (default: the one that fits its keys best)",
     )
-    parser.add_argument(
+    place.add_argument(
         "--prefix",
         help="of the network's names in the file, for example backbone (default: that under which most of a network lies)",
     )
-    parser.add_argument(
+    place.add_argument(
         "--key",
         type=named,
         help="of the dict of tensors in a checkpoint, for example state_dict_ema or model.teacher (default: the one with "
         "the largest network, averaged weights first)",
     )
-    parser.add_argument(
+    network.add_argument(
         "--num-classes",
         type=int,
         metavar="N",
         help="classes; where the file's head has another number, or it has none, a fresh one is drawn (default: the file's)",
     )
-    parser.add_argument(
+    network.add_argument(
         "--in-channels",
         type=int,
         metavar="N",
         help="channels of the images; a file's stem for 3 is adapted, as timm does (default: the file's)",
     )
-    parser.add_argument(
+    network.add_argument(
         "--stem",
         choices=KINDS["stem"],
         help="with a max-pool or without one, which tensors do not tell: imagenet (7x7, max-pool), imagenet_no_pool, cifar "
         "(3x3), cifar_pool (3x3, max-pool); a file whose network has another kernel is refused",
     )
-    parser.add_argument(
+    network.add_argument(
         "--shortcut",
         choices=KINDS["shortcut"],
         help="refuse a file whose network has other shortcuts",
     )
-    parser.add_argument(
+    network.add_argument(
         "--stride-in",
         choices=KINDS["stride_in"],
         help="which convolution of a Bottleneck has the stride, which tensors do not tell: 3x3 (torchvision), or 1x1 (the "
         "paper, Caffe, detectron2) (default: as the checkpoint says, else 3x3)",
     )
-    parser.add_argument(
+    network.add_argument(
         "--output-stride",
         type=int,
         metavar="N",

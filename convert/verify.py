@@ -6,6 +6,7 @@ distance of its own float32 logits to its float64 ones, which is 2e-7 to 7e-7 fo
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import platform
@@ -275,8 +276,8 @@ def line(row: Row) -> str:
     )
 
 
-def main(argv: list[str] | None = None, prog: str = PROG) -> int:
-    """Runs the command, called ``prog``; returns its exit code."""
+def parser(prog: str = PROG) -> argparse.ArgumentParser:
+    """The command line's options."""
     parser = Parser(
         prog=prog,
         description="Compare the logits of random networks with PyTorch's of the same weights: relative L2 distances to "
@@ -290,9 +291,15 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> int:
     parser.add_argument("--size", type=int, default=64, metavar="PIXELS", help="of the ImageNet stem (default: 64)")
     parser.add_argument("--networks", type=int, default=3, metavar="N", help="random networks a row (default: 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a Markdown table")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None, prog: str = PROG) -> int:
+    """Runs the command, called ``prog``; returns its exit code."""
+    options = parser(prog)
+    args = options.parse_args(argv)
     if not 1 <= args.networks <= 1000 or not 32 <= args.size <= 4096:
-        parser.error(
+        options.error(
             f"--networks must be from 1 to 1000 and --size from 32 to 4096, got {args.networks} and {args.size}"
         )
     wanted = [*((arch, {}) for arch in zoo.ZOO), *VARIANTS] if args.all else [(arch, {}) for arch in args.arch]

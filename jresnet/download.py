@@ -378,21 +378,23 @@ def _bar(name: str, total: int | None, done: int, progress: bool) -> Any:
 
 
 class _Lines:
-    """Progress as plain lines: one at the start and one for each tenth (or each 50 MB of an unknown size)."""
+    """Progress as plain lines: one at the start, one for each tenth (or 50 MB of an unknown size), one a minute at least."""
 
     def __init__(self, name: str, total: int | None, done: int, progress: bool) -> None:
         self.name, self.total, self.done, self.progress = name, total, done, progress
         self.first, self.start = done, time.monotonic()
         self.step = max(total / 10, 1) if total else 50e6
-        self.next = 0.0
+        self.next, self.told = 0.0, self.start
         self.update(0)
 
     def update(self, count: int) -> None:
         self.done += count
-        if not self.progress or self.done < self.next:
+        now = time.monotonic()
+        if not self.progress or (self.done < self.next and now - self.told < 60):
             return
+        self.told = now
         self.next = (self.done // self.step + 1) * self.step
-        rate = (self.done - self.first) / max(time.monotonic() - self.start, 1e-3)
+        rate = (self.done - self.first) / max(now - self.start, 1e-3)
         line = f"{self.name}: {self.done / 1e6:.1f} MB"
         if self.total:
             line += f" of {self.total / 1e6:.1f} MB ({100 * self.done / self.total:.0f} %)"

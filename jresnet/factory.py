@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -126,9 +127,9 @@ def _found(weights: Any, arch: str | None, chosen: dict[str, Any]) -> sources.We
 
 def _rngs(seed: Any, rngs: Any) -> nnx.Rngs:
     if rngs is None:
-        if seed is not None and (not isinstance(seed, int) or isinstance(seed, bool)):
+        if seed is not None and (not isinstance(seed, int | np.integer) or isinstance(seed, bool)):
             raise InputError(f"seed must be a whole number, got {seed!r}: a key goes into rngs=nnx.Rngs(key)")
-        return nnx.Rngs(seed or 0)
+        return nnx.Rngs(int(seed or 0))
     if seed is not None:
         raise InputError(f"seed and rngs are both given: leave out seed={seed!r}, or rngs")
     if not isinstance(rngs, nnx.Rngs):
@@ -140,6 +141,8 @@ def load(path: str | os.PathLike[str], dtype: DTypeLike | None = None) -> ResNet
     """The network in a native file or one from PyTorch, whatever ResNet it is; errors and ``dtype`` as :func:`create`.
 
     A network that :func:`create` would adapt to other classes or channels is built as the file has it.
+    Names of classes, preprocessing and scores are not the model's: :func:`jresnet.get_weights` has them, and they are saved
+    again where :func:`jresnet.save` is given them (``categories=weights.categories``).
     """
     return create(weights=Path(path), dtype=dtype)
 
@@ -212,6 +215,13 @@ def wide_resnet50_2(**options: Unpack[Options]) -> ResNet:
 def wide_resnet101_2(**options: Unpack[Options]) -> ResNet:
     """126,886,696 parameters, 22.75 GMACs at 224 pixels (Zagoruyko & Komodakis 2016, arXiv:1605.07146; torchvision)."""
     return create("wide_resnet101_2", **options)
+
+
+def resnet8_cifar(**options: Unpack[Options]) -> ResNet:
+    """75,290 parameters, 0.0122 GMACs at 32 pixels
+    (He et al. 2016, arXiv:1512.03385, section 4.2; akamaster/pytorch_resnet_cifar10).
+    """
+    return create("resnet8_cifar", **options)
 
 
 def resnet20_cifar(**options: Unpack[Options]) -> ResNet:

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 
 from convert import reference
 from jresnet import cache
+from jresnet.commands.flags import Parser
 from jresnet.data import folder
 from jresnet.data.dataset import Dataset
 from jresnet.files import write_atomically
@@ -39,9 +40,9 @@ from jresnet.training.trainer import Trainer
 METHODS = ("scratch", "finetune", "probe")
 
 
-def main() -> int:
-    """Runs the comparison; prints a table and writes comparison.json."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser() -> argparse.ArgumentParser:
+    """The command line's options."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder with train/CLASS and val/CLASS")
     parser.add_argument("--weights", required=True, help="a network for images of at most 64 pixels")
     parser.add_argument("--out", type=Path, required=True, help="folder for comparison.json")
@@ -50,12 +51,18 @@ def main() -> int:
     )
     parser.add_argument("--epochs", type=int, nargs="+", default=[10, 3], metavar="N", help="for each of --per-class")
     parser.add_argument("--seeds", type=int, default=3, metavar="N")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> int:
+    """Runs the comparison; prints a table and writes comparison.json."""
+    options = parser()
+    args = options.parse_args()
     cache.keep_compiled()  # the seeds' programs are the same
     trained = finetune.resolve(args.weights)
     random = finetune.Start("random", trained.arch, trained.config, None, trained.preprocessing, "as the trained ones")
     if len(args.epochs) != len(args.per_class):
-        parser.error("--epochs takes one number for each of --per-class")
+        options.error("--epochs takes one number for each of --per-class")
     before = args.out / "comparison.json"
     rows: list[dict[str, Any]] = json.loads(before.read_text())["runs"] if before.exists() else []  # it goes on
     for count, epochs in zip(args.per_class, args.epochs, strict=True):

@@ -1,10 +1,10 @@
 """The documents' tables from the files under ``results/``: ``python scripts/results.py``, ``--check``, ``add RUN NAME``.
 
 A published row is a folder ``results/NAME`` with ``row.json``, which says what it is about, and a folder ``seed-N`` a seed
-with its ``config.json``, ``metrics.jsonl`` and ``summary.json``; every figure is computed from the metrics. Its table stands
-in README.md between ``<!-- results -->`` and ``<!-- /results -->``. Speeds are those of ``results/speed/NAME.json``, which
-``scripts/benchmark.py --json`` writes; each has its place in README.md or under docs/ between ``<!-- speed/NAME -->`` and
-``<!-- /speed/NAME -->``.
+with its ``config.json``, ``metrics.jsonl`` and ``summary.json``; every figure is computed from the metrics. The table's
+places are in README.md and under docs/, between ``<!-- results -->`` and ``<!-- /results -->``. Speeds are those of
+``results/speed/NAME.json``, which ``scripts/benchmark.py --json`` writes; the places of each are between
+``<!-- speed/NAME -->`` and ``<!-- /speed/NAME -->``.
 """
 
 from __future__ import annotations
@@ -124,13 +124,15 @@ def update(root: Path, check: bool) -> int:
     for name, text in tables.items():
         marks = re.compile(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- /{re.escape(name)} -->)", re.DOTALL)
         places = [path for path in documents for _ in marks.findall(before[path])]
-        if len(places) != 1:
+        if not places or len(places) != len({*places}):
             problems.append(
                 f"{name} has {len(places)} places: one is needed, in README.md or under docs/, between the lines "
-                f"<!-- {name} --> and <!-- /{name} -->"
+                f"<!-- {name} --> and <!-- /{name} -->; a document has it once"
             )
             continue
-        after[places[0]] = marks.sub(lambda found, text=text: found[1] + text + found[2], after[places[0]])
+        for path in places:
+            here = text if path.parent == root else of_the_site(text)
+            after[path] = marks.sub(lambda found, here=here: found[1] + here + found[2], after[path])
     for path in documents:
         for name in re.findall(r"^<!-- (speed/.*) -->$", before[path], re.MULTILINE):
             if name not in tables:
@@ -150,6 +152,12 @@ def update(root: Path, check: bool) -> int:
         return 1
     print(f"wrote {names}" if differing else "README.md and docs/ say what results/ says")
     return 0
+
+
+def of_the_site(text: str) -> str:
+    """A table as a page under docs/ has it, where results/ is not at hand to be linked, and nothing is folded."""
+    text = re.sub(r"\[[^]]+\]\((results/[^)]+)\)", r"`\1`", text)
+    return text.replace("<details><summary>The commands</summary>", "The commands:").replace("\n</details>\n", "")
 
 
 def read_speeds(folder: Path) -> dict[str, str]:

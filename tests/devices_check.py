@@ -14,7 +14,7 @@ from jresnet import data
 from jresnet.models.resnet import ResNet, ResNetConfig
 from jresnet.training import augment, devices, optim
 from jresnet.training import step as train
-from jresnet.training.loop import StepsLoop, epoch_order, evaluate
+from jresnet.training.loop import StepsLoop, batches, epoch_order, evaluate
 
 TINY = ResNetConfig("basic", (1, 1), (4, 8), num_classes=10, stem="cifar", shortcut="pad")
 
@@ -52,7 +52,8 @@ def check(settings: dict) -> dict:
     split = train.Images(*where.replicate((images, labels)))
     key = where.replicate(jax.random.key(1))
     loop.compile(state, split, np.zeros((4, 16), np.int32), key)
-    text = loop._compiled.as_text()  # type: ignore[attr-defined]
+    (compiled,) = loop._compiled.values()
+    text = compiled.as_text()  # type: ignore[attr-defined]
     exchanged = re.findall(r"= (.*?) (?:all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)\(", text)
     devices.meet(f"compiled {settings}")
     losses: list[float] = []
@@ -62,7 +63,7 @@ def check(settings: dict) -> dict:
         losses += metrics.loss.tolist()
     found = evaluate(
         jax.jit(train.eval_step(graph, pipeline), out_shardings=where.whole), train.evaluated(state),
-        data.Split(images[:50], labels[:50]), 16, where,
+        batches(data.Split(images[:50], labels[:50]), 16, where), labels[:50],
     )  # fmt: skip
     assert found is not None
     return {

@@ -126,7 +126,7 @@ def test_a_state_comes_back_bit_for_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize("average", [False, True])
 def test_a_networks_whole_state(tmp_path: Path, average: bool) -> None:
     def fresh(seed: int) -> train.TrainState:
-        return train.init(jresnet.create("resnet20_cifar", seed=seed), optimizer, average)
+        return train.init(jresnet.create("resnet8_cifar", seed=seed), optimizer, average)
 
     optimizer = optax.sgd(0.1, momentum=0.9)
     expected = jax.tree.map(lambda leaf: leaf + 1, fresh(1))
@@ -140,7 +140,7 @@ def test_a_networks_whole_state(tmp_path: Path, average: bool) -> None:
 
 def test_anybody_reads_it_by_names(tmp_path: Path) -> None:
     """With safetensors alone."""
-    state = train.init(jresnet.create("resnet20_cifar", seed=1), optax.sgd(0.1, momentum=0.9), True)
+    state = train.init(jresnet.create("resnet8_cifar", seed=1), optax.sgd(0.1, momentum=0.9), True)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(state, progress(4))
     found = safetensors.numpy.load_file(tmp_path / "0.safetensors")

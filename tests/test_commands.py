@@ -230,13 +230,33 @@ def test_standard_output_may_be_closed() -> None:
 
 def test_a_command_may_write_into_closed_standard_output(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)
-    assert commands.guarded(lambda: csv.writer(sys.stdout).writerow(["x"]) * 0, "predict") == 0
+    assert commands.guarded(lambda: csv.writer(sys.stdout).writerow(["x"]) * 0, "convert") == 0
+
+
+@pytest.mark.parametrize("name", commands.PRINTING)
+def test_what_is_only_printed_needs_standard_output(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert commands.guarded(lambda: pytest.fail("ran"), name) == 1
+    assert f"error: the standard output, where {name} prints its result, is closed" in capsys.readouterr().err
 
 
 def test_the_first_line_comes_before_jax() -> None:
     program = "import sys; from jresnet import commands; commands.greet('train', []); print('jax' in sys.modules)"
     done = command("-c", program)
     assert done.stdout == f"jresnet  {jresnet.__version__}, starting JAX ...\nFalse\n"
+
+
+@pytest.mark.parametrize("module", ["convert.torch2flax", "convert.flax2torch"])
+def test_the_converters_first_line_comes_before_jax(module: str) -> None:
+    program = (
+        "import sys, runpy; sys.argv[1:] = ['x.pth']; sys.modules['jax'] = None; "
+        f"runpy.run_module('{module}', run_name='__main__')"
+    )
+    done = command("-c", program)
+    assert done.stdout == f"jresnet  {jresnet.__version__}, starting JAX ...\n"
+    assert "import of jax halted" in done.stderr
 
 
 def test_commands_that_are_asked_for_help_or_json_greet_nobody(capsys: pytest.CaptureFixture[str]) -> None:

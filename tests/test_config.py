@@ -82,7 +82,10 @@ def test_statistics_are_the_datas() -> None:
         ({"image_size": 28}, "`image_size` must be 32 with `crop` pad"),
         ({"image_size": 27, "crop": "resized"}, "`image_size` must be at least 28 with `crop` resized, got 27"),
         ({"momentum": 0.0}, "`nesterov` needs a `momentum` above 0"),
-        ({"warmup_epochs": 201.0, "milestones": ()}, "`warmup_epochs` 201 are more than the run's 200"),
+        (
+            {"warmup_epochs": 201.0, "milestones": ()},
+            "a warm-up of 201 epochs is longer than the run's 200: fewer `warmup",
+        ),
         ({"warmup_epochs": 120.0}, "milestone 100 lies in the warm-up"),
         ({"epochs": 8.5, "lr": "0.1"}, "`epochs` must be a whole number, got 8.5; `lr` must be a number, got '0.1'"),
     ],

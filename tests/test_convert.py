@@ -286,7 +286,7 @@ def test_json(tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
         (["resnet50", "--weights", "IMAGENET1K_V3"], 1, "did you mean IMAGENET1K_V"),
         (["resnet20_cifar"], 1, "no weights are published for 'resnet20_cifar'"),
         (["resnet20_cifar", "--weights", "none.pth"], 1, "none.pth"),
-        (["resnet20_cifar", "--weights", "{cut}"], 1, "is no whole safetensors file"),
+        (["resnet20_cifar", "--weights", "{cut}"], 1, "is not a complete safetensors file"),
         (["resnet32_cifar", "--weights", "{good}"], 1, "holds a resnet20_cifar, not a resnet32_cifar"),
         (["resnet20_cifar", "--weights", "{good}", "--num-classes", "-1"], 1, "num_classes must be"),
         (["resnet20_cifar", "--weights", "{good}", "--output", "{good}"], 1, "is the file to convert"),

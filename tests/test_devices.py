@@ -130,7 +130,7 @@ def test_two_processes_train_as_one(tmp_path: Path, simulated: dict[str, dict[st
 def test_a_process_that_dies_ends_the_other_and_one_device_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "out"
     short = (
-        "scripts/train_cifar10.py", "--depth", 20, "--dataset", "digits", "--limit-train", 64, "--limit-test", 40,
+        "scripts/train_cifar10.py", "--depth", 8, "--dataset", "digits", "--limit-train", 64, "--limit-test", 40,
         "--batch-size", 16, "--out", out,
     )  # fmt: skip
     first, second = processes(
@@ -165,7 +165,7 @@ def test_a_process_that_dies_ends_the_other_and_one_device_goes_on(tmp_path: Pat
 def test_devices_and_batches_that_cannot_be_had() -> None:
     with pytest.raises(InputError, match=r"`devices` 9999: this machine has \d+"):
         devices.find(9999)
-    chosen = config.default_config(arch="resnet20_cifar", dataset="digits", batch_size=9, limit_train=8)
+    chosen = config.default_config(arch="resnet8_cifar", dataset="digits", batch_size=9, limit_train=8)
     eight = devices.Devices(jax.sharding.Mesh(np.array(jax.devices() * 2), ("data",)))
     with pytest.raises(InputError) as caught:
         program.Program(chosen, program.load_data(chosen, None), eight)

@@ -41,7 +41,7 @@ def dilated_to(config: jresnet.ResNetConfig, output_stride: int) -> jresnet.ResN
 # --- The convolution.
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     ("size", "dilation", "padding", "kernel", "groups"),
     [

@@ -519,6 +519,16 @@ def test_lines_are_few(capsys, total, count):
     assert len(capsys.readouterr().err.splitlines()) == count
 
 
+def test_a_slow_download_is_told_of_every_minute(capsys, monkeypatch):
+    clock = iter(range(0, 10**6, 40))
+    monkeypatch.setattr(download.time, "monotonic", lambda: next(clock))
+    bar = download._Lines("f", 10**9, 0, True)
+    capsys.readouterr()
+    for _ in range(6):  # every 40 seconds
+        bar.update(1)
+    assert len(capsys.readouterr().err.splitlines()) == 3
+
+
 class _Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True

@@ -47,6 +47,12 @@ def test_create(arch: str, options: dict, shape: tuple[int, ...], logits: tuple[
     assert jresnet.create(arch, **options)(jnp.ones(shape)).shape == logits
 
 
+def test_numbers_of_numpys_are_pythons(tmp_path: Path) -> None:
+    model = jresnet.create("resnet20_cifar", num_classes=np.array([3, 6]).max() + 1, seed=np.int64(1))
+    jresnet.save(tmp_path / "x.safetensors", model)
+    assert jresnet.load(tmp_path / "x.safetensors").config.num_classes == 7
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -84,7 +90,7 @@ def test_unknown_architecture(arch: object, words: str) -> None:
 def test_list_models() -> None:
     assert jresnet.list_models("resnet20_*") == ["resnet20_cifar"]
     assert jresnet.list_models("vgg*") == []
-    assert len(jresnet.list_models()) == 18 + 71
+    assert len(jresnet.list_models()) == 19 + 71
 
 
 def test_rngs_in_place_of_a_seed() -> None:

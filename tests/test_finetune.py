@@ -18,6 +18,7 @@ from jresnet import evaluation
 from jresnet.commands import finetune as command
 from jresnet.commands import run
 from jresnet.data import folder
+from jresnet.data.stream import Files
 from jresnet.errors import DataError, InputError
 from jresnet.models.resnet import ResNet, ResNetConfig
 from jresnet.training import devices, finetune
@@ -222,7 +223,7 @@ def test_the_recipe_follows_the_number_of_images(n: int, batch: int, epochs: int
     import dataclasses
 
     labels = np.zeros(n, np.int32)
-    train = dataclasses.replace(data.train, images=folder.Files([""] * n, HOW), labels=labels)
+    train = dataclasses.replace(data.train, images=Files([""] * n, HOW), labels=labels)
     begin = finetune.resolve(str(tiny))
     config, reasons = finetune.choose(begin, dataclasses.replace(data, train=train), probe=False)
     assert (config.batch_size, config.epochs) == (batch, epochs)

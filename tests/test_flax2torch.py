@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import ml_dtypes
@@ -97,6 +98,31 @@ def test_every_leaf_has_its_place_in_the_order(arch: str) -> None:
     assert ordered[-1] == "fc.bias"
     depths = [int(path.split(".")[1]) for path in ordered if path.startswith("layer1.")]
     assert depths == sorted(depths)  # 10 after 9
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda model: setattr(model, "fc", nnx.Sequential(nnx.Linear(64, 7, rngs=nnx.Rngs(0)))), r"fc\.layers\.0"),
+        (lambda model: setattr(model, "bn1", nnx.Conv(1, 1, 1, rngs=nnx.Rngs(0))), r"missing: bn1\.mean"),
+    ],
+)
+def test_a_model_that_pytorchs_network_has_no_place_for(change: Callable, words: str) -> None:
+    model = jresnet.create("resnet8_cifar")
+    change(model)
+    with pytest.raises(InputError, match=f"PyTorch's ResNet has no place for all of this model: .*{words}"):
+        statedict.state_dict(model)
+
+
+def test_a_fused_model_has_no_state_dict() -> None:
+    with pytest.raises(InputError, match=r"Of a fused model take the one that it was made of"):
+        statedict.state_dict(jresnet.fuse(jresnet.create("resnet8_cifar")))
+
+
+def test_a_head_of_ones_own_goes_out() -> None:
+    model = jresnet.create("resnet8_cifar")
+    model.fc = nnx.Linear(64, 7, rngs=nnx.Rngs(0))
+    assert statedict.state_dict(model)["fc.weight"].shape == (7, 64)
 
 
 def test_a_dialect_without_such_a_network_is_refused() -> None:
@@ -276,7 +302,7 @@ def test_the_command_needs_no_torch(tmp_path: Path) -> None:
     done = command("-m", "convert.flax2torch", path.name, cwd=tmp_path, env=environment)
     assert done.returncode == 0, done.stderr
     lines = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
-    assert [title for title, _ in lines[:5]] == ["source", "mapped", "verify", "verified", "wrote"]
+    assert [title for title, _ in lines[1:6]] == ["source", "mapped", "verify", "verified", "wrote"]
     assert "102 tensors and 20 num_batches_tracked (torchvision naming)" in done.stdout
     assert "not against PyTorch: left out, since torch is not installed" in done.stdout
     assert done.stdout.endswith(

@@ -5,15 +5,18 @@ from __future__ import annotations
 import io
 import multiprocessing
 from pathlib import Path
+from random import Random
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from PIL import Image
 
 import jresnet
-from jresnet.data import folder, images, records
+from jresnet.data import crops, folder, images, records
 from jresnet.data.dataset import from_records
+from jresnet.data.stream import Files, Stream
 from jresnet.data.tfds import prepare_tfds
 from jresnet.errors import DataError
 from jresnet.weights.preprocessing import Preprocessing
@@ -212,7 +215,7 @@ def test_odd_images_look_as_they_should(kind: str, left: int, right: tuple[int, 
     pixels = np.asarray(image, int)
     assert abs(pixels[10, 5] - left).max() <= 3
     assert abs(pixels[10, 35] - right).max() <= 3
-    crop = folder.random_resized_crop(odd(kind), 16, np.random.default_rng(0), 0.9)
+    crop = crops.random_resized_crop(odd(kind), 16, Random(0), 0.9)
     assert abs(np.asarray(crop, int)[8, 15] - right).max() <= 3  # and so in a training view
 
 
@@ -282,7 +285,7 @@ def files(root: Path) -> Any:
 
 
 def test_every_epoch_is_another_order_of_all_images(files: Any) -> None:
-    stream = folder.Stream(files, batch_size=8, epochs=4, seed=3, size=40)
+    stream = Stream(files, batch_size=8, epochs=4, seed=3, size=40)
     seen = [stream.batch(number) for number in range(len(stream))]
     stream.close()
     assert len(seen) == 4 * 3
@@ -295,8 +298,8 @@ def test_every_epoch_is_another_order_of_all_images(files: Any) -> None:
 
 
 def test_a_batch_is_the_same_wherever_the_stream_begins(files: Any) -> None:
-    def stream(seed: int, workers: int = 0) -> folder.Stream:
-        return folder.Stream(files, batch_size=4, epochs=2, seed=seed, size=40, workers=workers)
+    def stream(seed: int, workers: int = 0) -> Stream:
+        return Stream(files, batch_size=4, epochs=2, seed=seed, size=40, workers=workers)
 
     whole, later, other = stream(5), stream(5), stream(6)
     batches = [whole.batch(number) for number in range(9)]
@@ -310,8 +313,8 @@ def test_a_batch_is_the_same_wherever_the_stream_begins(files: Any) -> None:
 
 
 def test_workers_give_the_same_batches(files: Any) -> None:
-    threads = folder.Stream(files, batch_size=4, epochs=2, seed=5, size=40)
-    workers = folder.Stream(files, batch_size=4, epochs=2, seed=5, size=40, workers=2)
+    threads = Stream(files, batch_size=4, epochs=2, seed=5, size=40)
+    workers = Stream(files, batch_size=4, epochs=2, seed=5, size=40, workers=2)
     for number in (5, 6, 7):  # over the end of an epoch
         for one, other in zip(threads.batch(number), workers.batch(number), strict=True):
             assert (one == other).all()
@@ -321,7 +324,7 @@ def test_workers_give_the_same_batches(files: Any) -> None:
 
 def test_an_image_that_is_gone_ends_the_stream_by_name(tmp_path: Path) -> None:
     paths = [str(photo(tmp_path / f"{i}.jpg", seed=i)) for i in range(4)]
-    stream = folder.Stream(folder.Files(paths, HOW), batch_size=2, epochs=1, seed=0, size=40)
+    stream = Stream(Files(paths, HOW), batch_size=2, epochs=1, seed=0, size=40)
     Path(paths[2]).unlink()
     for _ in range(2):  # asked again, it does not go on behind it
         with pytest.raises(DataError, match=r"2\.jpg can no longer be decoded: missing"):
@@ -329,19 +332,26 @@ def test_an_image_that_is_gone_ends_the_stream_by_name(tmp_path: Path) -> None:
     stream.close()
 
 
-def test_a_large_photo_is_decoded_at_a_reduced_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", ["upright", "turned"])
+def test_a_large_photo_is_decoded_at_a_reduced_scale(
+    form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By OpenCV, and by Pillow where EXIF says that the photo lies on a side."""
     smooth = np.asarray(Image.new("RGB", (8, 8), (90, 160, 30)).resize((1200, 900)))
-    path = tmp_path / "large.jpg"
-    Image.fromarray(smooth).save(path, quality=95)
+    path, exif = tmp_path / "large.jpg", Image.Exif()
+    exif[0x0112] = 1 if form == "upright" else 6
+    Image.fromarray(smooth).save(path, quality=95, exif=exif)
     loaded = []
-    monkeypatch.setattr(images, "seen", lambda image, seen=images.seen: loaded.append(image.size) or seen(image))
-    crop = folder.random_resized_crop(str(path), 64, np.random.default_rng(0), 0.9)
-    assert loaded == [(150, 113)]
-    assert abs(np.asarray(crop, int) - (90, 160, 30)).max() <= 2
+    decode, seen = cv2.imdecode, images.seen
+    monkeypatch.setattr(cv2, "imdecode", lambda *given: loaded.append(found := decode(*given)) or found)
+    monkeypatch.setattr(images, "seen", lambda image: loaded.append(np.asarray(image)) or seen(image))
+    crop = crops.random_resized_crop(str(path), 64, Random(0), 0.9)
+    assert [pixels.shape for pixels in loaded] == [(113, 150, 3)]
+    assert abs(crop.astype(int) - (90, 160, 30)).max() <= 2
 
 
 def test_a_worker_that_dies_is_told(files: Any) -> None:
-    stream = folder.Stream(files, batch_size=4, epochs=50, seed=5, size=40, workers=1)
+    stream = Stream(files, batch_size=4, epochs=50, seed=5, size=40, workers=1)
     stream.batch(0)
     (worker,) = multiprocessing.active_children()
     worker.kill()

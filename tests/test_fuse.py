@@ -116,7 +116,7 @@ def configs(draw: st.DrawFn) -> jresnet.ResNetConfig:
     )
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(configs())
 def test_no_batchnorm_of_any_network_is_left_out(config: jresnet.ResNetConfig) -> None:
     with jax.enable_x64(True):

@@ -68,6 +68,7 @@ ALLOWED: dict[tuple[str, str], tuple[set[str], str]] = {
     ("train", "--lr"): ({"huge"}, "the run stops where the loss is not finite"),
     ("train", "--weight-decay"): ({"0", "huge"}, "none; or as for --lr"),
     ("train", "--checkpoint-minutes"): ({"0", "huge"}, "after each stretch of steps; at an epoch's end"),
+    ("train", "--checkpoint-seconds"): ({"0", "huge"}, "after each epoch; after the last one alone"),
     ("train", "--warmup-epochs"): ({"0"}, "none"),
     ("train", "--momentum"): ({"0"}, "plain SGD, with --no-nesterov"),
     ("train", "--clip-norm"): ({"0", "huge"}, "no limit"),
@@ -75,7 +76,14 @@ ALLOWED: dict[tuple[str, str], tuple[set[str], str]] = {
     ("train", "--cutmix"): ({"0", "huge"}, "none; halves of two images"),
     **{
         ("train", option): ({"0"}, "none")
-        for option in ("--label-smoothing", "--ema", "--random-erasing", "--val-split")
+        for option in (
+            "--label-smoothing",
+            "--ema",
+            "--random-erasing",
+            "--val-split",
+            "--magnitude",
+            "--target-threshold",
+        )
     },
     ("train", "--process-id"): ({"0"}, "the first"),
     ("evaluate", "--data-dir"): ({*NAMES, "codes", "folder"}, "CIFAR-10 is downloaded into that folder"),
@@ -89,13 +97,29 @@ ALLOWED: dict[tuple[str, str], tuple[set[str], str]] = {
     ("finetune", "--freeze"): ({"empty"}, "nothing is frozen"),
     ("finetune", "--lr"): ({"huge"}, "the run stops where the loss is not finite"),
     ("finetune", "--checkpoint-minutes"): ({"0", "huge"}, "after each stretch of steps; at an epoch's end"),
+    ("finetune", "--checkpoint-seconds"): ({"0", "huge"}, "after each epoch; after the last one alone"),
     ("finetune", "--warmup-epochs"): ({"0"}, "none"),
     ("finetune", "--momentum"): ({"0"}, "plain SGD"),
     **{
         ("finetune", option): ({"0", "huge"}, "none; no limit; halves of two images")
         for option in ("--weight-decay", "--clip-norm", "--mixup", "--cutmix")
     },
-    **{("finetune", option): ({"0"}, "none") for option in ("--label-smoothing", "--ema", "--random-erasing")},
+    **{
+        (command, option): ({"0"}, "none")
+        for command in ("finetune", "train-imagenet")
+        for option in ("--label-smoothing", "--ema", "--random-erasing", "--magnitude", "--target-threshold")
+    },
+    ("train-imagenet", "--out"): ({*NAMES, "codes", "folder"}, "a folder by that name is made; an empty one is used"),
+    ("train-imagenet", "--seed"): ({"0"}, "a seed"),
+    ("train-imagenet", "--workers"): ({"0"}, "threads"),
+    ("train-imagenet", "--lr"): ({"huge"}, "the run stops where the loss is not finite"),
+    ("train-imagenet", "--checkpoint-minutes"): ({"0", "huge"}, "after each stretch of steps; at an epoch's end"),
+    ("train-imagenet", "--warmup-epochs"): ({"0"}, "none"),
+    ("train-imagenet", "--momentum"): ({"0"}, "plain SGD"),
+    **{
+        ("train-imagenet", option): ({"0", "huge"}, "none; no limit; halves of two images")
+        for option in ("--weight-decay", "--clip-norm", "--mixup", "--cutmix")
+    },
     ("predict", "--top"): ({"huge"}, "all classes that there are"),
     ("predict", "--batch-size"): ({"huge"}, "at most as many as there are images"),
     ("push", "target"): ({*NAMES, "codes", "folder"}, "a folder by that name is made"),
@@ -120,6 +144,8 @@ NETWORK = ("jresnet.download:_ask", "jresnet.weights.hub:_head", "jresnet.weight
 DATA = ("jresnet.data.cifar10:_read_layout", "jresnet.data.cifar10:_read_store")
 TRAINING = ("jresnet.commands.train:fit_seeds", "jresnet.commands.train:Trainer", "jresnet.training.program:Program",
             "jax:distributed.initialize")  # fmt: skip
+STREAMING = ("jresnet.training.imagenet:dataset", "jresnet.commands.train_imagenet:Program",
+             "jresnet.commands.train_imagenet:Trainer", "jax:distributed.initialize")  # fmt: skip
 SCORING = ("jresnet.evaluation:score", "jresnet.cache:compiled")
 TUNING = ("jresnet.data.folder:load", "jresnet.training.finetune:embed", "jresnet.commands.finetune:Trainer")
 
@@ -172,6 +198,10 @@ def commands_of(root: Path) -> dict[str, Command]:
         "train": Command(
             run("train"), {"--dataset": ["digits"], "--out": ["out"]}, ("jresnet.training.program:load_data", *TRAINING),
             {"--data-dir": (*TRAINING, *DATA)},
+        ),
+        "train-imagenet": Command(
+            run("train-imagenet"), {"--data": [images], "--out": ["out"]}, ("jresnet.data.folder:find", *STREAMING),
+            {"--data": STREAMING, "--data-dir": STREAMING},
         ),
         "evaluate": Command(
             run("evaluate"), {"--weights": [weights], "--data": [images]}, ("jresnet.sources:load", *SCORING),

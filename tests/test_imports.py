@@ -38,6 +38,7 @@ ONLY: dict[str, set[str]] = {
 # torch's own networks and numbers, to compare with. TensorFlow is imported nowhere.
 TORCH = (
     "convert/verify.py", "convert/reference.py", "convert/installed.py", "scripts/benchmark/torch_worker.py",
+    "scripts/benchmark/torch_loader.py",
     "scripts/compare_finetuning.py", "tests/parity/", "tests/golden/",
 )  # fmt: skip
 

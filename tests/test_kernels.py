@@ -378,12 +378,19 @@ def distance(found, exact) -> float:
 
 NETWORKS = {  # every kind of layer that there is, at depths that do not multiply rounding errors
     "basic": jresnet.ResNetConfig("basic", (1, 1), (16, 32), 10, stem="cifar", shortcut="pad"),
-    "bottleneck": jresnet.ResNetConfig("bottleneck", (1, 1, 1), (64, 128, 256), 10),
+    "bottleneck": jresnet.ResNetConfig("bottleneck", (1, 1), (64, 128), 10),
     "grouped": jresnet.ResNetConfig("bottleneck", (1, 1), (64, 128), 10, groups=32, width_per_group=4),
 }
 
 
-@pytest.mark.parametrize(("network", "dtype"), [("bottleneck", None), ("grouped", None), ("basic", jnp.bfloat16)])
+@pytest.mark.parametrize(
+    ("network", "dtype"),
+    [
+        ("bottleneck", None),
+        pytest.param("grouped", None, marks=pytest.mark.long),
+        pytest.param("basic", jnp.bfloat16, marks=pytest.mark.long),
+    ],
+)
 def test_programs_of_our_compiler_options_are_as_right_as_the_defaults(network: str, dtype) -> None:
     """Both beside float64, in training and fused for inference: whichever jax is installed must be fit for its options.
 
@@ -450,7 +457,7 @@ def test_no_chain_of_blocks_is_computed_anew() -> None:
 def test_a_block_in_evaluation_adds_where_its_input_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     """Which takes less memory, and which oneDNN's convolutions, where there are any, do themselves."""
     model, x = (
-        jresnet.ResNet(dataclasses.replace(NETWORKS["bottleneck"], depths=(3, 2, 1)), rngs=nnx.Rngs(0)),
+        jresnet.ResNet(dataclasses.replace(NETWORKS["bottleneck"], depths=(3, 1)), rngs=nnx.Rngs(0)),
         (8, 64, 64, 3),
     )
     temporary = []
@@ -474,8 +481,9 @@ def test_a_fused_network_takes_a_batch_in_pieces(
     program = jax.jit(lambda x: fused(x)).lower(x)
     text = program.as_text()
     assert (f"tensor<{pieces}x{images}x32x32x3xf32>" in text) == (pieces is not None)
-    whole = jax.jit(model)(x)
-    np.testing.assert_allclose(program.compile()(x), whole, rtol=1e-4, atol=1e-4)
+    if batch in (9, 17):  # the last piece is filled up by one image, or is whole
+        whole = jax.jit(model)(x)
+        np.testing.assert_allclose(program.compile()(x), whole, rtol=1e-4, atol=1e-4)
     if batch == 9:
         assert distance(jax.jit(jax.vmap(fused))(x[None])[0], whole) < 1e-5
         derivatives = (jax.jit(jax.grad(lambda x, f=f: jnp.square(f(x)).sum()))(x) for f in (fused, model))
@@ -625,7 +633,7 @@ def test_the_precision_of_matrix_products_is_that_of_where_it_was_traced() -> No
 def test_it_passes_jaxs_strictness() -> None:
     """Each switch that Flax's own layers pass."""
     model = jresnet.ResNet(dataclasses.replace(NETWORKS["bottleneck"], depths=(1,), widths=(64,)), rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    x = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
     gradient, params = train(model)
     fused = jresnet.fuse(model)
     for switch in (

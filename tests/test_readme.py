@@ -6,19 +6,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import REPOSITORY
+from flax import nnx
 from PIL import Image
 
 import jresnet
 from jresnet.models import params
 from jresnet.pytorch import statedict
 from jresnet.weights import native
-
-PYTHON = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.DOTALL)
-
 
 DOCUMENTS = sorted(
     path for path in [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/**/*.md")] if "log" not in path.parts
@@ -37,49 +34,53 @@ def test_what_a_document_names_is_there(document: Path) -> None:
     assert [module for module in modules if importlib.util.find_spec(module) is None] == []
 
 
-def test_the_readmes_training_step_trains() -> None:
-    (example,) = (block for block in PYTHON if "def step(" in block)
-    # All but the lines that take weights from elsewhere, of a network that compiles faster.
-    text = "\n".join(line for line in example.splitlines() if "weights=" not in line)
-    assert text.count('"resnet18", num_classes=10, stem="cifar"') == 1
+def python(page: str) -> list[str]:
+    """The blocks of Python of a page under docs/."""
+    return re.findall(r"```python\n(.*?)```", (REPOSITORY / "docs" / page).read_text(), re.DOTALL)
+
+
+def test_the_training_step_of_the_tutorial_trains() -> None:
+    """Both of its forms, of a network that compiles faster; tests/test_docs.py runs the rest of the pages."""
+    nnx_step, pure_step = python("tutorials/cifar10.md")
     names: dict = {}
-    exec(text.replace('"resnet18", num_classes=10, stem="cifar"', '"resnet20_cifar"'), names)
-    images = jax.random.normal(jax.random.key(0), (8, 32, 32, 3))
-    before = jax.tree.map(np.array, names["params"])
-    trained, _, _, loss = names["step"](
-        names["params"], names["batch_stats"], names["opt_state"], images, jnp.arange(8)
-    )
-    assert np.isfinite(loss)
-    changed = jax.tree.map(lambda a, b: bool((np.array(a) != b).any()), trained, before)
+    assert nnx_step.count('"resnet20_cifar"') == 1
+    exec(nnx_step.replace('"resnet20_cifar"', '"resnet8_cifar"'), names)
+    first = names["step"](names["model"], names["optimizer"], names["images"], names["labels"])
+    assert np.isfinite(first)
+    before = jax.tree.map(np.array, nnx.state(names["model"], nnx.Param))
+    exec(pure_step, names)
+    assert np.isfinite(names["loss"])
+    changed = jax.tree.map(lambda a, b: bool((np.array(a) != b).any()), names["params"], before)
     assert all(jax.tree.leaves(changed))
 
 
-def test_the_readmes_way_back_to_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (there,) = (block for block in PYTHON if "torch_model" in block)
-    (back,) = (block for block in PYTHON if "torchsave" in block)
+def test_the_way_back_to_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (there,) = (block for block in python("howto/convert.md") if "torch_model.state_dict()" in block)
+    (back,) = (block for block in python("howto/back-to-pytorch.md") if "torchsave" in block)
     monkeypatch.chdir(tmp_path)
-    small = jresnet.create("resnet20_cifar")
-    exec(back, {"model": small})
+    small = jresnet.create("resnet8_cifar")
+    exec("\n".join(line for line in back.splitlines() if "create(" not in line), {"model": small})
     names = {"torch_model": SimpleNamespace(state_dict=lambda: statedict.state_dict(small))}
     exec(there, names)
-    loaded = jresnet.create("resnet20_cifar", weights="model.pth")
+    loaded = jresnet.create("resnet8_cifar", weights="model.pth")
     for model in (names["model"], loaded):
         assert native.digest(params.arrays(model)) == native.digest(params.arrays(small))
 
 
-def test_the_readmes_five_names_of_a_photo(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("page", ["index.md", "tutorials/predict.md"])
+def test_the_five_names_of_a_photo(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (example,) = (block for block in PYTHON if "photo.jpg" in block)
+    (example,) = (block for block in python(page) if "photo.jpg" in block)
     assert len(example.splitlines()) <= 12
     monkeypatch.chdir(tmp_path)
     pixels = np.random.default_rng(0).integers(0, 256, (40, 50, 3), np.uint8)
     Image.fromarray(pixels).save("photo.jpg")
     names, preprocessing = tuple("abcdefghij"), jresnet.Preprocessing(36, 32)
-    jresnet.save("mine.safetensors", jresnet.create("resnet20_cifar"), categories=names, preprocessing=preprocessing)
+    jresnet.save("mine.safetensors", jresnet.create("resnet8_cifar"), categories=names, preprocessing=preprocessing)
     assert example.count('"resnet50", "IMAGENET1K_V2"') == 1
     exec(example.replace('"resnet50", "IMAGENET1K_V2"', '"mine.safetensors"'), {})
-    lines = capsys.readouterr().out.splitlines()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "%" in line]
     assert len(lines) == 5
     chances = [float(line.split("%")[0]) for line in lines]
     assert chances == sorted(chances, reverse=True)

@@ -244,6 +244,19 @@ def test_a_readme_without_its_marks(
     assert (root / "README.md").read_text() == text
 
 
+def test_a_page_under_docs_has_the_table_too(results: ModuleType, root: Path) -> None:
+    """Without links to results/, which the site does not have, and with nothing folded."""
+    text = (root / "README.md").read_text()
+    (root / "docs").mkdir()
+    (root / "docs" / "page.md").write_text("<!-- results -->\n<!-- /results -->\n")
+    assert results.main([], root) == 0
+    page = (root / "docs" / "page.md").read_text()
+    assert "| `results/fast` |" in page
+    assert "The commands:" in page
+    assert "<details>" not in page
+    assert "[fast](results/fast)" in (root / "README.md").read_text() != text
+
+
 def test_the_repositorys_own_table() -> None:
     """The README says what results/ says."""
     done = command("scripts/results.py", "--check")

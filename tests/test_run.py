@@ -40,12 +40,12 @@ from jresnet.weights.preprocessing import STATISTICS, Preprocessing
 
 SCRIPT = "scripts/train_cifar10.py"
 # Small enough for a test: 4 steps an epoch on 64 digits.
-SHORT = ("--depth", "20", "--dataset", "digits", "--limit-train", "64", "--limit-test", "40", "--batch-size", "16")
+SHORT = ("--depth", "8", "--dataset", "digits", "--limit-train", "64", "--limit-test", "40", "--batch-size", "16")
 
 
 def config(**changes) -> RunConfig:
     short = {
-        "arch": "resnet20_cifar",
+        "arch": "resnet8_cifar",
         "dataset": "digits",
         "limit_train": 64,
         "limit_test": 40,
@@ -66,7 +66,7 @@ def values_of(path: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_that_are_kept():
-    """With oneDNN's calls none is (docs/speed.md), and each of these runs, whose speed is not asked, would compile anew."""
+    """With oneDNN's calls none is (docs/explanation/speed.md); each of these runs would compile anew."""
     with pytest.MonkeyPatch.context() as patched:
         if jresnet.compiler_options().get(ONEDNN):
             patched.setenv("JRESNET_COMPILER_OPTIONS", "off")
@@ -111,7 +111,7 @@ def test_a_runs_folder_holds_everything(finished: Path) -> None:
         "arch", "recipe", "parameters", "dataset", "final", "best", "best_chosen_on", "test_accuracy_by_class", "rollbacks",
         "seconds", "compile_seconds", "images_per_second", "device", "devices", "precision", "seed", "versions", "command",
     } <= summary.keys()  # fmt: skip
-    assert summary["parameters"] == 269_722
+    assert summary["parameters"] == 75_290
     assert len(summary["dataset"]["digest"]) == 64
     assert "held out for validation" in summary["best_chosen_on"]
     assert summary["best"]["val_accuracy"] == max(row["val_accuracy"] for row in rows)
@@ -123,13 +123,13 @@ def test_a_runs_folder_holds_everything(finished: Path) -> None:
 
 
 def test_the_weights_load_and_classify_as_the_run_says(finished: Path) -> None:
-    model = jresnet.create("resnet20_cifar", weights=finished / "last.safetensors")
+    model = jresnet.create("resnet8_cifar", weights=finished / "last.safetensors")
     chosen = config(val_split=100)
     test = load_data(chosen, None).test
     logits = model(chosen.pipeline().evaluate(test.images[:40]))
     accuracy = float((np.asarray(logits).argmax(1) == test.labels[:40]).mean())
     assert accuracy == json.loads((finished / "summary.json").read_text())["final"]["test_accuracy"]
-    assert jresnet.create("resnet20_cifar", weights=finished / "best.safetensors")
+    assert jresnet.create("resnet8_cifar", weights=finished / "best.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_a_run_is_a_function_of_its_seed(finished: Path, tmp_path: Path) -> None
     assert not np.array_equal(other["fc.kernel"], expected["fc.kernel"])
 
 
-@pytest.mark.parametrize("stop_after", [2, 4, 7])
+@pytest.mark.parametrize("stop_after", [pytest.param(2, marks=pytest.mark.long), 4, 7])
 def test_a_resumed_run_ends_where_an_undisturbed_one_does(finished: Path, tmp_path: Path, stop_after: int) -> None:
     """Bit for bit, also from the middle of an epoch."""
     out, stop = tmp_path / "out", StopRequest()
@@ -200,7 +200,10 @@ def test_resuming_a_finished_run_changes_nothing(finished: Path) -> None:
 
 @pytest.mark.parametrize(
     ("number", "code", "more", "folder"),
-    [(signal.SIGTERM, 143, ["--deterministic"], "out"), (signal.SIGINT, 130, ["--runs", "2"], "out/seed-0")],
+    [
+        (signal.SIGTERM, 143, ["--deterministic"], "out"),
+        pytest.param(signal.SIGINT, 130, ["--runs", "2"], "out/seed-0", marks=pytest.mark.long),
+    ],
 )
 def test_signals_save_and_exit(tmp_path: Path, number: int, code: int, more: list[str], folder: str) -> None:
     whole, out = tmp_path / "out", tmp_path / folder
@@ -239,7 +242,7 @@ def break_after(trainer: Trainer, step: int, times: int = 1) -> None:
     loop, left = trainer.program.loop, [times]
 
     class Breaking:
-        on_device, compile = loop.on_device, loop.compile
+        on_device, compile, stretch = loop.on_device, loop.compile, loop.stretch
 
         def __call__(self, *arguments, **options):
             state, metrics = loop(*arguments, **options)
@@ -441,7 +444,7 @@ def test_seeds_end_where_numpys_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--depth", "35"], 2, "unknown --depth 35: there are 18, 20, 32, 34"),
+        (["--depth", "35"], 2, "unknown --depth 35: there are 8, 18, 20, 32, 34"),
         (["--depth", "20", "--arch", "resnet18"], 2, "not allowed with"),
         (["--arch", "resnet2O_cifar"], 1, "unknown architecture 'resnet2O_cifar': did you mean resnet"),
         (["--recipe", "fasst"], 2, "invalid choice: 'fasst'"),
@@ -476,9 +479,9 @@ def test_seeds_end_where_numpys_do(tmp_path: Path) -> None:
         (["--dataset", "digits", "--batch-size", "2000"], 1, "a batch of 2000 is larger than the 1437 training images"),
         (["--dataset", "digits", "--val-split", "1437"], 1, "leaves none of the 1437 training images"),
         (["--data-dir", "{empty}"], 1, "{empty}"),
-        (["--dataset", "digits", "--depth", "20", "--out", "{file}/x"], 1, "cannot use --out"),
+        (["--dataset", "digits", "--depth", "8", "--out", "{file}/x"], 1, "cannot use --out"),
         (["--dataset", "digits", "--out", "{run}"], 1, "already holds a run (config.json"),
-        (["--out", "{run}", "--resume", "--depth", "32"], 1, "--arch was 'resnet20_cifar', now 'resnet32_cifar'"),
+        (["--out", "{run}", "--resume", "--depth", "32"], 1, "--arch was 'resnet8_cifar', now 'resnet32_cifar'"),
         (["--out", "{run}", "--resume", "--lr", "0.2", "--seed", "5"], 1, "--lr was 0.025, now 0.2; --seed was 0, now 5. "
          "A new run that starts from its weights: --weights {run}/last.safetensors, and another --out"),
         (["--out", "{run}", "--resume", "--epochs", "1"], 1, "--epochs was 2, now 1 (2 epochs have begun already). A new"),
@@ -516,8 +519,8 @@ def test_bad_input(
 
 
 def digits_file(path: Path, head: float = 0.0, **said: object) -> Path:
-    """A native file of a resnet20_cifar with a head of known values."""
-    model = jresnet.create("resnet20_cifar", seed=7, num_classes=said.pop("classes", 10))
+    """A native file of a resnet8_cifar with a head of known values."""
+    model = jresnet.create("resnet8_cifar", seed=7, num_classes=said.pop("classes", 10))
     model.fc.bias[...] = jax.numpy.full_like(model.fc.bias[...], head)
     weights.save(path, model, **said)
     return path
@@ -554,7 +557,7 @@ def test_a_run_starts_from_weights(tmp_path: Path, capsys: pytest.CaptureFixture
     learned = [name for name in expected if not name.endswith(("mean", "var"))]
     assert all(np.allclose(ended[name], expected[name], rtol=0, atol=1e-20) for name in learned)
     assert metadata["started_from"] == str(same)
-    assert json.loads((out / "config.json").read_text())["run"]["arch"] == "resnet20_cifar"  # not the default
+    assert json.loads((out / "config.json").read_text())["run"]["arch"] == "resnet8_cifar"  # not the default
     same.unlink()  # a run that has checkpoints needs them no more
     assert commands.run("train", ["--out", str(out), "--resume"], "train") == 0, capsys.readouterr().err
 
@@ -589,7 +592,7 @@ def test_a_head_for_other_classes_is_a_fresh_one(tmp_path: Path, said: dict, not
 
 
 def test_weights_that_no_run_starts_from(tmp_path: Path) -> None:
-    grey = jresnet.create("resnet20_cifar", in_channels=1)
+    grey = jresnet.create("resnet8_cifar", in_channels=1)
     odd = jresnet.ResNet(jresnet.ResNetConfig("basic", (1, 1), (4, 8), num_classes=10, stem="cifar"), rngs=nnx.Rngs(0))
     for name, model, message in (("grey", grey, "of 1 channels"), ("odd", odd, "of a network of no name|as it is")):
         weights.save(tmp_path / name, model)
@@ -638,7 +641,7 @@ def test_a_schedule_that_depends_on_the_length_does_not_go_on(tmp_path: Path) ->
         trainer(tmp_path, schedule="cosine", epochs=2, limit_train=16).fit(resume=True)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_architecture_trains_on_cifar10s_shape(tmp_path: Path) -> None:
     """Rows with one input channel or the ImageNet stem by default, and the blog's recipe at a small size.
 

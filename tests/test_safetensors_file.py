@@ -166,7 +166,7 @@ def test_flipped_bytes(tiny: bytes, read: Callable[..., Any]) -> None:
 )  # fmt: skip
 def test_hostile_headers(refused: Callable[..., str], data: bytes, match: str) -> None:
     message = refused(data, match, native.read_safetensors)
-    assert "is no whole safetensors file" in message
+    assert "is not a complete safetensors file" in message
     refused(data, match)
 
 

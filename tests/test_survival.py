@@ -19,7 +19,7 @@ from conftest import REPOSITORY
 from jresnet.weights import native
 
 COMMAND = (
-    sys.executable, "-u", "scripts/train_cifar10.py", "--depth", "20", "--dataset", "digits", "--limit-train", "64",
+    sys.executable, "-u", "scripts/train_cifar10.py", "--depth", "8", "--dataset", "digits", "--limit-train", "64",
     "--limit-test", "40", "--batch-size", "16", "--checkpoint-minutes", "0.02", "--resume",
 )  # fmt: skip
 PATIENCE = 300  # seconds until what a session should do counts as hanging

@@ -12,7 +12,7 @@ from jresnet.data.dataset import Split
 from jresnet.models.resnet import ResNet, ResNetConfig
 from jresnet.training import augment, devices, optim
 from jresnet.training import step as train
-from jresnet.training.loop import StepsLoop, epoch_order, evaluate
+from jresnet.training.loop import StepsLoop, batches, epoch_order, evaluate
 
 TINY = ResNetConfig("basic", (1, 1), (4, 8), num_classes=10, stem="cifar", shortcut="pad")
 PIPELINE = augment.Pipeline("pad", 8, "random", (0.5,) * 3, (0.25,) * 3)
@@ -120,14 +120,15 @@ def test_a_stop_ends_the_loop_between_steps(split: train.Images) -> None:
 def test_evaluation_counts_every_image_once(split: train.Images, batch_size: int) -> None:
     graph, _, state = setup()
     step, held = jax.jit(train.eval_step(graph, PIPELINE)), Split(np.asarray(split.images), np.asarray(split.labels))
-    found, whole = (evaluate(step, train.evaluated(state), held, size, ONE) for size in (batch_size, 50))
+    weights = train.evaluated(state)
+    found, whole = (evaluate(step, weights, batches(held, size, ONE), held.labels) for size in (batch_size, 50))
     assert found
     assert whole
     np.testing.assert_array_equal(found.predictions, whole.predictions)
     assert found.predictions.shape == found.losses.shape == (50,)
     assert found.accuracy == (found.predictions == held.labels).mean()
     assert found.loss == pytest.approx(whole.loss, rel=1e-5)
-    assert evaluate(step, train.evaluated(state), held, batch_size, ONE, stop=lambda: True) is None
+    assert evaluate(step, weights, batches(held, batch_size, ONE), held.labels, stop=lambda: True) is None
 
 
 def test_the_average_follows_weights_and_statistics(split: train.Images) -> None:
@@ -170,7 +171,8 @@ def test_a_broken_network_classifies_nothing_rightly(split: train.Images) -> Non
     graph, _, state = setup()
     state.params["fc"]["bias"][...] = jnp.full(10, jnp.nan)
     zeros = Split(np.asarray(split.images[:8]), np.zeros(8, np.int32))
-    found = evaluate(jax.jit(train.eval_step(graph, PIPELINE)), train.evaluated(state), zeros, 8, ONE)
+    step = jax.jit(train.eval_step(graph, PIPELINE))
+    found = evaluate(step, train.evaluated(state), batches(zeros, 8, ONE), zeros.labels)
     assert found
     assert found.accuracy == 0
     assert np.isnan(found.loss)

@@ -80,7 +80,7 @@ def test_a_changed_digit_of_the_metadata_is_found(tmp_path: Path) -> None:
 def test_truncated_files(native_file: Path, tmp_path: Path, keep: int) -> None:
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(native_file.read_bytes()[:keep])
-    with pytest.raises(WeightsError, match=r"cut\.safetensors is no whole safetensors file"):
+    with pytest.raises(WeightsError, match=r"cut\.safetensors is not a complete safetensors file"):
         native.load(cut)
 
 

@@ -23,6 +23,7 @@ from jresnet.version import __version__
 
 OWN = {  # modules of this package
     "train": "train a ResNet on CIFAR-10, CIFAR-100 or digits",
+    "train-imagenet": "train from scratch on ImageNet, or images by class in any number",
     "evaluate": "accuracy and loss of weights on labelled images",
     "finetune": "trained weights for one's own images: a folder of photos",
     "predict": "what is in images: names and probabilities",
@@ -32,9 +33,14 @@ OWN = {  # modules of this package
     "report": "compare training runs in a table and a plot",
     "info": "versions, devices, compilation cache and compiler options",
 }
-PLACES = {"push": ("share", "push"), "pull": ("share", "pull")}  # where it is not the main of a module of the name
-COMPUTING = ("train", "evaluate", "finetune", "predict")  # those that gain from large pages
+PLACES = {
+    "push": ("share", "push"),
+    "pull": ("share", "pull"),
+    "train-imagenet": ("train_imagenet", "main"),
+}  # where it is not the main of a module of the name
+COMPUTING = ("train", "train-imagenet", "evaluate", "finetune", "predict")  # those that gain from large pages
 SLOW = (*COMPUTING, "convert", "export-torch")  # those that import JAX and then work for a while
+PRINTING = ("report", "info", "evaluate", "predict")  # those whose result is what they print
 OTHERS = {  # of the package convert, which comes with jresnet
     "convert": "turn PyTorch's weights into a file of jresnet's",
     "export-torch": "turn a file of jresnet's into PyTorch's weights",
@@ -111,6 +117,10 @@ def run(name: str, arguments: Sequence[str] | None, prog: str) -> int:
 def guarded(command: Callable[[], int], name: str) -> int:
     """What ``command`` returns, or the exit code for what it raises, which is told in one line; ``name`` is what it is."""
     if sys.stdout is None:  # closed before the start
+        if name in PRINTING:
+            return failed(
+                f"the standard output, where {name} prints its result, is closed: give it a file, or /dev/null"
+            )
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             return guarded(command, name)
     if hasattr(sys.stdout, "reconfigure"):
@@ -139,7 +149,8 @@ def guarded(command: Callable[[], int], name: str) -> int:
 def greet(name: str, arguments: Sequence[str]) -> None:
     """The first line of a command that computes: JAX takes seconds to import, in which one would see nothing."""
     if name in SLOW and not {"-h", "--help", "--json", "--csv"} & set(arguments):
-        print(f"jresnet  {__version__}, starting JAX ...", flush=True)
+        with contextlib.suppress(BrokenPipeError):  # "| head -0": what is printed next tells guarded
+            print(f"jresnet  {__version__}, starting JAX ...", flush=True)
 
 
 def check_devices() -> None:

@@ -43,6 +43,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     """The command line's options. What is not given is None: chosen from the images, or the resumed run's."""
     parser = Parser(
         prog=prog,
+        usage="%(prog)s --weights W --data DATA --out RUN [OPTION ...]",
         description="Fine-tune trained weights on images of your own: first the head, on embeddings that are computed once, "
         "then all layers, the earlier ones more slowly. What is not given is chosen from the number of images, and said.",
         epilog="jresnet predict names what is in an image with the result, OUT/last.safetensors; jresnet export-torch makes "

@@ -8,6 +8,7 @@ import dataclasses
 import os
 import re
 import stat
+import sys
 import typing
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
@@ -19,13 +20,16 @@ from jresnet.files import shown
 from jresnet.training.fields import hints_of
 from jresnet.training.recipes import DATASETS, RECIPES, in_words, value_in_words
 
+MAX_PROCESSES = 1_000_000  # more than anybody has
+
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose complaints show what was typed without its control codes, and not for pages."""
+    """argparse's, but its errors look as all others, with control codes escaped and long values cut."""
 
     def error(self, message: str) -> NoReturn:
         """Tells what is wrong with the arguments, and ends the process with code 2."""
-        super().error(shown(message))
+        self.print_usage(sys.stderr)
+        self.exit(2, f"error: {shown(message)}\n")
 
 
 def folder(text: str) -> Path:
@@ -88,6 +92,39 @@ def add_flag(group: Any, record: type, name: str, default: str | None = None) ->
         if typing.get_origin(hint) is tuple:
             given["nargs"] = "*"
     group.add_argument(f"--{name.replace('_', '-')}", **given)
+
+
+def add_process_flags(group: Any) -> None:
+    """The flags of a training command for devices and processes."""
+    group.add_argument(
+        "--devices", type=int, metavar="N", help="how many of this machine's (each process's) (default: all)"
+    )
+    group.add_argument(
+        "--coordinator", metavar="HOST:PORT", help="several processes: where process 0 listens; trusted networks only"
+    )
+    group.add_argument("--num-processes", type=int, metavar="N", help="several processes: how many")
+    group.add_argument("--process-id", type=int, metavar="N", help="several processes: which this one is, from 0")
+    group.add_argument(
+        "--distributed", choices=("auto",),
+        help="several processes, found by JAX: SLURM, Open MPI, Kubernetes, Cloud TPU",
+    )  # fmt: skip
+
+
+def process_mistakes(args: argparse.Namespace) -> list[str]:
+    """What does not go together in the flags of :func:`add_process_flags`, and ``--out``."""
+    by_hand, found = (args.coordinator, args.num_processes, args.process_id), []
+    if args.distributed and any(value is not None for value in by_hand):
+        found.append("--distributed auto finds --coordinator, --num-processes and --process-id by itself")
+    elif any(value is not None for value in by_hand) and any(value is None for value in by_hand):
+        found.append("--coordinator, --num-processes and --process-id belong together")
+    elif args.coordinator is not None and not 0 <= args.process_id < args.num_processes <= MAX_PROCESSES:
+        found.append(
+            f"--process-id must be from 0 to below --num-processes, and that at most {MAX_PROCESSES:,}: "
+            f"got {args.process_id} of {args.num_processes}"
+        )
+    if (args.distributed or args.coordinator is not None) and args.out is None:
+        found.append("several processes need --out: each would name a folder of its own")
+    return found
 
 
 def _default(field: dataclasses.Field[Any], hint: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import platform
 from collections.abc import Sequence
 
@@ -15,11 +16,14 @@ from jresnet.kernels import compiler
 from jresnet.version import installed
 
 
+def parser(prog: str) -> argparse.ArgumentParser:
+    """The command line's options: none but --help."""
+    return Parser(prog=prog, description="Versions, devices, compilation cache, and the compiler options in force.")
+
+
 def main(argv: Sequence[str] | None = None, prog: str = "jresnet info") -> int:
     """Prints versions, devices, the compilation cache and the compiler options in force; returns the exit code."""
-    Parser(
-        prog=prog, description="Versions, devices, compilation cache, and the compiler options in force."
-    ).parse_args(argv)
+    parser(prog).parse_args(argv)
     print(f"versions python {platform.python_version()}, jresnet {jresnet.__version__}", end="")
     print("".join(f", {name} {found}" for name, found in installed("jax", "jaxlib", "flax", "numpy").items()))
     check_devices()

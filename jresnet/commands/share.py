@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,8 +12,8 @@ from jresnet.commands import run
 from jresnet.commands.flags import Parser, naming_flags
 
 
-def push(argv: Sequence[str] | None = None, prog: str = "jresnet push") -> int:
-    """Runs ``push``; returns its exit code."""
+def push_parser(prog: str) -> argparse.ArgumentParser:
+    """The options of ``push``."""
     parser = Parser(
         prog=prog,
         description="Write weights, their configuration and a model card into a repository of the Hugging Face Hub, or a "
@@ -26,8 +27,14 @@ def push(argv: Sequence[str] | None = None, prog: str = "jresnet push") -> int:
     parser.add_argument("--license", metavar="ID", help="an identifier of the Hub's, such as apache-2.0")
     parser.add_argument("--private", action="store_true", help="make the repository a private one")
     parser.add_argument("--force", action="store_true", help="write over the model that the folder holds")
-    args = parser.parse_args(argv)
-    with naming_flags(parser):
+    return parser
+
+
+def push(argv: Sequence[str] | None = None, prog: str = "jresnet push") -> int:
+    """Runs ``push``; returns its exit code."""
+    options = push_parser(prog)
+    args = options.parse_args(argv)
+    with naming_flags(options):
         where = sharing.push(
             args.weights, args.target, title=args.title, license=args.license, private=args.private, force=args.force
         )
@@ -35,8 +42,8 @@ def push(argv: Sequence[str] | None = None, prog: str = "jresnet push") -> int:
     return 0
 
 
-def pull(argv: Sequence[str] | None = None, prog: str = "jresnet pull") -> int:
-    """Runs ``pull``; returns its exit code."""
+def pull_parser(prog: str) -> argparse.ArgumentParser:
+    """The options of ``pull``."""
     parser = Parser(
         prog=prog,
         description="Fetch weights from the Hugging Face Hub, or a folder of jresnet push, into a native file.",
@@ -44,8 +51,14 @@ def pull(argv: Sequence[str] | None = None, prog: str = "jresnet pull") -> int:
     parser.add_argument("source", metavar="hf:ORG/REPO[@REVISION]|FOLDER", help="where they are")
     parser.add_argument("out", metavar="FILE", type=Path, help="file to write, *.safetensors")
     parser.add_argument("--force", action="store_true", help="write over the file")
-    args = parser.parse_args(argv)
-    with naming_flags(parser):
+    return parser
+
+
+def pull(argv: Sequence[str] | None = None, prog: str = "jresnet pull") -> int:
+    """Runs ``pull``; returns its exit code."""
+    options = pull_parser(prog)
+    args = options.parse_args(argv)
+    with naming_flags(options):
         found = sharing.pull(args.source, args.out, force=args.force)
     classes = f"{found.config.num_classes:,} classes{', named' if found.categories else ''}"
     print(f"pulled   {args.out}: {found.arch or 'a network of no name'}, {classes}")

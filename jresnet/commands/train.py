@@ -14,7 +14,17 @@ import jax
 
 from jresnet import cache
 from jresnet.commands import check_devices, failed
-from jresnet.commands.flags import Parser, add_flag, add_flags, folder, given_for, naming_flags, wandb_mistakes
+from jresnet.commands.flags import (
+    Parser,
+    add_flag,
+    add_flags,
+    add_process_flags,
+    folder,
+    given_for,
+    naming_flags,
+    process_mistakes,
+    wandb_mistakes,
+)
 from jresnet.training import devices, initial, outputs, program, recipes
 from jresnet.training.config import RunConfig, default_config, read_config, read_runs
 from jresnet.training.console import Console
@@ -24,16 +34,17 @@ from jresnet.training.trainer import Options, Trainer
 
 # --depth to architecture: torchvision's family with the CIFAR stem, and the paper's own for CIFAR.
 DEPTHS = {depth: f"resnet{depth}" for depth in (18, 34, 50, 101, 152)} | {
-    depth: f"resnet{depth}_cifar" for depth in (20, 32, 44, 56, 110, 1202)
+    depth: f"resnet{depth}_cifar" for depth in (8, 20, 32, 44, 56, 110, 1202)
 }
 
-MAX_RUNS, MAX_PROCESSES = 10_000, 1_000_000  # more than anybody has
+MAX_RUNS = 10_000  # more than anybody has
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """The command line's options. What is not given is None: the recipe's value, or the resumed run's."""
     parser = Parser(
         prog=prog,
+        usage="%(prog)s [OPTION ...]",  # all of them would fill a screen before the first line that says something
         description="Train a ResNet on CIFAR-10, CIFAR-100 or digits.",
         epilog="With neither --data-dir nor a prepared dataset, CIFAR-10 or CIFAR-100 (163 MiB) is downloaded.",
     )
@@ -53,7 +64,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
     depth.add_argument(
         "--depth", type=int, metavar="N",
         help="layers: 18 or 34 (basic blocks), 50, 101 or 152 (Bottleneck blocks), all with 64 to 512 channels and a 3x3 "
-        "stem; or the paper's CIFAR family with 16 to 64 channels: 20, 32, 44, 56, 110, 1202 (basic blocks) "
+        "stem; or the paper's CIFAR family with 16 to 64 channels: 8, 20, 32, 44, 56, 110, 1202 (basic blocks) "
         f"(default: {standard})",
     )  # fmt: skip
     add_flag(depth, RunConfig, "arch")
@@ -78,20 +89,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
         help="go on with the run in --out from its last whole checkpoint, or begin it; options not given are the run's",
     )  # fmt: skip
     add_flags(groups, Options)
-    many = groups["devices"]
-    many.add_argument(
-        "--devices", type=int, metavar="N", help="how many of this machine's (each process's) (default: all)"
-    )
-    many.add_argument(
-        "--coordinator", metavar="HOST:PORT",
-        help="several processes: where process 0 listens; trusted networks only",
-    )  # fmt: skip
-    many.add_argument("--num-processes", type=int, metavar="N", help="several processes: how many")
-    many.add_argument("--process-id", type=int, metavar="N", help="several processes: which this one is, from 0")
-    many.add_argument(
-        "--distributed", choices=("auto",),
-        help="several processes, found by JAX: SLURM, Open MPI, Kubernetes, Cloud TPU",
-    )  # fmt: skip
+    add_process_flags(groups["devices"])
     return parser
 
 
@@ -113,21 +111,16 @@ def main(argv: Sequence[str] | None = None, prog: str = "jresnet train") -> int:
 def _train(args: argparse.Namespace) -> int:
     session = Options(**given_for(args, Options))
     session.check()
-    if session.deterministic:  # XLA reads it once, when its first device is asked for
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
-    cache.keep_compiled()
-    if args.coordinator is not None or args.distributed:
-        devices.connect(args.coordinator, args.num_processes, args.process_id)
-    check_devices()
+    start(args, session)
     given = given_for(args, RunConfig)
     if args.depth is not None:
         given["arch"] = DEPTHS[args.depth]
     before = read_config(args.out) if args.resume else None
-    start = None
+    begin = None
     if "weights" in given and not before:  # they say which network it is
         default_config(**given)  # other values that are wrong are told before weights are downloaded
-        start = initial.load(given["weights"], given.get("arch"))
-        given |= {"arch": start.arch, "stem": start.config.stem}
+        begin = initial.load(given["weights"], given.get("arch"))
+        given |= {"arch": begin.arch, "stem": begin.config.stem}
     config = dataclasses.replace(before, **given) if before else default_config(**given)
     config.check()
     runs = args.runs or (read_runs(args.out) if before else None)
@@ -141,9 +134,9 @@ def _train(args: argparse.Namespace) -> int:
     try:
         with StopRequest() as stop:
             if runs:
-                fit_seeds(config, data, out, runs, args.resume, stop, where, session, start)
+                fit_seeds(config, data, out, runs, args.resume, stop, where, session, begin)
             else:
-                made = program.Program(config, data, where, start)
+                made = program.Program(config, data, where, begin)
                 Trainer(config, data, out, stop, made, session).fit(args.resume)
     except Interrupted as stopped:
         if devices.is_first():
@@ -152,9 +145,22 @@ def _train(args: argparse.Namespace) -> int:
     return 0
 
 
+def start(args: argparse.Namespace, session: Options) -> None:
+    """Starts JAX as the options of a training command say, and joins the other processes of the run.
+
+    Raises:
+        InputError: there is no device, or the processes do not come together.
+    """
+    if session.deterministic:  # XLA reads it once, when its first device is asked for
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
+    cache.keep_compiled()
+    if args.coordinator is not None or args.distributed:
+        devices.connect(args.coordinator, args.num_processes, args.process_id)
+    check_devices()
+
+
 def mistakes(args: argparse.Namespace) -> list[str]:
     """What does not go together in the options."""
-    by_hand = (args.coordinator, args.num_processes, args.process_id)
     found = []
     if args.resume and args.out is None:
         found.append("--resume needs --out, the folder of the run to go on with")
@@ -162,15 +168,4 @@ def mistakes(args: argparse.Namespace) -> list[str]:
         found.append(f"unknown --depth {args.depth}: there are {', '.join(map(str, sorted(DEPTHS)))}")
     if args.runs is not None and not 1 <= args.runs <= MAX_RUNS:
         found.append(f"--runs must be from 1 to {MAX_RUNS}, got {args.runs}")
-    if args.distributed and any(value is not None for value in by_hand):
-        found.append("--distributed auto finds --coordinator, --num-processes and --process-id by itself")
-    elif any(value is not None for value in by_hand) and any(value is None for value in by_hand):
-        found.append("--coordinator, --num-processes and --process-id belong together")
-    elif args.coordinator is not None and not 0 <= args.process_id < args.num_processes <= MAX_PROCESSES:
-        found.append(
-            f"--process-id must be from 0 to below --num-processes, and that at most {MAX_PROCESSES:,}: "
-            f"got {args.process_id} of {args.num_processes}"
-        )
-    if (args.distributed or args.coordinator is not None) and args.out is None:
-        found.append("several processes need --out: each would name a folder of its own")
-    return found + wandb_mistakes(args.wandb)
+    return found + process_mistakes(args) + wandb_mistakes(args.wandb)

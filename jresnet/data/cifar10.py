@@ -191,7 +191,7 @@ def _download(places: Places, progress: bool) -> Dataset:
     """
     home, archive = places.home, places.home / "downloads" / ARCHIVE
     if archive.exists() and not archive.is_file():
-        raise DataError(f"{archive} is no ordinary file; remove it to have the archive downloaded")
+        raise DataError(f"{archive} is not a regular file; remove it to have the archive downloaded")
     try:
         dataset = _read_layout(fetch(URLS, archive, sha256=ARCHIVE_SHA256, most=ARCHIVE_BYTES, progress=progress))
     except DownloadError:

@@ -80,7 +80,7 @@ def load_cifar100(data_dir: str | Path | None = None, *, download: bool = True, 
     reason = "downloading was not allowed"
     if download or archive.exists():  # one that is there needs no network
         if archive.exists() and not archive.is_file():
-            raise DataError(f"{archive} is no ordinary file; remove it to have the archive downloaded")
+            raise DataError(f"{archive} is not a regular file; remove it to have the archive downloaded")
         try:
             fetch(URLS, archive, sha256=ARCHIVE_SHA256, progress=progress)
             return _cifar100(read_batches(archive, LAYOUT), f"download {archive}")

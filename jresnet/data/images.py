@@ -77,6 +77,16 @@ class Batch(NamedTuple):
     bad: list[Bad]  # skipped since the batch before
 
 
+@dataclass(frozen=True)
+class Walked:
+    """Image files by class as texts, and the folders that were looked into."""
+
+    classes: tuple[str, ...]
+    files: list[tuple[str, int]]  # path below the root, position in classes
+    folders: list[str]
+    ignored: int  # files of other kinds
+
+
 def list_folder(root: str | Path) -> Folder:
     """The images in ``root/CLASS/`` and the folders below, as ``torchvision.datasets.ImageFolder`` lists them.
 
@@ -87,6 +97,14 @@ def list_folder(root: str | Path) -> Folder:
     Raises:
         DataError: there is no such folder, it cannot be read, or it holds no image in a class folder.
     """
+    found = walk(root)
+    root = Path(root).expanduser()
+    paths, labels = tuple(root / path for path, _ in found.files), tuple(label for _, label in found.files)
+    return Folder(root, found.classes, paths, labels, found.ignored)
+
+
+def walk(root: str | Path) -> Walked:
+    """As :func:`list_folder`, in texts: of a million paths Python's own objects take a gigabyte."""
     layout = "expected FOLDER/CLASS/*.JPEG, one folder a class"
     if not os.fspath(root):  # as of an unset variable; for Path it is the working directory
         raise DataError(f"the folder of images is an empty text: {layout}")
@@ -97,8 +115,8 @@ def list_folder(root: str | Path) -> Folder:
     def fail(error: OSError) -> None:
         raise error
 
-    paths: list[Path] = []
-    labels: list[int] = []
+    found: list[tuple[str, int]] = []
+    looked = [str(root)]
     try:
         entries = sorted(os.listdir(root))
         folders = [name for name in entries if (root / name).is_dir()]
@@ -106,16 +124,17 @@ def list_folder(root: str | Path) -> Folder:
         ignored = len(entries) - len(folders)
         for label, name in enumerate(classes):
             for folder, files in sorted(_walk(root / name, fail)):
+                looked.append(folder)
+                below = os.path.relpath(folder, root)
                 images = [file for file in sorted(files) if file.lower().endswith(EXTENSIONS)]
-                paths += [Path(folder, file) for file in images]
-                labels += [label] * len(images)
+                found += [(os.path.join(below, file), label) for file in images]
                 ignored += len(files) - len(images)
     except OSError as error:
         raise DataError(f"cannot list the images in {root}: {error}") from error
-    if not paths:
-        found = f"{len(classes):,} folders without an image" if classes else f"no folder, and {ignored:,} files"
-        raise DataError(f"{root} holds {found}: {layout}; images end in {', '.join(EXTENSIONS)}")
-    return Folder(root, classes, tuple(paths), tuple(labels), ignored)
+    if not found:
+        what = f"{len(classes):,} folders without an image" if classes else f"no folder, and {ignored:,} files"
+        raise DataError(f"{root} holds {what}: {layout}; images end in {', '.join(EXTENSIONS)}")
+    return Walked(classes, found, looked, ignored)
 
 
 def is_aside(name: str) -> bool:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jresnet.data.dataset import not_importable
+from jresnet.data.index import Found, Record, Sources, kept
 from jresnet.data.tfds import MAX_INFO, TEMPLATE
 from jresnet.errors import DataError
 from jresnet.files import few, printable
@@ -27,32 +28,23 @@ MAX_IMAGES = 100_000_000  # of a split
 HELD = ("validation", "val", "test")  # splits to judge by, the first that a store has
 
 
-class Record(NamedTuple):
-    """Where a serialised ``tf.train.Example`` is."""
-
-    path: str
-    position: int  # of the record in an array_record file; in a TFRecord file, of its first byte
-    length: int  # bytes, in a TFRecord file; -1 in an array_record file
-
-    def __str__(self) -> str:
-        return f"{self.path}, record at {self.position:,}"
-
-
 class Store(NamedTuple):
     """What a store holds: the records of its splits with their labels, int32 ``[n]``."""
 
     folder: Path
     classes: tuple[str, ...]
-    parts: dict[str, tuple[tuple[Record, ...], np.ndarray]]
+    parts: dict[str, tuple[Sources, np.ndarray]]
 
     @property
-    def held(self) -> tuple[tuple[Record, ...], np.ndarray] | None:
+    def held(self) -> tuple[Sources, np.ndarray] | None:
         """Those to judge by, where the store has some."""
         return next((self.parts[name] for name in HELD if name in self.parts), None)
 
 
 def find(name: str, data_dir: str | Path | None = None) -> Store:
     """A prepared store by its name, ``NAME[/CONFIG][:VERSION]``; every record is parsed once for its label.
+
+    What is found is kept (:func:`jresnet.data.index.kept`).
 
     Args:
         name: of the data set, with features "image" and "label", and a split "train".
@@ -103,16 +95,16 @@ def _read(store: Path, name: str) -> Store:
         lengths = [int(length) for length in split["shardLengths"]]
         if min(lengths, default=-1) < 0 or not 0 < sum(lengths) <= MAX_IMAGES or len(lengths) > 100_000:
             raise DataError(f"{info.name} says nothing that can be true about the images of {split['name']}")
-        found: list[Record] = []
-        for number, length in enumerate(lengths):
-            path = store / f"{name}-{split['name']}.{kind}-{number:05d}-of-{len(lengths):05d}"
-            if not path.is_file():  # a pipe would never end
-                raise DataError(f"{path.name} is {'no ordinary file' if path.exists() else 'missing'}")
-            own = list(_records(path, kind))
-            if len(own) != length:
-                raise DataError(f"{path.name} has {len(own):,} of {length:,} records")
-            found += own
-        parts[split["name"]] = (tuple(found), np.array([_label(record) for record in found], np.int64))
+        files = [
+            store / f"{name}-{split['name']}.{kind}-{number:05d}-of-{len(lengths):05d}"
+            for number in range(len(lengths))
+        ]
+        found = kept(
+            f"tfds {os.path.abspath(store)} {split['name']}",
+            lambda files=files, lengths=lengths: _listed(files, lengths, kind),  # type: ignore[misc]
+        )
+        arrays = found.arrays
+        parts[split["name"]] = (Sources(str(store), arrays["text"], arrays["ends"], arrays["parts"]), arrays["labels"])
     if "train" not in parts:
         raise DataError(f"it has no split train, but {few(str(split['name']) for split in described['splits'])}")
     most = max(labels.max() for _, labels in parts.values())
@@ -121,6 +113,23 @@ def _read(store: Path, name: str) -> Store:
     return Store(
         store, _classes(store, int(most)), {k: (r, labels.astype(np.int32)) for k, (r, labels) in parts.items()}
     )
+
+
+def _listed(files: list[Path], lengths: list[int], kind: str) -> Found:
+    """The records of a split's files, of which each has so many, and their labels."""
+    records: list[Record] = []
+    for path, length in zip(files, lengths, strict=True):
+        if not path.is_file():  # a pipe would never end
+            raise DataError(f"{path.name} is {'no ordinary file' if path.exists() else 'missing'}")
+        own = list(_records(path, kind))
+        if len(own) != length:
+            raise DataError(f"{path.name} has {len(own):,} of {length:,} records")
+        records += own
+    labels = np.array([_label(record) for record in records], np.int64)
+    sources = Sources.of(record._replace(path=os.path.basename(record.path)) for record in records)
+    assert sources.parts is not None
+    arrays = {"text": sources.text, "ends": sources.ends, "parts": sources.parts, "labels": labels}
+    return Found(arrays, {}, [str(path) for path in files])
 
 
 def _classes(store: Path, most: int) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """The options with which XLA's CPU compiler makes the fastest programs of these networks, by jax's version.
 
-Each row was faster than XLA's own choice in training and in inference, with AVX2 and with AVX-512 (docs/speed.md). A version
+Each row was faster than XLA's own choice in training and in inference, with AVX2 and with AVX-512
+(docs/explanation/speed.md). A version
 between two rows gets the older one's options, a version newer than all the newest one's. There a small computation is
 compared with the default compiler's before the options are used, once a process. On the measured versions the test suite
 compares whole networks instead; the check would take a twentieth of a network's first step.

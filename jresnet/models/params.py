@@ -29,6 +29,15 @@ def arrays(model: ResNet) -> dict[str, Any]:
     return dict(sorted((".".join(map(str, path)), variable.get_value()) for path, variable in flat))
 
 
+def config_of(model: ResNet) -> ResNetConfig:
+    """The configuration of ``model`` as it is: a head that was replaced has classes of its own number."""
+    if model.fc is None:
+        return dataclasses.replace(model.config, num_classes=0)
+    if type(model.fc) in (Linear, nnx.Linear):
+        return dataclasses.replace(model.config, num_classes=model.fc.kernel.shape[-1])
+    return model.config
+
+
 @functools.lru_cache(64)
 def shapes(config: ResNetConfig) -> Mapping[str, tuple[int, ...]]:
     """The shape of every parameter and running statistic by its dotted path."""

@@ -200,7 +200,8 @@ class ResNet(nnx.Module):
         """The outputs of stages and blocks by name.
 
         Args:
-            x, train: as the call's.
+            x: as the call's.
+            train: as the call's.
             names: ``"stem"``, stages such as ``"layer2"`` and blocks such as ``"layer2.0"``; what lies behind the last of
                 them is not computed. ``None``: the stem and every stage.
 

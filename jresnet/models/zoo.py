@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from jresnet.errors import InputError
 from jresnet.models.config import STEMS, Block, ResNetConfig
 from jresnet.models.pruned import PRUNED_50D, PRUNED_101D
@@ -65,6 +67,7 @@ _PLAIN = (
     ),
     _imagenet("wide_resnet50_2", "bottleneck", (3, 4, 6, 3), 68_883_240, 11.40, WIDE, width_per_group=128),
     _imagenet("wide_resnet101_2", "bottleneck", (3, 4, 23, 3), 126_886_696, 22.75, WIDE, width_per_group=128),
+    _cifar(8, 75_290, 0.0122),  # the family's least, n = 1: for tests, tutorials and distillation
     _cifar(20, 269_722, 0.0406),
     _cifar(32, 464_154, 0.0689),
     _cifar(44, 658_586, 0.0972),
@@ -207,7 +210,7 @@ _TIMM = (
     _timm("resnetrs270", BOTTLENECK, (4, 29, 53, 4), 129_861_448, 26.95, RS, size=256),
     _timm("resnetrs350", BOTTLENECK, (4, 36, 72, 4), 163_956_168, 43.49, RS, size=288),
     _timm("resnetrs420", BOTTLENECK, (4, 44, 87, 4), 191_891_656, 63.94, RS, size=320),
-    _timm("test_resnet", MIXED, (1, 1, 1, 1), 469_688, 0.1, D, size=160, widths=(32, 48, 48, 96)),
+    _timm("test_resnet", MIXED, (1, 1, 1, 1), 469_688, 0.1025, D, size=160, widths=(32, 48, 48, 96)),
 )  # fmt: skip
 
 ZOO: dict[str, Row] = {row.name: row for row in (*_PLAIN, *_TIMM)}
@@ -274,5 +277,9 @@ def configure(arch: str, **chosen: Any) -> ResNetConfig:
 
 
 def replaced(config: ResNetConfig, **chosen: Any) -> ResNetConfig:
-    """``config`` with those values that are not None in place of its own."""
-    return dataclasses.replace(config, **{name: value for name, value in chosen.items() if value is not None})
+    """``config`` with those values that are not None in place of its own; numpy's whole numbers are taken as Python's."""
+    # labels.max() + 1 is a likely number of classes, and a configuration is written as JSON
+    plain: dict[str, Any] = {
+        name: int(value) if isinstance(value, np.integer) else value for name, value in chosen.items()
+    }
+    return dataclasses.replace(config, **{name: value for name, value in plain.items() if value is not None})

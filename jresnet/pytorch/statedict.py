@@ -384,10 +384,16 @@ def state_dict(
         registers twice is one array under two names.
 
     Raises:
-        InputError: for an unknown dialect, or one that has no network like ``model``.
+        InputError: for an unknown dialect, or one that has no network like ``model``; for a fused model, or a head of
+            one's own that is more than a linear layer.
     """
-    check_dialect(model.config, dialect)
-    values = params.arrays(model)
+    config, values = params.config_of(model), params.arrays(model)
+    check_dialect(config, dialect)
+    if problems := params.differences(params.shapes(config), {path: value.shape for path, value in values.items()}):
+        raise InputError(
+            f"PyTorch's ResNet has no place for all of this model: {'; '.join(problems)}. Of a fused model take the one "
+            "that it was made of; of a head of your own, model.fc, write the parameters yourself"
+        )
     tensors: dict[str, np.ndarray] = {}
     for path in sorted(values, key=_rank):
         tensors[keymap.torch_key(path, dialect)] = keymap.to_torch(np.array(values[path]))

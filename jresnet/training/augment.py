@@ -15,8 +15,9 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt8
 
+from jresnet.training import autoaugment
 from jresnet.weights.preprocessing import normalise
 
 
@@ -35,6 +36,8 @@ class Pipeline:
     mixup: float = 0.0  # parameter of mixup's Beta distribution; 0: none
     cutmix: float = 0.0  # of cutmix's; where both are given, each batch has one of them, with probability 1/2
     min_area: float = 0.08  # the smallest share of the area that a random resized crop keeps
+    augment: str = "none"  # of :mod:`jresnet.training.autoaugment`: "none", "jitter", "rand", "trivial"
+    magnitude: float = 0.0  # of "rand", 0 to 10; of "jitter" ten times its strength
 
     def train(
         self, key: jax.Array, images: UInt8[Array, "n h w c"], turned: Bool[Array, " n"] | None = None
@@ -43,17 +46,27 @@ class Pipeline:
         if self.crop == "features":
             return images
         crop_key, flip_key, erase_key = jax.random.split(key, 3)
+        if self.crop == "pad":  # while a pixel is one byte
+            images = random_crop(crop_key, images, self.size, padding=4)
         views = images.astype(jnp.float32)
         if self.crop == "resized":
             views = random_resized_crop(crop_key, views, self.size, self.min_area)
-        elif self.crop == "pad":
-            views = random_crop(crop_key, views, self.size, padding=4)
         if self.flip == "random":
             turned = jax.random.bernoulli(flip_key, 0.5, (len(views),))
         if self.flip != "none" and turned is not None:
             views = mirror(views, turned)
+        if self.augment != "none":
+            views = self._augmented(jax.random.fold_in(key, 3), views)  # three keys are taken already
         views = normalise(views, self.mean, self.std)
         return random_erasing(erase_key, views, self.random_erasing) if self.random_erasing else views
+
+    def _augmented(self, key: jax.Array, views: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+        if self.augment == "trivial":
+            return autoaugment.trivial_augment(key, views)
+        if self.augment == "rand":
+            fill = jnp.round(255 * jnp.array(self.mean))  # as timm's
+            return autoaugment.rand_augment(key, views, self.magnitude, fill)
+        return autoaugment.color_jitter(key, views, self.magnitude / autoaugment.LEVELS)
 
     def mix(
         self, key: jax.Array, images: Float[Array, "n h w c"], targets: Float[Array, "n k"]
@@ -78,8 +91,13 @@ class Pipeline:
         return normalise(views, self.mean, self.std)
 
 
-def random_crop(key: jax.Array, images: Float[Array, "n h w c"], size: int, padding: int) -> Float[Array, "n s s c"]:
-    """A ``size`` x ``size`` window of each image with ``padding`` black pixels on every side, at a uniform offset."""
+def random_crop(key: jax.Array, images: Shaped[Array, "n h w c"], size: int, padding: int) -> Shaped[Array, "n s s c"]:
+    """A ``size`` x ``size`` window of each image with ``padding`` black pixels on every side, at a uniform offset.
+
+    XLA gets one gather of whole windows (``slice_sizes`` 1, size, size, channels), whose rows a GPU reads side by side, as
+    it does the images of a batch. Shifts by ``jnp.where``, or by products with 0 and 1, would need no gather but as many
+    passes as there are offsets; a batch of bytes is a thousandth of what a network's step moves.
+    """
     n, height, width, channels = images.shape
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     limits = jnp.array([height + 2 * padding - size + 1, width + 2 * padding - size + 1])

@@ -56,6 +56,26 @@ class RunConfig(Hyperparameters):
         "they say the architecture, and the head is a fresh one where their classes are others",
         "network", None, metavar="W", none="random ones",
     )  # fmt: skip
+    augment: str = option(
+        "more of a training image: colour jitter, RandAugment (timm's rand-mM-mstd0.5-inc1) or TrivialAugment", "recipe",
+        "none", choices=("none", "jitter", "rand", "trivial"),
+    )  # fmt: skip
+    magnitude: float = option(
+        "of augment rand, from 0 to 10, or ten times the strength of jitter",
+        "recipe",
+        4.0,
+        metavar="M",
+        least=0,
+        most=10,
+    )
+    loss: str = option(
+        "cross-entropy of the softmax, or the mean of the binary ones of every class", "recipe", "softmax",
+        choices=("softmax", "sigmoid"),
+    )  # fmt: skip
+    target_threshold: float = option(
+        "of loss sigmoid: mixed targets above it become 1, the others 0; 0: they stay as they are", "recipe", 0.0,
+        metavar="F", least=0, below=1,
+    )  # fmt: skip
     remat: bool = option(
         "keep only the blocks' inputs for the backward pass and compute the rest again: less memory, slower", "recipe",
         False,
@@ -79,13 +99,19 @@ class RunConfig(Hyperparameters):
         """What happens to the images."""
         mean, std = STATISTICS["imagenet" if self.imagenet_statistics else self.dataset]
         return Pipeline(
-            self.crop, self.image_size, self.flip, mean, std, self.random_erasing, self.mixup, self.cutmix
+            self.crop, self.image_size, self.flip, mean, std, self.random_erasing, self.mixup, self.cutmix,
+            augment=self.augment, magnitude=self.magnitude,
         )  # fmt: skip
 
     @property
     def frozen(self) -> tuple[str, ...]:
         """Parts of the network that do not learn (:mod:`jresnet.models.paths`)."""
         return ()
+
+    @property
+    def repeats(self) -> int:
+        """Views of an image in a batch."""
+        return 1
 
     def preprocessing(self) -> Preprocessing:
         """Of images to be evaluated."""
@@ -107,11 +133,21 @@ class RunConfig(Hyperparameters):
 
     def _contradictions(self) -> list[str]:
         found = ["`nesterov` needs a `momentum` above 0"] if self.nesterov and self.momentum == 0 else []
+        if self.loss != "sigmoid" and self.target_threshold:
+            found.append(f"`target_threshold` belongs to `loss` sigmoid, not {self.loss}")
         if self.schedule != "step" and self.milestones:
             found.append(f"`milestones` belong to `schedule` step, not {self.schedule}")
         found += [f"milestone {m:g} lies in the warm-up" for m in self.milestones if m < self.warmup_epochs]
         if self.warmup_epochs > self.epochs:
-            found.append(f"`warmup_epochs` {self.warmup_epochs:g} are more than the run's {self.epochs}")
+            found.append(
+                f"a warm-up of {self.warmup_epochs:g} epochs is longer than the run's {self.epochs}: fewer "
+                "`warmup_epochs`, or more `epochs`"
+            )
+        return found + self._wrong_sizes()
+
+    def _wrong_sizes(self) -> list[str]:
+        """What cannot be cut out of a data set's images, which are in memory and of one size."""
+        found = []
         if self.crop == "pad" and self.image_size != IMAGE:
             found.append(
                 f"`image_size` must be {IMAGE} with `crop` pad, which does not scale images, got {self.image_size}"

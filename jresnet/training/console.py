@@ -127,6 +127,15 @@ def _recipe(config: RunConfig, steps_per_epoch: int) -> list[str]:
         f"random erasing {config.random_erasing:g}" if config.random_erasing else "",
         f"mixup {config.mixup:g}" if config.mixup else "",
         f"cutmix {config.cutmix:g}" if config.cutmix else "",
+        {
+            "none": "",
+            "trivial": "TrivialAugment",
+            "rand": f"RandAugment {config.magnitude:g}",
+            "jitter": f"colour jitter {config.magnitude / 10:g}",
+        }[config.augment],
+        f"{config.repeats} views of an image in a batch" if config.repeats > 1 else "",
+        "binary cross-entropy" if config.loss == "sigmoid" else "",
+        f"targets above {config.target_threshold:g} as 1" if config.target_threshold else "",
         "rematerialized" if config.remat else "",
         "BatchNorm on each device's part of the batch" if config.bn == "per-device" else "",
     ]

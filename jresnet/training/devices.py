@@ -63,6 +63,18 @@ class Devices:
         array = np.asarray(value)  # device_put would ask all processes whether they hold the same
         return jax.make_array_from_callback(array.shape, layout, lambda index: array[index])
 
+    def rows(self, batch_size: int) -> slice:
+        """The rows of a batch that lie on this process's devices."""
+        own = self.cut().addressable_devices_indices_map((batch_size,)).values()
+        starts_and_ends = [index[0].indices(batch_size) for index in own if index is not None]
+        return slice(min(start for start, *_ in starts_and_ends), max(end for _, end, _ in starts_and_ends))
+
+    def assemble(self, rows: np.ndarray, batch_size: int) -> jax.Array:
+        """A batch, cut over the devices, of which this process has the ``rows`` that lie on its own."""
+        if jax.process_count() == 1:
+            return jax.device_put(rows, self.cut())
+        return jax.make_array_from_process_local_data(self.cut(), rows, (batch_size, *rows.shape[1:]))
+
     def replicate(self, tree: Any) -> Any:
         """A tree of arrays, whole on every device; an array that lies there already is the same one, not a copy."""
         return jax.tree.map(lambda value: self.put(value, self.whole), tree)

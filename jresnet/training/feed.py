@@ -1,4 +1,7 @@
-"""A training split that does not lie on the devices: batches that come to them one by one."""
+"""A training split that does not lie on the devices: batches that come to them one by one.
+
+Where several processes train together, each decodes the rows of every batch that lie on its own devices.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +13,27 @@ from jresnet.training.devices import Devices
 from jresnet.training.step import Images
 
 if TYPE_CHECKING:
-    from jresnet.data.folder import Stream
+    from jresnet.data.stream import Stream
 
 
 class Feed:
     """The batches of an epoch of a stream, on the devices.
 
     Args:
-        stream: of views and the positions of their images; batches are numbered over all epochs.
+        stream: of this process's views and the positions of their images; batches are numbered over all epochs.
         labels: int32 ``[n]``, of the images by position.
         devices: where a batch is cut to.
+        batch_size: images, over all processes.
         first: the number of the epoch's first batch.
     """
 
-    def __init__(self, stream: Stream, labels: np.ndarray, devices: Devices, first: int = 0):
-        self.stream, self.labels, self.devices, self.first = stream, labels, devices, first
+    def __init__(self, stream: Stream, labels: np.ndarray, devices: Devices, batch_size: int, first: int = 0):
+        self.stream, self.labels, self.devices = stream, labels, devices
+        self.batch_size, self.first = batch_size, first
 
     def epoch(self, epoch: int, steps: int) -> Feed:
         """The batches of an epoch, counted from 0, of so many steps."""
-        return Feed(self.stream, self.labels, self.devices, epoch * steps)
+        return Feed(self.stream, self.labels, self.devices, self.batch_size, epoch * steps)
 
     def batch(self, step: int) -> Images:
         """The batch of a step of the epoch; the next step's is had soonest.
@@ -53,8 +58,7 @@ class Feed:
         self.stream.close()
 
     def _put(self, images: np.ndarray, positions: np.ndarray) -> Images:
-        cut = self.devices.cut()
-        return Images(self.devices.put(images, cut), self.devices.put(self.labels[positions], cut))
+        return Images(*(self.devices.assemble(part, self.batch_size) for part in (images, self.labels[positions])))
 
 
 def every_image(batch_size: int, steps: int) -> np.ndarray:

@@ -97,7 +97,7 @@ class FinetuneConfig(RunConfig):
         """What happens to the images."""
         return Pipeline(
             self.crop, self.image_size, self.flip, self.mean, self.std, self.random_erasing, self.mixup, self.cutmix,
-            self.min_area,
+            self.min_area, self.augment, self.magnitude,
         )  # fmt: skip
 
     def preprocessing(self) -> Preprocessing:
@@ -112,7 +112,12 @@ class FinetuneConfig(RunConfig):
     def _contradictions(self) -> list[str]:
         found = ["`nesterov` needs a `momentum` above 0"] if self.nesterov and self.momentum == 0 else []
         if self.warmup_epochs > self.epochs:
-            found.append(f"`warmup_epochs` {self.warmup_epochs:g} are more than the run's {self.epochs}")
+            found.append(
+                f"a warm-up of {self.warmup_epochs:g} epochs is longer than the run's {self.epochs}: fewer "
+                "`warmup_epochs`, or more `epochs`"
+            )
+        if self.loss != "sigmoid" and self.target_threshold:
+            found.append(f"`target_threshold` belongs to `loss` sigmoid, not {self.loss}")
         if self.flip == "alternate" and self.crop == "resized":
             found.append("`flip` alternate is for images in memory; photos on disk take random")
         if self.schedule == "step" and not self.milestones:
@@ -225,9 +230,10 @@ def choose(start: Start, data: Dataset, *, probe: bool, **given: Any) -> tuple[F
     batch = min(batch, n) if "batch_size" not in given else batch
     epochs = given.get("epochs", min(most, max(least, round(seen / n))))
     optimizer = given.get("optimizer", "adamw" if probe else "sgd")
-    rates = {"sgd": (0.01, 64) if not scratch else (0.1, 128), "adamw": (1e-4, 64) if not scratch else (1e-3, 128)}
+    rates = {"sgd": (0.01, 64) if not scratch else (0.1, 128), "adamw": (1e-4, 64) if not scratch else (1e-3, 128),
+             "lamb": (3e-4, 128)}  # fmt: skip
     base, of = rates[optimizer]
-    lr = (1e-2 if optimizer == "adamw" else 0.1) if probe else base * batch / of
+    lr = (0.1 if optimizer == "sgd" else 1e-2) if probe else base * batch / of
     stored = data.train.images.shape[1] if isinstance(data.train.images, np.ndarray) else None
     if stored is not None and how.crop < stored * 7 // 8:
         raise InputError(
@@ -236,7 +242,7 @@ def choose(start: Start, data: Dataset, *, probe: bool, **given: Any) -> tuple[F
     values: dict[str, Any] = {
         "epochs": epochs, "batch_size": batch, "optimizer": optimizer, "lr": lr, "momentum": 0.9,
         "nesterov": optimizer == "sgd" and given.get("momentum") != 0,
-        "weight_decay": {"sgd": 1e-4 if not scratch else 5e-4, "adamw": 1e-2}[optimizer],
+        "weight_decay": {"sgd": 1e-4 if not scratch else 5e-4, "adamw": 1e-2, "lamb": 0.02}[optimizer],
         "decay_norms": False, "decoupled_decay": False, "clip_norm": 0.0, "schedule": "cosine", "gamma": 0.1,
         "label_smoothing": 0.0 if probe else 0.1, "ema": 0.0, "zero_init_residual": False,
         "crop": "pad" if stored == how.crop else "resized", "image_size": how.crop, "flip": "random", "random_erasing": 0.0,

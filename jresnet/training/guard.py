@@ -11,6 +11,7 @@ from flax import nnx
 
 from jresnet.errors import JresnetError
 from jresnet.training.feed import Feed
+from jresnet.training.loop import Order
 from jresnet.training.nans import find_non_finite
 from jresnet.training.program import Program
 from jresnet.training.step import Images, TrainState, prepare
@@ -44,7 +45,7 @@ class Guard:
         losses: np.ndarray,
         before: TrainState | None,
         split: Images | Feed,
-        order: np.ndarray,
+        order: Order,
         key: jax.Array,
     ) -> None:
         """Checks the losses of the last steps, and the weights too where it searches.
@@ -81,7 +82,7 @@ class Guard:
             "`precision` float32 may help, `on_nan` rollback goes back by itself, `debug_nans` names the layer"
         )
 
-    def _layers(self, before: TrainState | None, split: Images | Feed, order: np.ndarray, key: jax.Array) -> list[str]:
+    def _layers(self, before: TrainState | None, split: Images | Feed, order: Order, key: jax.Array) -> list[str]:
         """Where in the step after ``before`` the first non-finite value is; nothing where nobody searches."""
         if before is None:
             return []

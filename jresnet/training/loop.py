@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Int
@@ -20,9 +19,11 @@ from jresnet.training.feed import Feed
 from jresnet.training.step import Averaged, Images, Metrics, TrainState, TrainStep
 
 if TYPE_CHECKING:
-    from jresnet.data.folder import Files  # needs grain only where it is used
+    from jresnet.data.stream import Files  # needs grain only where it is used
 
+Order = np.ndarray | jax.Array  # int32 [steps, B], which images each step of an epoch takes
 STRETCH = 2.0  # seconds of training between two looks: at metrics, signals and the clock
+LOOP = 500  # steps that an accelerator takes between two looks, at most: an epoch of CIFAR-10 in batches of 128 has 390
 
 
 class Evaluation(NamedTuple):
@@ -45,6 +46,7 @@ class StepsLoop:
     """Runs steps of an epoch: ``loop(state, split, order [steps, B], start, end, key) -> (state, metrics)``.
 
     ``split`` is what a data source gives: the images themselves, whole on the devices, or a :class:`Feed` of batches.
+    ``order`` is numpy's, or on the devices already, from where a whole epoch on an accelerator need not fetch it.
 
     The metrics are numpy arrays, one row for each step that was taken. The state that is given is gone afterwards: its
     memory is used again.
@@ -52,9 +54,10 @@ class StepsLoop:
     Args:
         step: of :func:`train_step`.
         devices: where it runs.
-        on_device: loop inside one compiled function, for accelerators: the host then waits once for all the steps. Not
-            on the CPU, where XLA leaves the backward convolutions of a loop body as naive loops, ten times slower
-            (jax#12868): there Python calls the compiled step.
+        on_device: loop inside one compiled function, for accelerators: the host then waits once for all the steps, and
+            sends and fetches nothing between them. XLA knows how often the loop turns, so each number of steps in a call
+            is a program of its own. Not on the CPU, where XLA leaves the backward convolutions of a loop body as naive
+            loops, ten times slower (jax#12868): there Python calls the compiled step.
         compiler_options: of ``jax.jit``; :func:`jresnet.compiler_options` has the CPU's.
     """
 
@@ -74,19 +77,29 @@ class StepsLoop:
             out_shardings=devices.whole,
             compiler_options=compiler_options,
         )
-        self._jitted, self._compiled = function, cast(Callable, function)
+        self._jitted: Any = function
+        self._compiled: dict[int, Callable] = {}  # by the steps that a call takes
 
-    def compile(self, state: TrainState, split: Images | Feed, order: np.ndarray, key: jax.Array) -> None:
-        """Compiles for arguments like these, all at once: the first call is then as quick as any."""
-        if self._compiled is self._jitted:
+    def stretch(self, steps_per_epoch: int) -> int | None:
+        """How many steps of an epoch a call shall take, the last one of the epoch fewer; None: any number, by the clock.
+
+        An accelerator's are whole epochs up to ``LOOP`` steps, else equal parts, as far as they can be: one program.
+        """
+        return -(-steps_per_epoch // -(-steps_per_epoch // LOOP)) if self.on_device else None
+
+    def compile(self, state: TrainState, split: Images | Feed, order: Order, key: jax.Array) -> None:
+        """Compiles for arguments like these and as many steps, all at once: the first call is then as quick as any."""
+        steps = len(order) if self.on_device else 1
+        if steps not in self._compiled:
             images = split.like() if isinstance(split, Feed) else split
-            self._compiled = cache.compiled(self._jitted, state, images, *self._bounds(order, 0, 1), key)
+            taken = self._taken(order, 0, steps)
+            self._compiled[steps] = cache.compiled(self._jitted, state, images, taken, key)
 
     def __call__(
         self,
         state: TrainState,
         split: Images | Feed,
-        order: np.ndarray,
+        order: Order,
         start: int,
         end: int,
         key: jax.Array,
@@ -104,10 +117,12 @@ class StepsLoop:
         taken: list[Metrics] = []
         if self.on_device:
             assert not isinstance(split, Feed), "a feed gives its batches one by one, on the host"
-            state, rows = self._compiled(state, split, *self._bounds(order, start, end), key)
-            loss, correct = (np.asarray(row)[start:end] for row in rows)
+            call = self._compiled.get(end - start, self._jitted)
+            state, metrics = call(state, split, self._taken(order, start, end), key)
+            metrics = jax.device_get(metrics)
             after_steps(end - start)
-            return state, Metrics(loss, correct)  # type: ignore[arg-type]  # numpy now, fetched
+            return state, metrics
+        call = self._compiled.get(1, self._jitted)
         for i in range(start, end):
             if stop():
                 break
@@ -117,7 +132,7 @@ class StepsLoop:
                 if not taken:
                     raise
                 break  # the steps taken count, as the state that was given is gone; asked again, it fails again
-            state, metrics = self._compiled(state, images, *self._bounds(order, i, i + 1), key)
+            state, metrics = call(state, images, self._taken(order, i, i + 1), key)
             if taken:
                 taken[-1].loss.block_until_ready()  # one step ahead of the device: no gap, and a signal is soon seen
             taken.append(metrics)
@@ -125,80 +140,76 @@ class StepsLoop:
         rows = [np.array(row) for row in zip(*jax.device_get(taken), strict=True)] or [np.zeros(0), np.zeros(0, int)]
         return state, Metrics(*rows)  # type: ignore[arg-type]  # numpy now, fetched
 
-    def _bounds(self, order: np.ndarray, start: int, end: int) -> tuple[Any, ...]:
-        """What tells the compiled function its batches."""
-        order = np.asarray(order, np.int32)
-        if self.on_device:
-            # Bounds that are values, not constants: one compilation serves every stretch of an epoch.
-            return self.devices.put(order, self.devices.cut(1)), np.int32(start), np.int32(end)
-        return (self.devices.put(order[start], self.devices.cut()),)
+    def _taken(self, order: Order, start: int, end: int) -> jax.Array:
+        """The images of the steps from ``start`` to ``end``, as the compiled function takes them."""
+        if not self.on_device:
+            return self.devices.put(np.asarray(order[start], np.int32), self.devices.cut())
+        if isinstance(order, jax.Array) and (start, end) == (0, len(order)):
+            return order
+        return self.devices.put(np.asarray(order, np.int32)[start:end], self.devices.cut(1))
 
 
 def _many_steps(
-    step: TrainStep,
-    state: TrainState,
-    split: Images,
-    order: jax.Array,
-    start: jax.Array,
-    end: jax.Array,
-    key: jax.Array,
+    step: TrainStep, state: TrainState, split: Images, order: jax.Array, key: jax.Array
 ) -> tuple[TrainState, Metrics]:
-    """Steps ``start`` to ``end`` of ``order [steps, B]``, and metrics of which rows ``[start:end]`` are filled."""
-
-    def body(i: jax.Array, carry: tuple[TrainState, Metrics]) -> tuple[TrainState, Metrics]:
-        state, all_metrics = carry
-        state, metrics = step(state, split, order[i], key)
-        return state, jax.tree.map(lambda rows, row: rows.at[i].set(row), all_metrics, metrics)
-
-    rows = jax.eval_shape(step, state, split, order[0], key)[1]
-    empty = jax.tree.map(lambda row: jnp.zeros((len(order),), row.dtype), rows)
-    return lax.fori_loop(start, end, body, (state, empty))
+    """A step for each row of ``order [steps, B]``; metrics ``[steps]``."""
+    return lax.scan(lambda state, indices: step(state, split, indices, key), state, order)
 
 
 def batches(split: Split, batch_size: int, devices: Devices) -> Iterator[tuple[Images, int]]:
-    """(a batch, how many of its images count): every image once, the last batch filled with the last image."""
+    """(a batch, how many of its images count): every image once, the last batch filled with the last image.
+
+    Each process gives the rows of a batch that lie on its own devices.
+    """
+    rows = devices.rows(batch_size)
     starts = range(0, len(split.labels), batch_size)
-    for start, images in zip(starts, _pixels(split.images, batch_size), strict=True):
-        labels = split.labels.take(np.arange(start, start + batch_size), mode="clip")
+    for start, images in zip(starts, _pixels(split.images, batch_size, rows), strict=True):
+        labels = split.labels.take(np.arange(start, start + batch_size)[rows], mode="clip")
         yield (
-            Images(*(devices.put(part, devices.cut()) for part in (images, labels))),
+            Images(*(devices.assemble(part, batch_size) for part in (images, labels))),
             min(batch_size, len(split.labels) - start),
         )
 
 
-def _pixels(images: np.ndarray | Files, batch_size: int) -> Iterator[np.ndarray]:
-    """The images of a split in batches of one size."""
+def _pixels(images: np.ndarray | Files, batch_size: int, rows: slice) -> Iterator[np.ndarray]:
+    """Those rows of the images of a split in batches of one size."""
     if not isinstance(images, np.ndarray):
-        yield from images.batches(batch_size)
+        yield from images.batches(batch_size, rows)
         return
     for start in range(0, len(images), batch_size):
-        yield images.take(np.arange(start, start + batch_size), axis=0, mode="clip")
+        yield images.take(np.arange(start, start + batch_size)[rows], axis=0, mode="clip")
 
 
 def evaluate(
     step: Callable[..., tuple[jax.Array, jax.Array]],
     weights: Averaged,
-    split: Split,
-    batch_size: int,
-    devices: Devices,
+    batches: Iterable[tuple[Images, int]],
+    labels: np.ndarray,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
-    """Loss and accuracy over every image of ``split`` exactly once; None where ``stop`` said so.
+    """Loss and accuracy over every image of a split exactly once; None where ``stop`` said so.
 
-    ``step`` is a jitted :func:`eval_step`.
+    Args:
+        step: a jitted :func:`eval_step`.
+        weights: what is evaluated.
+        batches: of the split, as :func:`batches` gives them.
+        labels: of its images, int ``[N]``.
+        stop: asked before each batch.
     """
-    found = []
-    for batch, count in batches(split, batch_size, devices):
+    found, counts = [], []
+    for batch, count in batches:
         if stop():
             return None
-        losses, predictions = step(weights, batch)
-        found.append((losses, predictions, count))
+        found.append(step(weights, batch))
+        counts.append(count)
         if len(found) > 1:
             found[-2][0].block_until_ready()
-    all_losses = np.concatenate([np.asarray(losses)[:count] for losses, _, count in found])
-    predicted = np.concatenate([np.asarray(predictions)[:count] for _, predictions, count in found])
-    accuracy = float((predicted == split.labels).mean())
-    return Evaluation(float(all_losses.astype(np.float64).mean()), accuracy, predicted, all_losses)
+    parts = [
+        (losses[:n], predictions[:n]) for (losses, predictions), n in zip(jax.device_get(found), counts, strict=True)
+    ]
+    losses, predicted = (np.concatenate(part) for part in zip(*parts, strict=True))
+    accuracy = float((predicted == labels).mean())
+    return Evaluation(float(losses.astype(np.float64).mean()), accuracy, predicted, losses)
 
 
 class Pace:

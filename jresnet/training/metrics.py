@@ -8,6 +8,8 @@ import re
 import sys
 import time
 import uuid
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,8 @@ class Metrics:
 
     A row is JSON values by name, with ``epoch`` and ``step``; NaN and infinities become null, and are left out of
     TensorBoard, which gets the losses of the steps, the configuration and the pictures too. Where tensorboardX is missing,
-    ``note`` says so, and there is no TensorBoard.
+    ``note`` says so, and there is no TensorBoard. It is written to by a thread: the losses of an epoch's steps take it some
+    10 ms, in which a GPU would wait.
 
     Args:
         folder: the run's folder, which exists.
@@ -110,6 +113,8 @@ class Metrics:
         if not step:
             step = self.rows[-1]["step"] if self.rows else -1
         self.writer: Any = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="tensorboard")
+        self._told: Future[None] | None = None  # the last that the thread was given
         try:
             from tensorboardX import SummaryWriter  # takes a second or two: it imports torch where there is one
         except ImportError as error:
@@ -132,35 +137,51 @@ class Metrics:
         self.rows.append(row)
         with self.path.open("ab") as file:
             file.write(json.dumps(row).encode() + b"\n")
-        if self.writer is not None:
+
+        def tell() -> None:
             for name, value in row.items():
                 if name not in ("epoch", "step") and isinstance(value, int | float):
                     self.writer.add_scalar(tag(name), value, row["step"])
             self.writer.flush()
+
+        self._tell(tell)
         if self.wandb is not None:
             self.wandb.add(row)
 
     def steps(self, step: int, losses: np.ndarray) -> None:
         """Adds the losses of the steps up to and with ``step``, float ``[steps]``, to TensorBoard."""
-        if self.writer is not None:
+
+        def tell() -> None:
             for number, loss in enumerate(losses.tolist(), step - len(losses) + 1):
                 if math.isfinite(loss):
                     self.writer.add_scalar("loss/step", loss, number)
 
+        self._tell(tell)
+
     def text(self, name: str, text: str) -> None:
         """Shows a text, as it stands, in TensorBoard."""
-        if self.writer is not None:
-            self.writer.add_text(name, "\n".join(f"    {line}" for line in text.splitlines()))
+        self._tell(lambda: self.writer.add_text(name, "\n".join(f"    {line}" for line in text.splitlines())))
 
     def picture(self, name: str, path: Path, step: int) -> None:
         """Shows a PNG file in TensorBoard."""
-        if self.writer is not None:
+
+        def tell() -> None:
             from PIL import Image
 
             with Image.open(path, formats=["PNG"]) as image:
                 self.writer.add_image(f"pictures/{name}", np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
+        self._tell(tell)
+
+    def _tell(self, work: Callable[[], None]) -> None:
+        """Has the thread tell TensorBoard; raises what went wrong before, if it is known by now."""
+        if self.writer is not None:
+            if self._told is not None and self._told.done():
+                self._told.result()
+            self._told = self._thread.submit(work)
+
     def _close(self) -> None:
+        self._thread.shutdown()
         if self.writer is not None:
             self.writer.close()
 

@@ -108,11 +108,13 @@ def optimizer(
     rates: Mapping[str, float] | None = None,
     frozen: Names = (),
 ) -> optax.GradientTransformation:
-    """``torch.optim.SGD`` or ``torch.optim.AdamW``, as a chain whose order tells where the weight decay acts.
+    """``torch.optim.SGD``, ``torch.optim.AdamW`` or timm's ``Lamb``, as a chain whose order tells where the decay acts.
 
     Args:
         kind: ``"sgd"`` (g += weight_decay * p; buf = momentum * buf + g; p -= lr * buf, or lr * (g + momentum * buf)
-            with ``nesterov``), or ``"adamw"`` with ``momentum`` as b1, b2 = 0.999, eps = 1e-8.
+            with ``nesterov``), ``"adamw"`` with ``momentum`` as b1, b2 = 0.999, eps = 1e-8, or ``"lamb"``
+            (arXiv:1904.00962) with ``momentum`` as b1, b2 = 0.999, eps = 1e-6: Adam's step and the decay, times each
+            array's norm by that of its step; what does not decay takes Adam's step, as in timm.
         learning_rate: a number or a :func:`schedule`.
         momentum: 0 to below 1.
         nesterov: Nesterov's momentum, in AdamW too.
@@ -136,6 +138,8 @@ def optimizer(
     _in_range(1.0, momentum=momentum)
     if not callable(learning_rate):
         _in_range(learning_rate=learning_rate)
+    if kind == "lamb" and isinstance(weight_decay, Mapping):
+        raise InputError("weight_decay by parts is for sgd and adamw; lamb takes one number")
     if not isinstance(weight_decay, Mapping):
         _in_range(weight_decay=weight_decay)
     if isinstance(weight_decay, Mapping):
@@ -145,6 +149,10 @@ def optimizer(
         decay = optax.add_decayed_weights(weight_decay, None if decay_norms else _kernels)
     if kind == "adamw":
         links = [optax.scale_by_adam(b1=momentum, nesterov=nesterov), decay]
+    elif kind == "lamb":
+        trust = optax.scale_by_trust_ratio() if weight_decay else optax.identity()
+        adam = optax.scale_by_adam(b1=momentum, eps=1e-6, nesterov=nesterov)
+        links = [adam, decay, trust if decay_norms else optax.masked(trust, _kernels)]
     else:
         trace = optax.trace(momentum, nesterov)
         links = [trace, decay] if decoupled_decay else [decay, trace]

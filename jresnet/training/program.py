@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,12 @@ from jresnet.training.config import RunConfig
 from jresnet.training.devices import Devices
 from jresnet.training.feed import Feed
 from jresnet.training.initial import Initial
-from jresnet.training.loop import Evaluation, StepsLoop
+from jresnet.training.loop import Evaluation, Order, StepsLoop
 from jresnet.training.stop import Interrupted, StopRequest
+
+# Pixels of a batch in evaluation on one accelerator: its kernels are launched seldom, and ResNet-50's largest activations
+# in bfloat16 take 0.5 GB.
+EVALUATED = 2**22
 
 
 class Program:
@@ -93,6 +97,8 @@ class Program:
             self.pipeline = dataclasses.replace(self.pipeline, crop="done")
         else:
             self.train_images = train.Images(*self.devices.replicate((training.images, training.labels)))
+        self._held: dict[str, list[tuple[train.Images, int]]] = {}
+        self.eval_batch = config.batch_size if self._from_host("test") else self._large_batch()
         self.graph, params, *_ = nnx.split(self.model(None), nnx.Param, nnx.BatchStat)
         self.parameters = sum(value.size for value in jax.tree.leaves(params))
         self.compile_seconds = 0.0
@@ -100,7 +106,7 @@ class Program:
             train.train_step(
                 self.graph, self.optimizer, self.pipeline, steps_per_epoch=self.steps_per_epoch,
                 label_smoothing=config.label_smoothing, ema=config.ema, devices=self.devices, bn=config.bn,
-                frozen=config.frozen,
+                frozen=config.frozen, loss=config.loss, target_threshold=config.target_threshold,
             ),
             self.devices,
             on_device=False if self.streams else None,
@@ -112,6 +118,8 @@ class Program:
             compiler_options=compiler_options(),
         )
         self.finite = jax.jit(train.all_finite, out_shardings=self.devices.whole)
+        self.snapshot = jax.jit(train.snapshot, out_shardings=self.devices.whole)
+        self._order = jax.jit(loop.epoch_order, static_argnums=(2, 3))
 
     def model(self, seed: int | None) -> ResNet:
         """The network with a seed's initial parameters; with None their shapes alone."""
@@ -161,15 +169,16 @@ class Program:
         """
         if not self.streams:
             return self.train_images
-        from jresnet.data.folder import Stream
+        from jresnet.data.stream import Stream
 
         config, training = self.config, self.splits["train"]
         files: Any = training.images  # no array: decoded as they are asked for
         stream = Stream(
             files, batch_size=config.batch_size, epochs=config.epochs, seed=seed + (rollbacks << 32),
             size=config.image_size, min_area=self.min_area, workers=self.workers,
+            rows=self.devices.rows(config.batch_size), repeats=config.repeats,
         )  # fmt: skip
-        return Feed(stream, training.labels, self.devices)
+        return Feed(stream, training.labels, self.devices, config.batch_size)
 
     def pretrained(self, seed: int) -> tuple[train.TrainState, list[str]]:
         """The state before the first step with ``config.weights`` in it, and what there is to say about these.
@@ -192,15 +201,15 @@ class Program:
         self,
         state: train.TrainState,
         split: train.Images | Feed,
-        order: np.ndarray,
+        order: Order,
         key: jax.Array,
         stop: StopRequest,
         tick: Callable[[], None] = lambda: None,
     ) -> None:
         """Compiles what training and evaluation call, once for all seeds.
 
-        In a thread of its own: compilation takes up to minutes, in which Python would not hear a signal. ``tick`` is called
-        all the while.
+        ``order`` has as many steps as are to be taken in one call. In a thread of its own: compilation takes up to minutes,
+        in which Python would not hear a signal. ``tick`` is called all the while.
 
         Raises:
             Interrupted: the thread may still be compiling.
@@ -213,7 +222,7 @@ class Program:
         def work() -> None:
             try:
                 self.loop.compile(state, split, order, key)
-                batch, _ = next(loop.batches(self.splits["test"], self.config.batch_size, self.devices))
+                batch, _ = next(iter(self.batches("test")))
                 self.eval_step = cache.compiled(self.eval_step, train.evaluated(state), batch)
             except BaseException as error:
                 failures.append(error)
@@ -230,12 +239,38 @@ class Program:
         devices.meet("compiled")
         self.compile_seconds = time.perf_counter() - began
 
+    def order(self, key: jax.Array, epoch: int) -> Order:
+        """An epoch's batches, int32 ``[steps, B]``: where the loop is on the device, they stay there."""
+        images, batch_size = self.images["train"], self.config.batch_size
+        if not self.loop.on_device:
+            return np.asarray(loop.epoch_order(key, epoch, images, batch_size))
+        order = self._order(key, jax.device_put(np.int32(epoch)), images, batch_size)
+        return self.devices.put(order, self.devices.cut(1))
+
+    def batches(self, name: str) -> Iterable[tuple[train.Images, int]]:
+        """A split in batches to evaluate, and how many of each one's images count; an accelerator keeps them."""
+        if self._from_host(name):
+            return loop.batches(self.splits[name], self.eval_batch, self.devices)
+        if name not in self._held:
+            self._held[name] = list(loop.batches(self.splits[name], self.eval_batch, self.devices))
+        return self._held[name]
+
+    def _from_host(self, name: str) -> bool:
+        """Whether batches of a split come anew from the host's memory, which is a CPU's own, or from the disk."""
+        return self.devices.platform == "cpu" or not isinstance(self.splits[name].images, np.ndarray)
+
+    def _large_batch(self) -> int:
+        """Images of a batch in evaluation on accelerators, one size for all splits: one program."""
+        count, longest = self.devices.count, max(len(s.labels) for name, s in self.splits.items() if name != "train")
+        most = max(self.config.batch_size, EVALUATED // self.pipeline.size**2 * count)
+        return -(-longest // -(-longest // most) // count) * count
+
     def evaluate(
         self, state: train.TrainState, name: str, stop: Callable[[], bool] = lambda: False
     ) -> Evaluation | None:
         """The figures of a split; None where ``stop`` said so."""
         weights = train.evaluated(state)
-        return loop.evaluate(self.eval_step, weights, self.splits[name], self.config.batch_size, self.devices, stop)
+        return loop.evaluate(self.eval_step, weights, self.batches(name), self.splits[name].labels, stop)
 
 
 def load_data(config: RunConfig, data_dir: Path | None) -> Dataset:

@@ -22,6 +22,8 @@ DATASETS: dict[str, dict[str, Any]] = {
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 0.1, "weight_decay": 5e-4, "nesterov": True},
     "adamw": {"lr": 1e-3, "weight_decay": 1e-2, "nesterov": False},  # PyTorch's defaults
+    # arXiv:2110.00476, table 2, A2, whose lr of 5e-3 is for batches of 2,048; linear scaling to 128 (arXiv:1706.02677)
+    "lamb": {"lr": 3e-4, "weight_decay": 0.02, "nesterov": False},
 }
 SCHEDULES: dict[str, dict[str, Any]] = {
     "step": {"milestones": (0.5, 0.75)},
@@ -40,12 +42,13 @@ class Hyperparameters:
     epochs: int = option("passes over the training images", "recipe", metavar="N", least=1, most=MAX_EPOCHS)
     batch_size: int = option("images a step, over all devices", "recipe", metavar="N", least=1)
     optimizer: str = option(
-        f"adamw brings lr {_ADAMW['lr']:g} and weight decay {_ADAMW['weight_decay']:g}; its b2 is 0.999", "recipe",
+        f"adamw brings lr {_ADAMW['lr']:g} and weight decay {_ADAMW['weight_decay']:g}; its b2, and lamb's, is 0.999",
+        "recipe",
         choices=tuple(OPTIMIZERS),
     )  # fmt: skip
     lr: float = option("highest learning rate", "recipe", above=0)
     momentum: float = option(
-        "of PyTorch's SGD, buf = momentum * buf + g, or AdamW's b1; 0 to below 1", "recipe", least=0, below=1
+        "of PyTorch's SGD, buf = momentum * buf + g, or AdamW's and LAMB's b1; 0 to below 1", "recipe", least=0, below=1
     )
     nesterov: bool = option("Nesterov momentum", "recipe")
     weight_decay: float = option("weight decay, a step and unit of learning rate", "recipe", metavar="F", least=0)

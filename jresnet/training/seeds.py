@@ -38,7 +38,7 @@ def fit_seeds(
 
     Each is a run of its own in ``out/seed-N``; ``out/summary.json`` holds mean and standard deviation. One after the other
     since at once, under ``jax.vmap``, kernels that differ by seed become grouped convolutions, which are slower on a CPU
-    (docs/training.md).
+    (docs/log/2026-11-seeds-at-once.md).
 
     Args:
         config: of the first.

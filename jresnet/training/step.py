@@ -51,7 +51,7 @@ class Images(NamedTuple):
 class Metrics(NamedTuple):
     """What one training step reports, on the device until it is fetched."""
 
-    loss: Float[Array, ""]  # mean cross-entropy with the batch's targets, smoothed and mixed as they are, in nats
+    loss: Float[Array, ""]  # of mean_loss with the batch's targets, smoothed and mixed as they are, in nats
     correct: Int[Array, ""]  # images whose prediction is the label, of a mixed image the first one's
 
 
@@ -72,6 +72,12 @@ def evaluated(state: TrainState) -> Averaged:
     return state.averaged or Averaged(state.params, state.batch_stats)
 
 
+def snapshot(state: TrainState) -> TrainState:
+    """A copy of what :func:`model_of` needs, which is still there when the state has been given to a step."""
+    step, (params, batch_stats) = jax.tree.map(jnp.copy, (state.step, evaluated(state)))
+    return TrainState(step, params, batch_stats, (), None)
+
+
 def model_of(graph: nnx.GraphDef, state: TrainState) -> ResNet:
     """The model in a state, as :func:`evaluated`."""
     return nnx.merge(graph, *evaluated(state))
@@ -88,6 +94,8 @@ def train_step(
     devices: Devices | None = None,
     bn: str = "global",
     frozen: Sequence[str] = (),
+    loss: str = "softmax",
+    target_threshold: float = 0.0,
 ) -> TrainStep:
     """A pure function: one step of ``optimizer`` on the batch ``split[indices]``.
 
@@ -105,10 +113,12 @@ def train_step(
         bn: ``"global"``: BatchNorm sees the whole batch, as ``torch.nn.SyncBatchNorm``; ``"per-device"``: each device's
             part, and the running statistics follow the first device's, as in ``DistributedDataParallel``.
         frozen: parts that the optimizer holds (:func:`jresnet.training.optim.freeze`): no gradient is computed for them.
+        loss: "softmax" or "sigmoid", of which ``target_threshold`` is (:func:`mean_loss`).
+        target_threshold: 0 to below 1.
     """
     views = prepare(pipeline, steps_per_epoch, label_smoothing)
 
-    gradients: Callable = partial(_gradients, graph, tuple(frozen))
+    gradients: Callable = partial(_gradients, graph, tuple(frozen), partial(mean_loss, loss, target_threshold))
     if bn == "per-device" and devices:
         gradients = _on_each_device(gradients, devices)
 
@@ -118,11 +128,11 @@ def train_step(
         if devices:
             images = lax.with_sharding_constraint(images, devices.cut())
 
-        (loss, logits, batch_stats), grads = gradients(state.params, state.batch_stats, images, targets)
+        (value, logits, batch_stats), grads = gradients(state.params, state.batch_stats, images, targets)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         averaged = _average(state.averaged, Averaged(params, batch_stats), state.step, ema) if state.averaged else None
-        metrics = Metrics(loss, (predict(logits) == split.labels[indices]).sum())
+        metrics = Metrics(value, (predict(logits) == split.labels[indices]).sum())
         return TrainState(state.step + 1, params, batch_stats, opt_state, averaged), metrics
 
     return step
@@ -148,6 +158,7 @@ def prepare(
 def _gradients(
     graph: nnx.GraphDef,
     frozen: tuple[str, ...],
+    loss: Callable[[jax.Array, jax.Array], jax.Array],
     params: nnx.State,
     batch_stats: nnx.State,
     images: jax.Array,
@@ -161,10 +172,27 @@ def _gradients(
             params = jax.tree.map(lambda held, value: lax.stop_gradient(value) if held else value, constant, params)
         model = nnx.merge(graph, params, batch_stats, copy=True)  # its own variables, to be updated
         logits = model(images, train=True)
-        return optax.softmax_cross_entropy(logits, targets).mean(), (logits, nnx.state(model, nnx.BatchStat))
+        return loss(logits, targets), (logits, nnx.state(model, nnx.BatchStat))
 
-    (loss, (logits, batch_stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
-    return (loss, logits, batch_stats), grads
+    (value, (logits, batch_stats)), grads = jax.value_and_grad(loss_of, has_aux=True)(params)
+    return (value, logits, batch_stats), grads
+
+
+def mean_loss(
+    kind: str, threshold: float, logits: Float[Array, "n k"], targets: Float[Array, "n k"]
+) -> Float[Array, ""]:
+    """The mean over a batch of the cross-entropy of the softmax, or of the binary ones over all classes (arXiv:2110.00476).
+
+    Args:
+        kind: "softmax" or "sigmoid".
+        threshold: above 0: targets of "sigmoid" that are greater are 1, the others 0, as timm's ``BinaryCrossEntropy``.
+        logits: of the network.
+        targets: shares of the classes.
+    """
+    if kind == "softmax":
+        return optax.softmax_cross_entropy(logits, targets).mean()
+    targets = (targets > threshold).astype(logits.dtype) if threshold else targets
+    return optax.sigmoid_binary_cross_entropy(logits, targets).mean()
 
 
 def _on_each_device(gradients: Callable, devices: Devices) -> Callable:

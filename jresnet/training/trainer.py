@@ -23,13 +23,14 @@ from jresnet.training.console import Console
 from jresnet.training.feed import Feed, every_image
 from jresnet.training.fields import option
 from jresnet.training.guard import ROLLBACKS, Guard, NonFiniteLoss, next_rollback
-from jresnet.training.loop import Evaluation, Pace, epoch_order
+from jresnet.training.loop import Evaluation, Order, Pace
 from jresnet.training.outputs import Outputs
 from jresnet.training.program import Program
-from jresnet.training.step import Images, Metrics
+from jresnet.training.step import Images, Metrics, TrainState
 from jresnet.training.stop import Interrupted, StopRequest
 
 TROUBLE = "when something is wrong"
+PAUSE = 10.0  # seconds between checkpoints on an accelerator, where an epoch may last half of one
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class Options:
     checkpoint_minutes: float | None = option(  # None: only at an epoch's end
         "a checkpoint every N minutes within an epoch, beside the one at its end", "results", 10.0, metavar="N", least=0
     )
+    checkpoint_seconds: float | None = option(
+        "no checkpoint at an epoch's end within N seconds of the one before, but for the last epoch's; the best weights are "
+        "written with a checkpoint",
+        "results", None, metavar="N", none=f"0 on a CPU, {PAUSE:g} elsewhere", least=0,
+    )  # fmt: skip
     wandb: str | None = option("report to Weights & Biases too (pip install wandb)", "results", None, metavar="PROJECT")
     debug_nans: bool = option("name the layer that a non-finite loss comes from; slower", TROUBLE, False, switch=True)
     deterministic: bool = option(  # here for config.json: XLA is told before it starts
@@ -105,10 +111,13 @@ class Trainer:
         self.outputs = Outputs(out, config, self.program, self.console.say)
         self.guard = Guard(self.program, out / "checkpoints", self.options.debug_nans)
         self.judge = "val" if "val" in self.program.splits else "test"  # the split that chooses the best epoch
-        self.order_key, self.image_key = jax.random.split(jax.random.key(config.seed))
         self.state, self.done, self.pace = self.program.state(config.seed), Done(), Pace()
+        self._draw_keys()
         self.source = self.program.source(config.seed)
         self.saved_at = time.monotonic()
+        self.best: tuple[TrainState, dict[str, Any]] | None = None  # with its row, to be written with a checkpoint
+        usual = 0.0 if self.program.devices.platform == "cpu" else PAUSE
+        self.pause = usual if self.options.checkpoint_seconds is None else self.options.checkpoint_seconds
 
     def fit(self, resume: bool = False) -> dict[str, Any]:
         """Trains to the end and writes the results.
@@ -129,6 +138,7 @@ class Trainer:
             stack.enter_context(self.outputs.opened(resume, options=dataclasses.asdict(self.options)))
             stack.callback(self.console.end)
             stack.callback(self._close)
+            stack.callback(self._write_best)  # also where an error ends the run
             for line in console.introduction(self.config, self.program, jax.process_count()):
                 self.console.say(line)
             if not (resume and self._restore()):
@@ -149,11 +159,11 @@ class Trainer:
     def _epoch(self) -> None:
         """Takes the rest of the epoch that the state is in, evaluates, and keeps what came of it."""
         program, done, pace, steps = self.program, self.done, self.pace, self.program.steps_per_epoch
-        split, order, key = self._split(done.epochs), self._order(done.epochs), self._image_key()
+        split, order, key = self._split(done.epochs), self._order(done.epochs), self.image_key
         taken = int(self.state.step) - done.epochs * steps
         self.console.begin(done.epochs + 1, self.config.epochs, steps, taken)
         while taken < steps:
-            end = min(steps, taken + (1 if self.guard.search else pace.stretch(steps)))
+            end = self._end(taken)
             before, began = self.guard.copy(self.state), time.perf_counter()
             self.state, rows = program.loop(
                 self.state, split, order, taken, end, key, self._stop_at_once, self.console.step
@@ -181,10 +191,13 @@ class Trainer:
         self.console.say(console.epoch_line(row, self.config.epochs, self._left()))
         judged = results[self.judge]
         score = judged.accuracy if math.isfinite(judged.loss) else None  # what is not finite is never the best
+        due = done.epochs == self.config.epochs or time.monotonic() - self.saved_at >= self.pause
         if score is not None and score > done.best_accuracy:
             done.best_accuracy, done.best_epoch = score, done.epochs
-            self.outputs.weights("best.safetensors", self.state, row)
-        self._save(score)
+            # All processes call the same programs, whoever's clock says that a checkpoint is due.
+            self.best = program.snapshot(self.state) if self.pause else self.state, row
+        if due:
+            self._save(score)
 
     def _evaluate(self) -> dict[str, Evaluation]:
         """The figures of every split but the training images'; saves and stops where a signal comes."""
@@ -249,7 +262,8 @@ class Trainer:
             self.console.minute(lambda: f"compiling, {duration(time.monotonic() - began)} so far")
 
         try:
-            self.program.compile(self.state, self._split(0), self._order(0), self._image_key(), self.stop, tick)
+            order = self._order(0)[: self._end(0)]
+            self.program.compile(self.state, self._split(0), order, self.image_key, self.stop, tick)
         except Interrupted:
             self.console.say("stopped  while compiling: nothing is lost")
             raise
@@ -272,13 +286,20 @@ class Trainer:
         self.state, self.done = found[0], Done(**found[1])
         if self.done.rollbacks:
             self.source = self.program.source(self.config.seed, self.done.rollbacks)
+            self._draw_keys()
         self.console.say(f"resumed  at step {int(self.state.step):,} of {self.program.total_steps:,}")
         return True
 
     def _save(self, score: float | None = None) -> None:
-        """Begins a checkpoint."""
+        """Writes the best weights, if they are new, and begins a checkpoint."""
+        self._write_best()
         self.outputs.checkpoint(self.state, dataclasses.asdict(self.done), score)
         self.saved_at = time.monotonic()
+
+    def _write_best(self) -> None:
+        if self.best is not None:
+            (state, row), self.best = self.best, None
+            self.outputs.weights("best.safetensors", state, row)
 
     def _save_and_stop(self) -> NoReturn:
         self.console.end()
@@ -292,14 +313,20 @@ class Trainer:
         raise Interrupted(self.stop.signal)
 
     def _save_what_is(self, error: DataError) -> NoReturn:
-        """Saves the state of the last whole look, where images can no longer be had, and raises the error."""
+        """Saves the state of the last whole look, where images can no longer be had, and raises the error.
+
+        In another process than the first there is nothing to save: its end ends the others, and the last checkpoint stays.
+        """
         self.console.end()
         self.guard.check_weights(self.state)
         self._save()
         self.outputs.wait()
-        raise DataError(
-            f"{error}\nthe state at step {int(self.state.step):,} is saved: mend the data, and resume"
-        ) from error
+        saved = (
+            f"the state at step {int(self.state.step):,} is saved"
+            if devices.is_first()
+            else "the last checkpoint stays"
+        )
+        raise DataError(f"{error}\n{saved}: mend the data, and resume") from error
 
     def _roll_back(self, error: NonFiniteLoss) -> None:
         """Goes back to the last checkpoint, or to the beginning, and on in another order; or raises the error."""
@@ -307,10 +334,11 @@ class Trainer:
         self.console.end()
         self.console.say(f"rollback {number} of {ROLLBACKS}: {str(error).partition(':')[0]}")
         self.outputs.wait()
-        self.state, self.done = self.program.state(self.config.seed), Done()
+        self.state, self.done, self.best = self.program.state(self.config.seed), Done(), None
         if not self._restore():
             self._begin_from_weights()
         self.done.rollbacks = number
+        self._draw_keys()
         self._close()
         self.source = self.program.source(self.config.seed, number)
         self.outputs.rewind_rows(self.done.epochs, int(self.state.step))
@@ -325,20 +353,28 @@ class Trainer:
         if isinstance(self.source, Feed):
             self.source.close()
 
-    def _order(self, epoch: int) -> np.ndarray:
-        """The epoch's batches; others after each rollback."""
+    def _order(self, epoch: int) -> Order:
+        """The epoch's batches."""
         if isinstance(self.source, Feed):  # the stream has an order of its own
             return every_image(self.config.batch_size, self.program.steps_per_epoch)
-        return np.asarray(
-            epoch_order(self._own(self.order_key), epoch, self.program.images["train"], self.config.batch_size)
+        return self.program.order(self.order_key, epoch)
+
+    def _draw_keys(self) -> None:
+        """The keys of order and augmentation; others after each rollback."""
+        keys = jax.random.split(jax.random.key(self.config.seed))
+        order_key, image_key = (
+            jax.random.fold_in(key, self.done.rollbacks) if self.done.rollbacks else key for key in keys
         )
+        self.order_key, self.image_key = order_key, self.program.devices.replicate(image_key)
 
-    def _image_key(self) -> jax.Array:
-        """The key of augmentation; another one after each rollback."""
-        return self.program.devices.replicate(self._own(self.image_key))
-
-    def _own(self, key: jax.Array) -> jax.Array:
-        return jax.random.fold_in(key, self.done.rollbacks) if self.done.rollbacks else key
+    def _end(self, taken: int) -> int:
+        """Where the stretch of steps ends that begins after ``taken`` of the epoch's."""
+        steps = self.program.steps_per_epoch
+        if self.guard.search:
+            return taken + 1
+        if stretch := self.program.loop.stretch(steps):
+            return min(steps, (taken // stretch + 1) * stretch)
+        return min(steps, taken + self.pace.stretch(steps))
 
     def _stop_at_once(self) -> bool:
         """Whether a signal ends the run before the next step or batch; several processes must agree first."""
@@ -350,7 +386,7 @@ class Trainer:
 
         def ask() -> bool:
             nonlocal done
-            batches = -(-self.program.images[name] // self.config.batch_size)
+            batches = -(-self.program.images[name] // self.program.eval_batch)
             self.console.minute(lambda: f"evaluating {name}: {done:,} of {batches:,} batches")
             done += 1
             return stops and self._stop_at_once()

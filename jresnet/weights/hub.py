@@ -349,7 +349,7 @@ def _explained(repo: str, revision: str, filename: str) -> Iterator[None]:
             f"no answer from {constants.ENDPOINT} within {_seconds():g} s (HF_HUB_ETAG_TIMEOUT sets another number)"
         ) from None
     except UnicodeEncodeError:
-        raise failed("the token in HF_TOKEN is none: log in with `hf auth login`") from None
+        raise failed("the token in HF_TOKEN is not valid: log in with `hf auth login`") from None
     except Exception as error:  # httpx's, hf_xet's and the file system's: no closed set
         if isinstance(error, OSError) and error.errno:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)

@@ -29,7 +29,7 @@ from jresnet.files import TORCH_SUFFIXES, printable, write_atomically
 from jresnet.models.config import ResNetConfig
 from jresnet.models.fuse import FusedResNet
 from jresnet.models.layers import Linear
-from jresnet.models.params import arrays, differences, fill, shapes
+from jresnet.models.params import arrays, config_of, differences, fill, shapes
 from jresnet.models.resnet import ResNet
 from jresnet.models.zoo import FREE, configure, find, name_of
 from jresnet.weights.preprocessing import Preprocessing
@@ -72,7 +72,7 @@ def save(path: str | Path, model: ResNet, arch: str | None = None, **provenance:
             finite, where metadata is not text or has a name of the format's own, or where the file cannot be written.
             One message lists everything.
     """
-    config = _config(model)
+    config = config_of(model)
     values = {name: np.asarray(value) for name, value in arrays(model).items()}
     if isinstance(model, FusedResNet):
         raise InputError(
@@ -120,15 +120,6 @@ def _metadata_digest(metadata: Mapping[str, str]) -> str:
     """SHA-256 in hex over every entry but this one."""
     said = sorted((name, text) for name, text in metadata.items() if name != "metadata_digest")
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
-
-
-def _config(model: ResNet) -> ResNetConfig:
-    """The configuration of ``model`` as it is: a head that was replaced has classes of its own number."""
-    if model.fc is None:
-        return dataclasses.replace(model.config, num_classes=0)
-    if type(model.fc) in (Linear, nnx.Linear):
-        return dataclasses.replace(model.config, num_classes=model.fc.kernel.shape[-1])
-    return model.config
 
 
 def _foreign(model: ResNet, config: ResNetConfig) -> list[str]:
@@ -231,7 +222,9 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str,
         raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
     except (safetensors.SafetensorError, AttributeError, TypeError, ValueError) as error:
         reason = printable(str(error))
-        raise WeightsError(f"{path} is no whole safetensors file ({reason}): fetch or convert it again") from error
+        raise WeightsError(
+            f"{path} is not a complete safetensors file ({reason}): fetch or convert it again"
+        ) from error
 
 
 def _check_header(path: str | Path) -> None:

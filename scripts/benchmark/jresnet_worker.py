@@ -29,7 +29,7 @@ from jresnet.models import params, zoo
 from jresnet.pytorch import keymap, statedict
 from jresnet.training import augment, devices, optim
 from jresnet.training import step as train
-from jresnet.training.loop import StepsLoop, epoch_order
+from jresnet.training.loop import Order, StepsLoop, epoch_order
 from jresnet.weights.preprocessing import STATISTICS
 
 Job = Mapping[str, Any]
@@ -184,7 +184,7 @@ def training(job: Job) -> dict[str, Any]:
         jax.block_until_ready(state)
 
     found = common.pace(job, run, job["batch"]) | {"compile_seconds": seconds}
-    if job["task"] == "first step":  # some programs cannot be kept (docs/speed.md)
+    if job["task"] == "first step":  # some programs cannot be kept (docs/explanation/speed.md)
         found["note"] = "step loaded" if kept else "step compiled"
     if job["check"]:
         # The gradient that the timed function takes: after one step the momentum is the gradient and the decay.
@@ -207,7 +207,13 @@ def epoch(job: Job) -> dict[str, Any]:
     step = train.train_step(nnx.graphdef(model), optimizer, pipeline(job["size"]))
     loop = StepsLoop(step, where, compiler_options=jresnet.compiler_options())
     state, key, number = where.replicate(train.init(model, optimizer)), jax.random.key(0), 0
-    order = np.asarray(epoch_order(key, 0, len(images), job["batch"]))
+    ordered = jax.jit(epoch_order, static_argnums=(2, 3))
+
+    def batches(number: int) -> Order:
+        order = ordered(key, number, len(images), job["batch"])
+        return where.put(order, where.cut(1)) if loop.on_device else np.asarray(order)
+
+    order = batches(0)
     began = time.perf_counter()
     loop.compile(state, split, order, key)
     seconds = time.perf_counter() - began
@@ -215,7 +221,7 @@ def epoch(job: Job) -> dict[str, Any]:
     def run(epochs: int) -> None:
         nonlocal state, number
         for _ in range(epochs):
-            order, number = np.asarray(epoch_order(key, number, len(images), job["batch"])), number + 1
+            order, number = batches(number), number + 1
             state, _ = loop(state, split, order, 0, len(order), key)
 
     return common.pace(job, run, order.size) | {"compile_seconds": seconds}

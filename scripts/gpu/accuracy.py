@@ -7,6 +7,7 @@ the rows of metrics, the curves, and ResNet-20's weights. PyTorch's row is that 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -33,17 +34,27 @@ class Run:
     options: tuple[str, ...]
     seeds: int
     asked: float | None  # test accuracy after the last epoch, least mean
-    minutes: float  # that it is expected to take at most, all seeds
+    usual: bool = True  # whether it is run where no run is named
 
 
+_STEP = ("--recipe", "step", "--epochs", "200")
+_VALIDATED = (*_STEP, "--val-split", "5000")
 RUNS = (  # in the order in which the minutes shall reach them
-    Run("resnet18-fast", JRESNET, ("--depth", "18", "--recipe", "fast", "--epochs", "20"), 5, 0.94, 3.0),
-    Run("resnet20-step", JRESNET, ("--depth", "20", "--recipe", "step", "--epochs", "200"), 2, 0.92, 3.0),
-    Run("resnet18-fast-torch", TORCH, ("--arch", "resnet18", "--recipe", "fast", "--epochs", "20"), 2, None, 2.0),
-    Run("resnet18-step", JRESNET, ("--depth", "18", "--recipe", "step", "--epochs", "200"), 1, 0.955, 2.5),
-    Run("resnet56-step", JRESNET, ("--depth", "56", "--recipe", "step", "--epochs", "200"), 1, 0.939, 4.0),
-    Run("resnet34-step", JRESNET, ("--depth", "34", "--recipe", "step", "--epochs", "200"), 1, 0.957, 5.0),
-)
+    Run("resnet18-fast", JRESNET, ("--depth", "18", "--recipe", "fast", "--epochs", "20"), 5, 0.94),
+    Run("resnet20-step", JRESNET, ("--depth", "20", *_STEP), 2, 0.92),
+    Run("resnet18-fast-torch", TORCH, ("--depth", "18", "--recipe", "fast", "--epochs", "20"), 2, None),
+    Run("resnet18-step", JRESNET, ("--depth", "18", *_STEP), 1, 0.955),
+    Run("resnet20-step-val", JRESNET, ("--depth", "20", *_VALIDATED), 1, None, usual=False),
+    Run("resnet56-step", JRESNET, ("--depth", "56", *_STEP), 1, 0.939, usual=False),
+    Run("resnet18-step-val", JRESNET, ("--depth", "18", *_VALIDATED), 1, None, usual=False),
+    Run("resnet34-step", JRESNET, ("--depth", "34", *_STEP), 1, 0.957, usual=False),
+    Run(  # what carries over from airbench to a plain ResNet (arXiv:2404.00498), for longer
+        "resnet18-long", JRESNET,
+        ("--depth", "18", "--recipe", "fast", "--epochs", "100", "--label-smoothing", "0.2",
+         "--ema", "0.999", "--zero-init-residual"), 1, 0.96, usual=False,
+    ),
+    Run("resnet50-step", JRESNET, ("--depth", "50", *_STEP), 1, None, usual=False),
+)  # fmt: skip
 
 
 def command(run: Run, args: argparse.Namespace, out: Path) -> list[str]:
@@ -51,7 +62,8 @@ def command(run: Run, args: argparse.Namespace, out: Path) -> list[str]:
     found = [sys.executable, "-u", str(ROOT / run.script), *run.options, "--runs", str(run.seeds), "--out", str(out)]
     found += ["--data-dir", str(args.data_dir)] if args.data_dir else ["--dataset", "digits"]
     if args.small:
-        found += ["--epochs", "1", "--limit-train", "64", "--limit-test", "40", "--batch-size", "16", "--runs", "1"]
+        found += ["--epochs", "1", "--limit-train", "32", "--limit-test", "40", "--batch-size", "16", "--runs", "1"]
+        found += ["--depth", "8", *(["--val-split", "16"] if "--val-split" in run.options else [])]
         found += ["--milestones"] if "step" in run.options else []
     return [*found, "--precision", args.precision]
 
@@ -109,10 +121,13 @@ def parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--data-dir", type=Path, metavar="DIR", help="CIFAR-10 (default: the digits, to rehearse)")
     add("--out", type=Path, required=True, metavar="OUT", help="where accuracy.json and the runs' folders go")
-    add("--runs", nargs="+", choices=[run.name for run in RUNS], metavar="NAME", help="some of: %(choices)s")
+    add(
+        "--runs", nargs="+", choices=[run.name for run in RUNS], metavar="NAME",
+        help=f"some of: %(choices)s (default: the first {sum(run.usual for run in RUNS)})",
+    )  # fmt: skip
     add("--minutes", type=float, default=5.0, metavar="M", help="a run begins while these last (default: %(default)s)")
     add("--precision", choices=("float32", "bfloat16"), default="bfloat16", help="(default: %(default)s)")
-    add("--small", action="store_true", help="an epoch of 64 images each, to rehearse on a CPU")
+    add("--small", action="store_true", help="ResNet-8 and an epoch of 32 images each, to rehearse on a CPU")
     return parser
 
 
@@ -124,7 +139,10 @@ def main(argv: list[str] | None = None) -> int:
     report: dict[str, Any] = {"runs": {}, "not reached": []}
     right = True
     for run in RUNS:
-        if args.runs and run.name not in args.runs:
+        if run.name not in args.runs if args.runs else not run.usual:
+            continue
+        if run.script == TORCH and importlib.util.find_spec("torch") is None:
+            print(f"left out {run.name}: torch is not installed")
             continue
         if time.monotonic() > until:
             report["not reached"].append(run.name)

@@ -1,11 +1,14 @@
 """Is it right on this accelerator? ``python scripts/gpu_check.py --out DIR``: parity, the program, a run, its resumption.
 
-Each result is written to ``DIR/check.json`` as soon as it is known; what the minutes do not reach is named there.
+Each result is written to ``DIR/check.json`` as soon as it is known; what the minutes do not reach is named there. What the
+CPU has to compute for it, in float64, takes minutes for ResNet-50: ``--write-references FILE`` does that before, on a
+machine with the same versions.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -13,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +37,14 @@ ARCHS = ("resnet18", "resnet20_cifar", "resnet50", "resnext50_32x4d")
 STEPS, LR, MOMENTUM, WEIGHT_DECAY = 3, 0.01, 0.9, 5e-4
 # Over the distance of the CPU's float32 to float64: another order of summation. bfloat16 keeps 8 bits: 2^-8 a layer.
 FLOAT32, BFLOAT16 = 5.0, 0.1
+SAMPLED = 128  # numbers of each array that are compared
 RUN = ("--dataset", "digits", "--depth", "20", "--epochs", "4", "--deterministic", "--limit-train", "512")
 
 
 def outcome(
     values: dict[str, np.ndarray], config: Any, images: np.ndarray, labels: np.ndarray, dtype: Any
 ) -> dict[str, Any]:
-    """Logits in evaluation, the first gradient and the parameters after a few steps of SGD, as flat float64 arrays."""
+    """Logits in evaluation, the first gradient and the parameters after a few steps of SGD: numbers of them, float64."""
     model = params.fill(config, values, dtype)
     graph, weights, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     optimizer = optim.optimizer("sgd", LR, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY)
@@ -67,8 +71,12 @@ def outcome(
 
 
 def flat(tree: Any) -> np.ndarray:
-    """All numbers of a tree, one after the other."""
-    return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
+    """Numbers of every array of a tree, one after the other: all of a small one, ``SAMPLED`` of a large one, by chance."""
+    draw, found = np.random.default_rng(0), []
+    for leaf in jax.tree.leaves(tree):
+        values = np.asarray(leaf, np.float64).ravel()
+        found.append(values if len(values) <= SAMPLED else values[draw.integers(0, len(values), SAMPLED)])
+    return np.concatenate(found)
 
 
 def distances(found: dict[str, Any], exact: dict[str, Any]) -> dict[str, float]:
@@ -76,29 +84,88 @@ def distances(found: dict[str, Any], exact: dict[str, Any]) -> dict[str, float]:
     return {k: float(np.linalg.norm(found[k] - exact[k]) / np.linalg.norm(exact[k])) for k in exact}
 
 
-def parity(arch: str, small: bool) -> dict[str, Any]:
+class Case:
+    """A network with random parameters and statistics, and images for it.
+
+    Args:
+        arch: the network.
+        small: few images.
+    """
+
+    def __init__(self, arch: str, small: bool):
+        self.arch, self.config, self.host = arch, zoo.configure(arch), jax.local_devices(backend="cpu")[0]
+        size, batch = (32, 16) if self.config.stem == "cifar" else (64, 8)
+        if small:
+            size, batch = 32, 4
+        with jax.default_device(self.host):
+            model = jresnet.ResNet(self.config, rngs=nnx.Rngs(0))
+            randomise(model)
+            self.values = {path: np.asarray(value) for path, value in params.arrays(model).items()}
+        draw = np.random.default_rng(0)
+        self.images = draw.standard_normal((batch, size, size, self.config.in_channels), np.float32)
+        self.labels = draw.integers(0, self.config.num_classes, batch)
+
+    def outcome(self, dtype: Any = None) -> dict[str, Any]:
+        """Of JAX's default device, in float32 or ``dtype``."""
+        return outcome(self.values, self.config, self.images, self.labels, dtype)
+
+    def digest(self) -> str:
+        """SHA-256 of all that goes in: another version of JAX may draw otherwise."""
+        total = hashlib.sha256(self.images.tobytes() + self.labels.tobytes())
+        for path in sorted(self.values):
+            total.update(path.encode() + self.values[path].tobytes())
+        return total.hexdigest()
+
+    def references(self) -> dict[str, dict[str, Any]]:
+        """What the CPU computes in float64 and in float32."""
+        wide = {path: value.astype(np.float64) for path, value in self.values.items()}
+        with jax.default_device(self.host):
+            with jax.enable_x64(True):
+                exact = outcome(wide, self.config, self.images, self.labels, None)
+            return {"float64": exact, "float32": self.outcome()}
+
+
+def write_references(path: Path, archs: Sequence[str], small: bool) -> None:
+    """Writes what :func:`parity` compares with."""
+    found: dict[str, Any] = {}
+    for arch in archs:
+        case = Case(arch, small)
+        found[f"{arch}/digest"] = np.array(case.digest())
+        for name, values in case.references().items():
+            found |= {f"{arch}/{name}/{quantity}": value for quantity, value in values.items()}
+        print(f"computed {arch}", flush=True)
+    np.savez(path, **found)
+
+
+def read_references(path: Path | None, case: Case) -> dict[str, dict[str, Any]] | None:
+    """What was written of a network; None where there is nothing, or it is of other parameters."""
+    if path is None or not path.exists():
+        return None
+    with np.load(path) as file:
+        if f"{case.arch}/digest" not in file or str(file[f"{case.arch}/digest"]) != case.digest():
+            return None
+        found: dict[str, dict[str, Any]] = {"float64": {}, "float32": {}}
+        for key in file:
+            arch, _, name = key.partition("/")
+            if arch == case.arch and name != "digest":
+                kind, _, quantity = name.partition("/")
+                found[kind][quantity] = file[key]
+        return found
+
+
+def parity(arch: str, small: bool, path: Path | None) -> dict[str, Any]:
     """This device's float32 and bfloat16, and the CPU's float32, against the CPU's float64."""
-    config, host = zoo.configure(arch), jax.local_devices(backend="cpu")[0]
-    size, batch = (32, 16) if config.stem == "cifar" else (64, 8)
-    if small:
-        size, batch = 32, 4
-    with jax.default_device(host):
-        model = jresnet.ResNet(config, rngs=nnx.Rngs(0))
-        randomise(model)
-        values = params.arrays(model)
-    draw = np.random.default_rng(0)
-    images = draw.standard_normal((batch, size, size, config.in_channels), np.float32)
-    labels = draw.integers(0, config.num_classes, batch)
-    with jax.default_device(host), jax.enable_x64(True):
-        wide = {path: value.astype(np.float64) for path, value in values.items()}
-        exact = outcome(wide, config, images, labels, None)
-    with jax.default_device(host):
-        yardstick = distances(outcome(values, config, images, labels, None), exact)
+    case = Case(arch, small)
+    known = read_references(path, case)
+    references = known or case.references()
+    exact = references["float64"]
+    yardstick = distances(references["float32"], exact)
     with jax.default_matmul_precision("highest"):  # no TF32
-        float32 = distances(outcome(values, config, images, labels, None), exact)
-    bfloat16 = distances(outcome(values, config, images, labels, jnp.bfloat16), exact)
+        float32 = distances(case.outcome(), exact)
+    bfloat16 = distances(case.outcome(jnp.bfloat16), exact)
     right = all(float32[k] <= FLOAT32 * yardstick[k] for k in exact) and bfloat16["logits"] <= BFLOAT16
-    return {"right": bool(right), "float32": float32, "the CPU's float32": yardstick, "bfloat16": bfloat16}
+    found = {"right": bool(right), "float32": float32, "the CPU's float32": yardstick, "bfloat16": bfloat16}
+    return found | {"references": "read" if known else "computed here"}
 
 
 def program() -> dict[str, Any]:
@@ -111,12 +178,13 @@ def program() -> dict[str, Any]:
     return {"right": plain or jax.default_backend() == "cpu", "lowered": counts}
 
 
-def run(out: Path) -> dict[str, Any]:
+def run(out: Path, small: bool) -> dict[str, Any]:
     """A run of the digits, and the same stopped by SIGTERM and resumed: the same bits."""
     whole, cut = out / "digits", out / "digits-resumed"
-    first = train(whole)
-    interrupted = train(cut, stop_after="epoch 2/")
-    resumed = train(cut, "--resume")
+    shorter = ("--depth", "8", "--limit-train", "64") if small else ()
+    first = train(whole, *shorter)
+    interrupted = train(cut, *shorter, stop_after="epoch 2/")
+    resumed = train(cut, *shorter, "--resume")
     same = False
     if resumed["code"] == 0:
         arrays = [native.read(folder / "last.safetensors")[2] for folder in (whole, cut)]
@@ -157,7 +225,12 @@ def parser() -> argparse.ArgumentParser:
         "float64, the lowered program, a run of the digits, and its resumption bit by bit.",
         epilog="Exit code: 0; 1 where something is not right or was not reached; 2 for bad options.",
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where check.json goes")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("--out", type=Path, metavar="DIR", help="where check.json goes")
+    where.add_argument(
+        "--write-references", type=Path, metavar="FILE", help="write what the CPU computes, for --references, and end"
+    )
+    parser.add_argument("--references", type=Path, metavar="FILE", help="*.npz (default: computed where it is needed)")
     parser.add_argument(
         "--minutes", type=float, default=3.0, metavar="M", help="a check begins while these last (default: 3)"
     )
@@ -168,6 +241,10 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Runs the command; returns its exit code."""
     args = parser().parse_args(argv)
+    archs = ("resnet8_cifar",) if args.small else ARCHS
+    if args.write_references:
+        write_references(args.write_references, archs, args.small)
+        return 0
     deadline = time.monotonic() + 60 * args.minutes
     args.out.mkdir(parents=True, exist_ok=True)
     device = jax.devices()[0]
@@ -177,10 +254,9 @@ def main(argv: list[str] | None = None) -> int:
         "checks": {},
         "not reached": [],
     }
-    archs = ("resnet20_cifar",) if args.small else ARCHS
     checks: dict[str, Callable[[], dict[str, Any]]] = {"program": program}
-    checks |= {f"parity {arch}": lambda arch=arch: parity(arch, args.small) for arch in archs}
-    checks["run"] = lambda: run(args.out)
+    checks |= {f"parity {arch}": lambda arch=arch: parity(arch, args.small, args.references) for arch in archs}
+    checks["run"] = lambda: run(args.out, args.small)
     for name, check in checks.items():
         if time.monotonic() > deadline:
             report["not reached"].append(name)

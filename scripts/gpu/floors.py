@@ -157,7 +157,7 @@ def scaling(found: list[Layer], batch: int, precision: str, device: Device, coun
         usual = [link for link in LINKS.items() if device.name.startswith("TPU") == link[0].startswith("TPU")]
         fitting = [link for link in usual if count <= link[1][0]]
         if fitting:
-            name, (_, rate, latency) = fitting[0]
+            name, (_, rate, latency) = fitting[0] if count > 1 else ("none", fitting[0][1])
             waits = exchange(weights, count, rate, latency)
             rows.append(
                 {"devices": count, "link": name, "exchange": waits, "step, exchange hidden": max(step, waits),
@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"| {least['bytes, unfused'] * 1e3:.2f} | {rate:,.0f} |"
             )
     for name, rows in scaled.items():
-        print(f"\n{name}, {args.batch} images a device, BN over all of them\n")
+        print(f"\n{name}, {args.batch} images a device; BatchNorm's own exchanges are not counted\n")
         print(
             "| devices | link | ms exchange | ms step, hidden | ms step, not hidden | images/s |\n|---|---|---|---|---|---|"
         )

@@ -21,6 +21,7 @@ import optax
 from flax import nnx
 
 import jresnet
+from gpu.bars import bars
 from jresnet.errors import JresnetError
 from jresnet.models import zoo
 from jresnet.training import optim
@@ -50,10 +51,16 @@ def summed(folder: Path) -> dict[str, Any]:
     processes = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name"}
     device = {pid for pid, name in processes.items() if "device" in name.lower() or "gpu" in name.lower()}
     device = device or set(processes)  # a CPU's threads
+    # A GPU's kernels are in the lines of its streams, a TPU's in one of operations; other lines sum these up once more.
+    lines = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e.get("name") == "thread_name"}
+    wanted = {line for line, name in lines.items() if line[0] in device and name.startswith("Stream")}
+    wanted = wanted or {line for line, name in lines.items() if line[0] in device and name == "XLA Ops"}
     by_kind: dict[str, float] = defaultdict(float)
     by_name: dict[str, list[float]] = defaultdict(list)
     for event in events:
-        if event.get("ph") == "X" and event["pid"] in device and event.get("dur"):
+        place = event.get("pid"), event.get("tid")
+        counts = place in wanted if wanted else place[0] in device
+        if event.get("ph") == "X" and counts and event.get("dur"):
             by_kind[kind(event["name"])] += event["dur"] * 1e-6 / STEPS
             by_name[event["name"]].append(event["dur"] * 1e-6 / STEPS)
     most = sorted(((sum(times), len(times) / STEPS, name) for name, times in by_name.items()), reverse=True)[:20]
@@ -128,6 +135,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     (args.out / f"trace-{args.arch}.json").write_text(json.dumps(found, indent=1) + "\n")
+    kinds = {name: seconds * 1e3 for name, seconds in found.get("seconds a step by kind", {}).items()}
+    title = f"{args.arch} at {args.size}, batch {args.batch}, {found['device']}"
+    bars(kinds, args.out / f"trace-{args.arch}.png", "milliseconds a step", title)
     for name, seconds in found.get("seconds a step by kind", {}).items():
         print(f"{seconds * 1e3:9.3f} ms a step  {name}")
     return 0

@@ -47,7 +47,7 @@ def assert_same(found: dict[str, Any]) -> None:
         assert name == "jresnet" or rounds[0]["note"] == "channels-last"
 
 
-@pytest.mark.parametrize("task", ["train", "infer"])
+@pytest.mark.parametrize("task", ["train", pytest.param("infer", marks=pytest.mark.long)])
 def test_the_same_results(folder: Path, task: str) -> None:
     """The whole gradient, or the logits."""
     row = Row(task, task, "resnet20_cifar", 8, 8)
@@ -68,6 +68,7 @@ def test_all_peers(folder: Path, task: str) -> None:
     assert_same(measure(folder, row, zoo.configure("resnet18"), ["torch", "torch-compile", "timm"]))
 
 
+@pytest.mark.long
 def test_an_epoch(folder: Path) -> None:
     """Of 16 images, in steps of 6."""
     row = Row("train", "epoch", "tiny", 8, 6, "bfloat16")

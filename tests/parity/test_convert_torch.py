@@ -175,30 +175,30 @@ def test_the_command_needs_a_file_alone(
     assert Path("resnet18-model.safetensors").exists()
 
 
-@pytest.mark.slow
-def test_no_draw_decides_whether_a_conversion_is_right() -> None:
-    """200 correct conversions pass, and each of 20 with one wrong tensor is refused."""
+@pytest.mark.parametrize("draws", [30, pytest.param(200, marks=pytest.mark.long)])
+def test_no_draw_decides_whether_a_conversion_is_right(draws: int) -> None:
+    """All correct conversions pass, and each of a tenth with one wrong tensor is refused."""
 
     from jresnet.errors import WeightsError
     from jresnet.models import params
     from jresnet.pytorch import statedict
 
     refused = 0
-    for seed in range(200):
+    for seed in range(draws):
         torch.manual_seed(seed)
-        network = networks.CifarResNet(20)
+        network = networks.CifarResNet(8)
         networks.randomise(network)
         found = statedict.match(network.state_dict())
         tensors = found.torchvision()
         model = params.fill(found.config, found.values)
-        assert verify.check(model, "resnet20_cifar", tensors, "always").done
+        assert verify.check(model, "resnet8_cifar", tensors, "always").done
         if seed % 10 == 0:
-            path = sorted(found.values)[seed // 2 % 97]
+            path = sorted(found.values)[seed // 2 % len(found.values)]
             broken = found.values | {path: np.roll(found.values[path], 1)}
             with pytest.raises(WeightsError, match="is not the network PyTorch computes"):
-                verify.check(params.fill(found.config, broken), "resnet20_cifar", tensors, "always")
+                verify.check(params.fill(found.config, broken), "resnet8_cifar", tensors, "always")
             refused += 1
-    assert refused == 20
+    assert refused == draws // 10
 
 
 # --- Networks of the same tensors and another function

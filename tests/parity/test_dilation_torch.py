@@ -68,7 +68,9 @@ def timms(output_stride: int) -> tuple[torch.nn.Module, int]:
     ), 41
 
 
-@pytest.mark.parametrize(("build", "output_stride"), [(torchvisions, 8), (timms, 16)])
+@pytest.mark.parametrize(
+    ("build", "output_stride"), [pytest.param(torchvisions, 8, marks=pytest.mark.long), (timms, 16)]
+)
 def test_outputs_and_gradients_are_pytorchs(build: Any, output_stride: int) -> None:
     torch.manual_seed(0)
     theirs, size = build(output_stride)

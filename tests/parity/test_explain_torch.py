@@ -39,7 +39,9 @@ def their_maps(model: nn.Module, module: nn.Module, images: torch.Tensor, classe
     return scaled(maps).detach().numpy()
 
 
-@pytest.mark.parametrize("layer", ["stem", "layer2.0", "layer3"])
+@pytest.mark.parametrize(
+    "layer", [pytest.param("stem", marks=pytest.mark.long), pytest.param("layer2.0", marks=pytest.mark.long), "layer3"]
+)
 def test_maps_are_the_formulas(layer: str) -> None:
     torch.manual_seed(0)
     theirs = reference.ResNet(CONFIG)

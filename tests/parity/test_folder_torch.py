@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from convert.installed import import_torchvision
-from jresnet.data import folder
+from jresnet.data import crops
 
 import_torchvision()
 
@@ -26,8 +27,8 @@ def test_boxes_have_torchvisions_distribution(size: tuple[int, int], scale: tupl
     torch.manual_seed(0)
     image = torch.zeros(1, size[1], size[0])
     theirs = [RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3]) for _ in range(n)]
-    draws = np.random.default_rng(0)
-    ours = [folder.crop_box(*size, draws, scale[0]) for _ in range(n)]
+    draws = Random(0)
+    ours = [crops.crop_box(*size, draws, scale[0]) for _ in range(n)]
     reference = np.array([(left, top, w, h) for top, left, h, w in theirs], float)
     found = np.array(ours, float)
     limit = 2.23 * np.sqrt(2 / n)  # sqrt(-ln(0.0001 / 2) / 2)
@@ -45,7 +46,7 @@ def test_a_box_is_cut_out_as_torchvision_does(tmp_path: Path) -> None:
     image = Image.fromarray(pixels).resize((160, 120), Image.Resampling.BICUBIC)
     image.save(tmp_path / "x.png")
     for seed in range(5):
-        left, top, w, h = folder.crop_box(160, 120, np.random.default_rng(seed), 0.08)
+        left, top, w, h = crops.crop_box(160, 120, Random(seed), 0.08)
         theirs = functional.resized_crop(image, top, left, h, w, [64, 64])
-        ours = folder.random_resized_crop(str(tmp_path / "x.png"), 64, np.random.default_rng(seed), 0.08)
+        ours = crops.random_resized_crop(str(tmp_path / "x.png"), 64, Random(seed), 0.08)
         assert abs(np.asarray(theirs, int) - np.asarray(ours, int)).max() <= 1

@@ -22,6 +22,7 @@ from jresnet.models import params
 from jresnet.models.layers import BatchNorm, Conv
 from jresnet.pytorch import keymap, statedict
 
+LARGE = ("resnet101", "resnet152", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet101_2")  # the same blocks, more
 ARCHS = (*networks.TORCHVISION, "resnet20_cifar", "resnet56_cifar", "resnet34_projection", "resnet18_d2l")
 EXACT = 1e-10  # relative, in float64: a few thousand roundings of 1e-16, enlarged by BN's divisions
 
@@ -30,7 +31,9 @@ def converted(arch: str, model: torch.nn.Module) -> jresnet.ResNet:
     return torch2flax.convert(model.state_dict(), arch)
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize(
+    "arch", [pytest.param(arch, marks=pytest.mark.long) if arch in LARGE else arch for arch in ARCHS]
+)
 def test_logits_are_pytorchs(arch: str) -> None:
     reference = networks.build(arch)
     model = converted(arch, reference)
@@ -49,7 +52,7 @@ def test_fused_logits_are_pytorchs(arch: str) -> None:
     assert found.is_rounding, found
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("arch", ["resnet18", pytest.param("resnet50", marks=pytest.mark.long)])
 def test_logits_of_the_fastest_program_are_pytorchs(arch: str) -> None:
     """The weights as its constants, so that convolutions go by Winograd's algorithm, with one piece and with several."""
     reference = networks.build(arch)

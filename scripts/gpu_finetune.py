@@ -1,0 +1,8 @@
+"""Fine-tuning on a folder, and who waits: ``python scripts/gpu_finetune.py --out DIR``. See :mod:`gpu.finetune`."""
+
+import sys
+
+from gpu import finetune
+
+if __name__ == "__main__":
+    sys.exit(finetune.main())
