@@ -182,7 +182,7 @@ def test_both_of_nnxs_modes(model: jresnet.ResNet, graph_mode: bool) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"block": "bottlneck"}, "block must be 'basic' or 'bottleneck', got 'bottlneck'"),
+        ({"block": "bottlneck"}, "block must be 'basic' or 'bottleneck', or a tuple of these, got 'bottlneck'"),
         ({"stem": "imagnet"}, "stem must be 'imagenet' or 'cifar' or .*, got 'imagnet'"),
         ({"stride_in": "1x1"}, "stride_in '1x1' is for bottlenecks"),
         ({"shortcut": "B"}, "shortcut must be 'pad' or 'projection' or 'projection_first' or 'conv' or .*, got 'B'"),
@@ -194,7 +194,7 @@ def test_both_of_nnxs_modes(model: jresnet.ResNet, graph_mode: bool) -> None:
             {"antialias": "blur", "stem": "deep_conv"},
             "antialias is for a stem with a max-pool or none, not for 'deep_conv'",
         ),
-        ({"stem": "deep", "stem_channels": 20}, "a deep stem's channels must be a multiple of 8, got 20"),
+        ({"stem": "deep", "stem_channels": 21}, "a deep stem's channels must be a multiple of 8, got 21"),
         ({"stem_channels": 0}, "stem_channels must be a whole number of at least 1, got 0"),
         ({"norm": "group", "widths": (32, 48, 64, 96)}, "GroupNorm needs multiples of 32 channels, got 48 in stage 2"),
         ({"reduce_first": 2}, "reduce_first 2 is for bottlenecks"),
