@@ -19,7 +19,7 @@ from jresnet.weights import published
 
 def test_there_is_a_function_for_every_name_that_is_not_timms_alone() -> None:
     functions = [arch for arch in jresnet.list_models() if arch not in zoo.IN_TIMM or published.names(arch)]
-    assert len(functions) == 18
+    assert len(functions) == 19
     assert not {*jresnet.list_models()} - {*functions} & {*jresnet.__all__}
     for arch in functions:
         function = getattr(jresnet, arch)
