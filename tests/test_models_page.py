@@ -17,13 +17,16 @@ from jresnet.pytorch import statedict
 from jresnet.weights import native, timm_config
 
 
-def test_the_page_is_current(tmp_path: Path) -> None:
+def test_the_pages_are_current(tmp_path: Path) -> None:
     assert models.main(["--check"]) == 0
-    page = tmp_path / "models.md"
-    page.write_text(models.PAGE.read_text().replace("| resnet50d | 25,576,264 |", "| resnet50d | 1 |"))
-    assert models.main(["--check"], page) == 1
-    assert models.main([], page) == 0
-    assert page.read_text() == models.PAGE.read_text()
+    (tmp_path / "docs").mkdir()
+    for name in models.PAGES:
+        text = (models.ROOT / name).read_text()
+        (tmp_path / name).write_text(text.replace("| resnet50d | 25,576,264 |", "| resnet50d | 1 |"))
+    assert models.main(["--check"], tmp_path) == 1
+    assert models.main([], tmp_path) == 0
+    for name in models.PAGES:
+        assert (tmp_path / name).read_text() == (models.ROOT / name).read_text()
 
 
 def logits_of(model: jresnet.ResNet) -> jax.ShapeDtypeStruct:

@@ -40,7 +40,7 @@ PLACES = {
 }  # where it is not the main of a module of the name
 COMPUTING = ("train", "train-imagenet", "evaluate", "finetune", "predict")  # those that gain from large pages
 SLOW = (*COMPUTING, "convert", "export-torch")  # those that import JAX and then work for a while
-PRINTING = ("report", "info", "evaluate", "predict")  # those whose result is what they print
+PRINTING = ("info", "evaluate", "predict")  # those whose result is what they print
 OTHERS = {  # of the package convert, which comes with jresnet
     "convert": "turn PyTorch's weights into a file of jresnet's",
     "export-torch": "turn a file of jresnet's into PyTorch's weights",
