@@ -105,7 +105,8 @@ def randomise(model: nn.Module) -> None:
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_mean, -0.3, 0.3)  # type: ignore[arg-type]
             nn.init.uniform_(module.running_var, 0.5, 1.5)  # type: ignore[arg-type]
-    if len(blocks) > (30 if getattr(blocks[0], "se", None) else 100):
+    attention = any(getattr(block, "se", None) is not None for block in blocks)
+    if len(blocks) > (30 if attention else 100):
         for block in blocks:
             nn.init.uniform_(getattr(block, "bn3", block.bn2).weight, 0.05, 0.15)
 
