@@ -683,7 +683,7 @@ def test_pipes_do_not_hang(tmp_path):
         place.parent.mkdir(parents=True)
         os.mkfifo(place)
     refused(tmp_path / "a", "found no CIFAR-10")
-    with pytest.raises(DataError, match="no ordinary file"):
+    with pytest.raises(DataError, match="not a regular file"):
         data.load_cifar10(tmp_path / "b")
 
 

@@ -402,7 +402,7 @@ def test_cache_that_is_no_folder(server: Hub, library: Any) -> None:
 
 @pytest.mark.parametrize(
     ("token", "words"),
-    [("hf_secret", "answers HTTP 401: log in again"), ("hf_sécret", "the token in HF_TOKEN is none")],
+    [("hf_secret", "answers HTTP 401: log in again"), ("hf_sécret", "the token in HF_TOKEN is not valid")],
 )
 def test_the_token_is_never_shown(server: Hub, monkeypatch: pytest.MonkeyPatch, token: str, words: str) -> None:
     import huggingface_hub

@@ -81,7 +81,10 @@ def test_decay_spares_what_is_no_kernel() -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: optim.optimizer("adam", 0.1), "the optimizer must be sgd or adamw or lamb, got 'adam': optax has others"),
+        (
+            lambda: optim.optimizer("adam", 0.1),
+            "the optimizer must be sgd or adamw or lamb, got 'adam': optax has others",
+        ),
         (lambda: optim.optimizer("sgd", float("nan")), "learning_rate must be a number of at least 0, got nan"),
         (lambda: optim.optimizer("sgd", -0.1), "learning_rate must be"),
         (lambda: optim.optimizer("sgd", 0.1, momentum=1), "momentum must be a number of at least 0 and below 1, got 1"),

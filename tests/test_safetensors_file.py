@@ -96,8 +96,8 @@ def refused(tmp_path: Path) -> Callable[..., str]:
 
 def test_every_truncation_is_found(tiny: bytes, refused: Callable[..., str]) -> None:
     for length in range(len(tiny)):
-        refused(tiny[:length], "no whole safetensors file")
-    refused(tiny + b"\0", "no whole safetensors file")
+        refused(tiny[:length], "not a complete safetensors file")
+    refused(tiny + b"\0", "not a complete safetensors file")
 
 
 def test_flipped_bytes(tiny: bytes, read: Callable[..., Any]) -> None:
@@ -150,7 +150,7 @@ def test_flipped_bytes(tiny: bytes, read: Callable[..., Any]) -> None:
         (raw({"a": entry(shape=(1 << 32, 1 << 32))}, b"\0" * 4), "overflow"),
         (raw({"a": entry(shape=(1 << 62, 4), stop=0)}), "overflow"),
         (raw({"a": entry(shape=(1 << 64, 0), stop=0)}), "JSON"),
-        (raw({"a": entry(shape=(0, (1 << 64) - 1), stop=0)}), "no whole safetensors file"),
+        (raw({"a": entry(shape=(0, (1 << 64) - 1), stop=0)}), "not a complete safetensors file"),
         (raw({"a": entry(shape=(0, 1 << 62), stop=0)}), "too big"),
         (raw({"a": entry(shape=(1,) * 100)}, b"\0" * 4), "64"),
         (raw({"a": entry("F64")}, b"\0" * 4), "invalid shape"),

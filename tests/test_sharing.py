@@ -122,7 +122,7 @@ def test_a_strangers_folder_is_checked(file: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out.safetensors").exists()
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
-    with pytest.raises(WeightsError, match="no whole safetensors file"):
+    with pytest.raises(WeightsError, match="not a complete safetensors file"):
         sharing.pull(folder, tmp_path / "out.safetensors")
     (folder / "model.safetensors").unlink()
     with pytest.raises(WeightsError, match=r"a folder without model\.safetensors"):

@@ -12,9 +12,8 @@ import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
-
-import numpy as np
 
 from jresnet.errors import InputError
 from jresnet.models.config import STEMS, Block, ResNetConfig
@@ -280,6 +279,7 @@ def replaced(config: ResNetConfig, **chosen: Any) -> ResNetConfig:
     """``config`` with those values that are not None in place of its own; numpy's whole numbers are taken as Python's."""
     # labels.max() + 1 is a likely number of classes, and a configuration is written as JSON
     plain: dict[str, Any] = {
-        name: int(value) if isinstance(value, np.integer) else value for name, value in chosen.items()
+        name: int(value) if isinstance(value, Integral) and type(value) is not bool else value
+        for name, value in chosen.items()
     }
     return dataclasses.replace(config, **{name: value for name, value in plain.items() if value is not None})
