@@ -352,7 +352,7 @@ def test_debug_nans_names_the_layer(tmp_path: Path) -> None:
     first = Trainer(chosen, load_data(chosen, None), tmp_path / "out", options=Options(debug_nans=True))
     params = first.state.params
     params["layer2"][0]["bn2"]["scale"][...] = params["layer2"][0]["bn2"]["scale"][...].at[3].set(np.inf)
-    with pytest.raises(NonFiniteLoss, match=r"at step 0 \(epoch 1\)\n  .*layer2\.1\.bn2"):
+    with pytest.raises(NonFiniteLoss, match=r"at step 0 \(epoch 1\)\n  .*layer2\.0\.bn2"):
         first.fit()
 
 
