@@ -28,12 +28,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from jresnet.commands.flags import Parser
+
 SIZE, VIEW, CLASSES = (500, 375), 224, 4
 
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = Parser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--images", type=int, default=512, help="JPEGs to make")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode, of each contestant")
     parser.add_argument("--batch", type=int, default=64)

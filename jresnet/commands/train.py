@@ -7,7 +7,7 @@ import dataclasses
 import os
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -99,9 +99,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "jresnet train") -> int:
     args = options.parse_args(argv)
     if found := mistakes(args):
         options.error("; ".join(found))
+    with naming_flags(options):
+        return among_processes(lambda: _train(args))
+
+
+def among_processes(run: Callable[[], int]) -> int:
+    """What ``run`` returns; 1 where this process of several lost another one, which JAX tells by a RuntimeError."""
     try:
-        with naming_flags(options):
-            return _train(args)
+        return run()
     except RuntimeError as error:
         if jax.process_count() == 1:
             raise

@@ -8,9 +8,6 @@ import os
 import shlex
 from collections.abc import Sequence
 
-import jax
-
-from jresnet.commands import failed
 from jresnet.commands.flags import (
     Parser,
     add_flags,
@@ -21,7 +18,7 @@ from jresnet.commands.flags import (
     wandb_mistakes,
 )
 from jresnet.commands.flags import folder as a_folder
-from jresnet.commands.train import start
+from jresnet.commands.train import among_processes, start
 from jresnet.data import folder
 from jresnet.errors import InputError
 from jresnet.training import devices, imagenet, initial, outputs
@@ -88,13 +85,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "jresnet train-imagenet"
     args = options.parse_args(argv)
     if found := mistakes(args):
         options.error("; ".join(found))
-    try:
-        with naming_flags(options, images="data"):
-            return _train(args)
-    except RuntimeError as error:
-        if jax.process_count() == 1:
-            raise
-        return failed(f"the processes lost each other: start all again with --resume\n{error}")
+    with naming_flags(options, images="data"):
+        return among_processes(lambda: _train(args))
 
 
 def mistakes(args: argparse.Namespace) -> list[str]:
@@ -105,7 +97,7 @@ def mistakes(args: argparse.Namespace) -> list[str]:
     if not args.data and not args.resume:
         found.append("--data is required: the images")
     if args.data_dir and args.data and not args.data.startswith("tfds:"):
-        found.append("--data-dir says where a TFDS store lies, but --data names a folder or a table")
+        found.append("--data-dir says where a TFDS store lies, but --data names a folder")
     if args.workers is not None and not 0 <= args.workers <= MAX_WORKERS:
         found.append(f"--workers must be from 0 to {MAX_WORKERS}, got {args.workers}")
     return found + process_mistakes(args) + wandb_mistakes(args.wandb)

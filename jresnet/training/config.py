@@ -158,6 +158,21 @@ class RunConfig(Hyperparameters):
         return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class FilesConfig(RunConfig):
+    """Of a run on images that come from files, and so are of any size and in the order of their classes."""
+
+    dataset: str = option("images", "", metavar="DATA")
+    # The first N would be of one class.
+    limit_train: int | None = option("not used", "", None)
+    limit_test: int | None = option("not used", "", None)
+    val_split: int = option("not used: images to judge by have a place of their own", "", 0, least=0, most=0)
+    images: str = option("where the images are, as the user named them", "", "")
+
+    def _wrong_sizes(self) -> list[str]:
+        return []
+
+
 def default_config(
     *, recipe: str = "step", dataset: str = "cifar10", arch: str | None = None, **overrides: Any
 ) -> RunConfig:

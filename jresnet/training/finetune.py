@@ -31,7 +31,7 @@ from jresnet.models.resnet import ResNet
 from jresnet.training import loop, optim
 from jresnet.training import step as train
 from jresnet.training.augment import Pipeline
-from jresnet.training.config import RunConfig
+from jresnet.training.config import FilesConfig
 from jresnet.training.devices import Devices
 from jresnet.training.fields import option, problems
 from jresnet.training.program import Program
@@ -44,17 +44,11 @@ SMALL = 64  # pixels up to which an architecture counts as one for CIFAR's image
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(RunConfig):
+class FinetuneConfig(FilesConfig):
     """All that decides the outcome of a fine-tuning run; what it starts from is told by its digest."""
 
-    dataset: str = option("images", "", metavar="DATA")
-    # A folder's images come class by class: the first N would be of one class.
-    limit_train: int | None = option("not used: PER_CLASS is", "", None)
-    limit_test: int | None = option("not used", "", None)
-    val_split: int = option("not used: SHARE is", "", 0, least=0, most=0)
     recipe: str = option("the stage", "", choices=("finetune", "probe", "scratch"))
     weights: str | None = option("what it starts from, as the user named it", "", None, none="random weights")
-    images: str = option("where the images are, as the user named them", "", "")
     share: float = option(
         "share of each class's images to judge by, where the data set holds none for it", "data", 0.2, above=0, below=1
     )  # fmt: skip
@@ -62,8 +56,8 @@ class FinetuneConfig(RunConfig):
     per_class: int | None = option(
         "only N training images of each class", "data", None, metavar="N", none="all", least=1
     )
-    weights_digest: str = option("SHA-256 of the arrays that it starts from; empty: random ones", "", "")
     data_digest: str = option("SHA-256 of the images and their labels", "", "")
+    weights_digest: str = option("SHA-256 of the arrays that it starts from; empty: random ones", "", "")
     min_area: float = option(
         "the smallest share of a photo's area that a random crop keeps (torchvision's for ImageNet: 0.08)", "recipe", 0.25,
         above=0, most=1,
@@ -110,14 +104,7 @@ class FinetuneConfig(RunConfig):
         self.preprocessing().check()
 
     def _contradictions(self) -> list[str]:
-        found = ["`nesterov` needs a `momentum` above 0"] if self.nesterov and self.momentum == 0 else []
-        if self.warmup_epochs > self.epochs:
-            found.append(
-                f"a warm-up of {self.warmup_epochs:g} epochs is longer than the run's {self.epochs}: fewer "
-                "`warmup_epochs`, or more `epochs`"
-            )
-        if self.loss != "sigmoid" and self.target_threshold:
-            found.append(f"`target_threshold` belongs to `loss` sigmoid, not {self.loss}")
+        found = super()._contradictions()
         if self.flip == "alternate" and self.crop == "resized":
             found.append("`flip` alternate is for images in memory; photos on disk take random")
         if self.schedule == "step" and not self.milestones:

@@ -21,7 +21,7 @@ from jresnet.errors import DataError, InputError
 from jresnet.models import zoo
 from jresnet.training import recipes
 from jresnet.training.augment import Pipeline
-from jresnet.training.config import RunConfig
+from jresnet.training.config import FilesConfig
 from jresnet.training.fields import option
 from jresnet.training.recipes import Recipe
 from jresnet.weights import published
@@ -97,22 +97,16 @@ RECIPES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageNetConfig(RunConfig):
+class ImageNetConfig(FilesConfig):
     """All that decides the outcome of a run from scratch on images that are streamed."""
 
-    dataset: str = option("images", "", metavar="DATA")
-    # A folder's images come class by class: the first N would be of one class.
-    limit_train: int | None = option("not used", "", None)
-    limit_test: int | None = option("not used", "", None)
-    val_split: int = option("not used: the data set has images for validation", "", 0, least=0, most=0)
     recipe: str = option(
         "where what is not given comes from: "
         + "; ".join(f"{name}: {row.epochs} epochs, batch {row.batch_size}, {row.source}" for name, row in RECIPES.items()),
         "recipe", choices=tuple(RECIPES),
     )  # fmt: skip
     arch: str = option("any architecture of jresnet.list_models()", "network", metavar="NAME")
-    images: str = option("where the images are, as the user named them", "", "")
-    data_digest: str = option("SHA-256 of the images' names and labels", "", "")
+    data_digest: str = option("SHA-256 of the images' names and labels", "", "")  # a million files are not read for it
     image_size: int = option(
         "pixels, height and width of the training views", "recipe", metavar="N", least=1, most=4096
     )
@@ -153,9 +147,6 @@ class ImageNetConfig(RunConfig):
         if self.batch_size % self.repeats:
             found.append(f"`batch_size` must be a multiple of `repeats` {self.repeats}, got {self.batch_size}")
         return found
-
-    def _wrong_sizes(self) -> list[str]:
-        return []  # files have any size
 
 
 def choose(recipe: str = "classic", **given: Any) -> tuple[ImageNetConfig, list[str]]:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jresnet.commands.flags import Parser
+
 ROOT = Path(__file__).resolve().parents[2]
 JRESNET, TORCH = "scripts/train_cifar10.py", "tests/parity/train_torch.py"
 KEPT = ("config.json", "metrics.jsonl", "summary.json", "curves.png", "confusion.png")  # of a run's folder
@@ -114,7 +116,7 @@ def keep(out: Path) -> None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Train to the accuracies that are asked of CIFAR-10, and collect accuracies and times.",
         epilog="Exit code: 0; 1 where a run failed, fell short or was not reached; 2 for bad options.",
     )

@@ -28,6 +28,7 @@ from benchmark.networks import randomise
 from flax import nnx
 
 import jresnet
+from jresnet.commands.flags import Parser
 from jresnet.models import params, zoo
 from jresnet.training import optim
 from jresnet.weights import native
@@ -220,7 +221,7 @@ def train(out: Path, *more: str, stop_after: str = "") -> dict[str, Any]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Check jresnet on this machine's accelerator: logits, gradients and three SGD steps against the CPU's "
         "float64, the lowered program, a run of the digits, and its resumption bit by bit.",
         epilog="Exit code: 0; 1 where something is not right or was not reached; 2 for bad options.",

@@ -26,6 +26,7 @@ from PIL import Image
 import jresnet
 from gpu.bars import bars
 from gpu.variants import Training
+from jresnet.commands.flags import Parser
 from jresnet.data import folder
 from jresnet.data.stream import Files, Stream
 from jresnet.models import zoo
@@ -107,7 +108,7 @@ def _path() -> str:
 
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Fine-tune ResNet-50 on a folder of photos that this makes, and measure whether the device waits.",
         epilog="Exit code: 0; 1 where something failed or was not reached; 2 for bad options.",
     )

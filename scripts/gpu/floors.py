@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jresnet.commands.flags import Parser
 from jresnet.errors import JresnetError
 from jresnet.models import zoo
 from jresnet.models.resnet import ResNet, ResNetConfig
@@ -168,7 +169,7 @@ def scaling(found: list[Layer], batch: int, precision: str, device: Device, coun
 
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="The least time of a step on an accelerator, computed from the shapes of the layers. Measures nothing, "
         "and needs no accelerator.",
         epilog="Exit code: 0; 1 for a network that cannot be; 2 for bad options.",

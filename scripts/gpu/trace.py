@@ -22,6 +22,7 @@ from flax import nnx
 
 import jresnet
 from gpu.bars import bars
+from jresnet.commands.flags import Parser
 from jresnet.errors import JresnetError
 from jresnet.models import zoo
 from jresnet.training import optim
@@ -113,7 +114,7 @@ def trace(arch: str, size: int, batch: int, out: Path) -> dict[str, Any]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Trace training steps with jax.profiler and sum the device's kernels by kind.",
         epilog="Exit code: 0; 1 for a network that cannot be; 2 for bad options.",
     )

@@ -28,6 +28,7 @@ from jax import lax
 import jresnet
 from gpu.bars import bars
 from jresnet import kernels
+from jresnet.commands.flags import Parser
 from jresnet.data.dataset import Split
 from jresnet.models import zoo
 from jresnet.training import devices, loop, optim
@@ -228,7 +229,7 @@ def saving(small: bool) -> dict[str, Any]:
 
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         description="Measure ways to train on an accelerator beside the usual one: a step's seconds, in turn.",
         epilog="Exit code: 0; 1 where a way failed or was not reached; 2 for bad options.",
     )
