@@ -266,18 +266,30 @@ def _run(jaxpr: Any, constants: Sequence[Any], *arguments: Any) -> list[Any]:
             constant = not any(isinstance(value, jax.core.Tracer) for value in values)
             with jax.ensure_compile_time_eval() if constant else contextlib.nullcontext():
                 name = "constant" if constant else equation.primitive.name
-                compute = {"pad": _channels_added, "reduce_window_max": _pooled}.get(name, equation.primitive.bind)
+                compute = {"pad": _padded, "reduce_window_max": _pooled}.get(name, equation.primitive.bind)
                 found = compute(*values, **equation.params)
             found = found if equation.primitive.multiple_results else [found]
         known |= zip(equation.outvars, found, strict=True)
     return [value(variable) for variable in jaxpr.outvars]
 
 
-def _channels_added(x: jax.Array, _: Any, *, padding_config: Sequence[tuple[int, int, int]]) -> jax.Array:
-    """Channels of zeros before and behind, the one padding that an evaluation has: jax2onnx's asks for a batch's size."""
-    before, behind, _ = map(int, padding_config[-1])
-    assert not np.any(padding_config[:-1]), padding_config
-    return x @ np.eye(x.shape[-1], before + x.shape[-1] + behind, before, x.dtype)
+def _padded(x: jax.Array, value: Any, *, padding_config: Sequence[tuple[int, int, int]]) -> jax.Array:
+    """``lax.pad`` of all axes but the first: jax2onnx's asks for a batch's size."""
+    for axis, (before, after, inside) in enumerate(padding_config):
+        assert inside == 0 <= min(before, after), padding_config
+        if axis == x.ndim - 1 and before + after:  # the channels of a shortcut, by zeros
+            size = x.shape[axis]
+            x = x @ np.eye(size, before + size + after, before, x.dtype)
+            continue
+        # No constant is of the batch's size: a row between the value and itself is the value.
+        rows = [_filled(lax.slice_in_dim(x, 0, 1, axis=axis), value)] * int(max(before, after))
+        if rows:
+            x = lax.concatenate([*rows[:before], x, *rows[:after]], axis)
+    return x
+
+
+def _filled(x: jax.Array, value: Any) -> jax.Array:
+    return jnp.maximum(jnp.minimum(x, value), value)
 
 
 def _pooled(x: jax.Array, *, window_dimensions: Any, window_strides: Any, padding: Any, **_: Any) -> jax.Array:

@@ -143,10 +143,10 @@ def max_pool_dense(x: jax.Array) -> jax.Array:
 
 def _reflected(x: jax.Array, axis: int) -> jax.Array:
     """With the pixels next to both ends once more beyond them."""
-    if known(x.shape[axis]):
-        return jnp.pad(x, [(int(i == axis),) * 2 for i in range(x.ndim)], mode="reflect")
-    # Dynamic slices, as JAX does not know that there are two pixels.
-    first, last = (lax.dynamic_slice_in_dim(values, 1, 1, axis) for values in (x, lax.rev(x, (axis,))))
+    if known(size := x.shape[axis]):
+        first, last = (lax.slice_in_dim(x, at, at + 1, axis=axis) for at in (min(1, size - 1), max(size - 2, 0)))
+    else:  # dynamic slices, as JAX does not know that there are two pixels
+        first, last = (lax.dynamic_slice_in_dim(values, 1, 1, axis) for values in (x, lax.rev(x, (axis,))))
     return lax.concatenate([first, x, last], axis)
 
 
@@ -187,8 +187,10 @@ def average_pairs(x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         count = _sums(jnp.ones((1, *x.shape[1:3], 1), wide.dtype), 2, (0, 1))
         return (_sums(wide, 2, (0, 1)) / count).astype(x.dtype)
-    # The last row once more gives the average of that row alone.
-    x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)), mode="edge")
+    for axis in (1, 2):
+        size = x.shape[axis]
+        if size % 2:  # the last row once more gives the average of that row alone
+            x = lax.concatenate([x, lax.slice_in_dim(x, size - 1, size, axis=axis)], axis)
     return _averaged(x, 2)
 
 
