@@ -23,6 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 import jresnet
+from convert.verify import ALLOWED_OVERALL
 from jresnet import commands
 from jresnet.commands.flags import Parser, folder
 from jresnet.data.digits import load_digits
@@ -217,21 +218,31 @@ def parity(path: Path) -> None:
     page = (ROOT / "docs" / "log" / "2026-11-parity.md").read_text()
     lines = page[page.index("| architecture | float64 |") :].split("\n\n")[0].splitlines()[2:]
     rows: list[list[str]] = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    figure = Figure(figsize=(9, 5.2), facecolor="white", layout="constrained")
+    families = {"torchvision and tutorials": ("o", BLUE), "for CIFAR": ("s", RED), "timm": ("^", GREEN)}
+    figure = Figure(figsize=(7.5, 6), facecolor="white", layout="constrained")
     axes = figure.subplots()
-    at = np.arange(len(rows))
-    ours, theirs = ([float(row[column]) for row in rows] for column in (2, 3))
-    axes.hlines(at, np.minimum(ours, theirs), np.maximum(ours, theirs), color="#7b8794", linewidth=1)
-    axes.plot(theirs, at, "s", color=RED, label="PyTorch", markersize=6, fillstyle="none", markeredgewidth=1.5)
-    axes.plot(ours, at, "o", color=BLUE, label="jresnet", markersize=5)
-    axes.set_yticks(at, [row[0] for row in rows], fontsize=9)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 1.35e-6)
-    axes.set_xlabel("relative L2 distance of float32 logits to PyTorch's float64 logits")
-    axes.grid(axis="x", alpha=0.3)
-    axes.legend()
-    axes.set_title("Rounding errors of jresnet are as large as PyTorch's (docs/log/2026-11-parity.md)", fontsize=11)
+    for label, (marker, color) in families.items():
+        own = np.array([[float(row[column]) for column in (3, 2)] for row in rows if family(row[0]) == label])
+        axes.plot(*own.T, marker, color=color, label=f"{label} ({len(own)})", markersize=6, fillstyle="none")
+    ends = np.array([8e-8, 3e-6])
+    axes.plot(ends, ends, "-", color="#4a5560", linewidth=1)
+    limit = f"{ALLOWED_OVERALL} times PyTorch's: the limit of convert.verify"
+    axes.plot(ends, ends * ALLOWED_OVERALL, "--", color="#4a5560", linewidth=1, label=limit)
+    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends, aspect="equal")
+    axes.set_xlabel("PyTorch: relative L2 distance of float32 logits to float64 logits")
+    axes.set_ylabel("jresnet: distance of float32 logits to PyTorch's float64 logits")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper left")
+    axes.set_title(f"Rounding errors of {len(rows)} networks (docs/log/2026-11-parity.md)", fontsize=11)
     save(figure, path)
+
+
+def family(name: str) -> str:
+    """Where a row of the parity table comes from."""
+    arch = name.partition(" ")[0]
+    if arch.endswith("_cifar"):
+        return "for CIFAR"
+    return "timm" if arch in zoo.IN_TIMM and "torchvision" not in zoo.ZOO[arch].source else "torchvision and tutorials"
 
 
 def digits(weights: Path, path: Path) -> None:
