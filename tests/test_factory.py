@@ -79,7 +79,7 @@ def test_arguments_out_of_range(options: dict, message: str) -> None:
     [
         ("resnet5O", "did you mean resnet50"),
         (50, "an architecture is named by a text such as 'resnet50', got 50"),
-        (None, "neither an architecture nor weights are given"),
+        (None, "expected the name of an architecture or weights, got neither"),
     ],
 )
 def test_unknown_architecture(arch: object, words: str) -> None:

@@ -198,7 +198,7 @@ def test_missing_and_too_large_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
         Metrics(tmp_path, 1)
     run(tmp_path, 0, 1)
     monkeypatch.setattr(metrics_file, "LARGEST", 10)
-    with pytest.raises(InputError, match="bytes, where 10 are the most that can be"):
+    with pytest.raises(InputError, match="bytes; expected at most 10"):
         Metrics(tmp_path, 1)
 
 

@@ -135,7 +135,7 @@ def test_a_damaged_summary(tmp_path: Path, damage: Any, match: str) -> None:
 def test_a_folder_that_cannot_be_made_is_told_before_the_data_are_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to("nowhere")
-    for name, why in (("file", "is no folder"), ("file/x/y", "Not a directory"), ("link", "a link that leads nowhere"),
+    for name, why in (("file", "is no folder"), ("file/x/y", "Not a directory"), ("link", "a broken link"),
                       ("x" * 300, "File name too long"), ("a\0b", "embedded null byte")):  # fmt: skip
         with pytest.raises(InputError, match=rf"cannot use `out` .*{why}; choose another folder"):
             outputs.check(default_config(), tmp_path / name, False)

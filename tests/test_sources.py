@@ -147,7 +147,7 @@ def test_a_file_says_its_architecture(model: jresnet.ResNet, pth: Path) -> None:
         assert native.digest(params.arrays(again)) == native.digest(params.arrays(model))
     with pytest.warns(UserWarning, match="fresh head for 7 classes"):
         assert jresnet.create(weights=pth, num_classes=7).config.num_classes == 7
-    with pytest.raises(InputError, match="neither an architecture nor weights"):
+    with pytest.raises(InputError, match="an architecture or weights, got neither"):
         jresnet.create()
 
 

@@ -323,7 +323,7 @@ def unusable(out: Path) -> str | None:
     try:
         out.stat()
     except FileNotFoundError:
-        return f"{out} is a link that leads nowhere" if out.is_symlink() else unusable(out.parent)
+        return f"{out} is a broken link" if out.is_symlink() else unusable(out.parent)
     except (OSError, ValueError) as error:
         return getattr(error, "strerror", None) or str(error)
     if not out.is_dir():
