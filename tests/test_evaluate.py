@@ -271,7 +271,7 @@ def test_names_that_match_in_part_or_not_at_all_are_an_error(model: jresnet.ResN
     ) as info:
         evaluate.folder(named, listed(*names), None)
     absent = next((name for name in CLASSES if name not in names), "categories that the weights name:")
-    assert "none of the 7 categories" in str(info.value)
+    assert "are not among the 7 categories" in str(info.value)
     assert absent in str(info.value)
     assert "`class_names`" in str(info.value)
 
@@ -348,7 +348,7 @@ def test_class_names_map_the_rest(tmp_path: Path, model: jresnet.ResNet) -> None
     assert names == ("auk", "bee", "", "hound", "eel", "fox", "gnu")
     named = evaluate.Resolved("resnet20_cifar", model, RECIPE, CLASSES)
     assert evaluate.folder(named, listed("hound", "auk"), None, names).labels.tolist() == [3, 0, 3, 0]
-    with pytest.raises(DataError, match=r"1 of 2 class folders \(dog\) .* none of the 7 names given"):
+    with pytest.raises(DataError, match=r"1 of 2 class folders \(dog\) .* are not among the 7 names given"):
         evaluate.folder(named, listed("auk", "dog"), None, names)
     with pytest.raises(DataError, match=r"several classes share \(auk\)"):
         evaluate.folder(named, listed("auk"), None, ("auk",) * 7)

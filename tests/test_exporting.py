@@ -124,7 +124,7 @@ def test_sizes_that_are_not_given(weights: Path, monkeypatch: pytest.MonkeyPatch
     jresnet.export(found, tmp_path / "b", preprocess=True)
     jresnet.export(jresnet.create("resnet20_cifar"), tmp_path / "c")
     assert sizes == [(16, 16, 3), (20, 20, 3), (32, 32, 3)]
-    with pytest.raises(InputError, match="has no name, so its image size is unknown: give  `image_size`"):
+    with pytest.raises(InputError, match="has no name, so its image size is unknown: give `image_size`"):
         jresnet.export(model_of(CIFAR), tmp_path / "d")
 
 
@@ -191,7 +191,7 @@ def test_nothing_is_overwritten_unasked(tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "folder").mkdir()
     with pytest.raises(InputError, match="is a folder, a device or a broken link"):
         jresnet.export(model, tmp_path / "folder", image_size=16, force=True)
-    with pytest.raises(InputError, match=r"there is no folder .*nowhere to write a into"):
+    with pytest.raises(InputError, match=r"cannot write a: there is no folder .*nowhere"):
         jresnet.export(model, tmp_path / "nowhere" / "a", image_size=16)
 
 

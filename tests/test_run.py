@@ -489,7 +489,7 @@ def test_seeds_end_where_numpys_do(tmp_path: Path) -> None:
         (["--weights", "{file}", "--dataset", "digits"], 1, "file"),
         (["--weights", "{run}/last.safetensors", "--depth", "32"], 1, "are of another network"),
         (["--weights", "{run}/missing.safetensors", "--lr", "inf"], 1, "--lr must be finite"),
-        (["--weights", ""], 1, "weights are an empty text"),
+        (["--weights", ""], 1, "weights are an empty string"),
         (["--out", "{run}", "--resume", "--runs", "3"], 1, "--runs was not given, now 3"),
         (["--out", "{broken}", "--resume"], 1, "is no run's configuration"),
     ],

@@ -118,14 +118,14 @@ def test_names_are_not_shadowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize(
     ("spec", "arch", "message"),
     [
-        ("", "resnet50", "an empty text"),
-        ("", None, "an empty text"),
+        ("", "resnet50", "an empty string"),
+        ("", None, "an empty string"),
         ("resnet18:IMAGENET1K_V1", "resnet50", "those of resnet18, not of resnet50"),
         ("resnet18", "resnet50", "those of resnet18, not of resnet50"),
         ("resnet50:IMAGENET1K_V9", None, "resnet50 has no weights 'IMAGENET1K_V9'"),
         ("resnet50:", None, "resnet50:IMAGENET1K_V2"),
         ("IMAGENET1K_V9", "resnet50", "did you mean IMAGENET1K_V"),
-        ("IMAGENET1K_V1", None, "does not say of which architecture"),
+        ("IMAGENET1K_V1", None, "needs an architecture: write resnet50:IMAGENET1K_V1"),
         ("IMAGENET1K_V1", "resnet20_cifar", "no weights are published for 'resnet20_cifar'"),
         ("resnet20_cifar", None, "no weights are published for 'resnet20_cifar'"),
         ("resnet51", None, r"no weights are published for 'resnet51' \(did you mean"),
@@ -272,19 +272,19 @@ def test_a_checkpoint_in_several_files(model: jresnet.ResNet, tmp_path: Path, ki
         found = sources.load(source)
         assert native.digest(found.values) == native.digest(params.arrays(model))
     (tmp_path / f"part-1.{kind}").unlink()
-    with pytest.raises(WeightsError, match=rf"names the file part-1\.{kind}, which is not beside it: get that too"):
+    with pytest.raises(WeightsError, match=rf"names the file part-1\.{kind}, which is missing: put it into the same folder"):
         sources.load(index)
 
 
 @pytest.mark.parametrize(
     ("weight_map", "message"),
     [
-        ({"a": "../x.safetensors"}, r"names the file \.\./x\.safetensors, which is not beside it"),
-        ({"a": "model.safetensors.index.json"}, "is not beside it"),
-        ({"a": ""}, "is not beside it"),
-        ({"a": 3}, "should be the index"),
-        ({}, "should be the index"),
-        ({"conv9.weight": "x.safetensors"}, r"names tensors that its files do not hold: conv9\.weight"),
+        ({"a": "../x.safetensors"}, r"names the file \.\./x\.safetensors, which is missing"),
+        ({"a": "model.safetensors.index.json"}, "which is missing"),
+        ({"a": ""}, "which is missing"),
+        ({"a": 3}, "is not the index"),
+        ({}, "is not the index"),
+        ({"conv9.weight": "x.safetensors"}, r"names tensors that are missing from its files: conv9\.weight"),
     ],
 )
 def test_a_strangers_index(tmp_path: Path, weight_map: dict, message: str) -> None:

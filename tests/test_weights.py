@@ -163,7 +163,7 @@ def test_a_network_of_no_name(tmp_path: Path) -> None:
     assert native.read(path)[:2] == (None, config)
     x = jnp.ones((1, 8, 8, 2))
     np.testing.assert_array_equal(jresnet.create(weights=path)(x), model(x))
-    with pytest.raises(WeightsError, match="its architecture is none of the zoo but ResNetConfig"):
+    with pytest.raises(WeightsError, match="its architecture is not in the zoo \(ResNetConfig"):
         jresnet.create("resnet18", weights=path)
 
 
