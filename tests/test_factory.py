@@ -78,7 +78,7 @@ def test_arguments_out_of_range(options: dict, message: str) -> None:
     ("arch", "words"),
     [
         ("resnet5O", "did you mean resnet50"),
-        (50, "an architecture is named by a text such as 'resnet50', got 50"),
+        (50, "the name of an architecture must be a string such as 'resnet50', got 50"),
         (None, "expected the name of an architecture or weights, got neither"),
     ],
 )

@@ -134,7 +134,7 @@ def test_no_batchnorm_of_any_network_is_left_out(config: jresnet.ResNetConfig) -
 def test_a_batchnorm_without_a_convolution_before_it_is_an_error() -> None:
     model = jresnet.create("resnet20_cifar")
     model.bn9 = nnx.clone(model.bn1)
-    with pytest.raises(InputError, match="bn9 follows no convolution"):
+    with pytest.raises(InputError, match="bn9 cannot be folded: there is no convolution before it"):
         jresnet.fuse(model)
 
 

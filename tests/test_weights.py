@@ -177,7 +177,7 @@ def test_dtypes_come_back(tmp_path: Path, dtype: str) -> None:
     assert {value.dtype.name for value in params.arrays(again).values()} == {dtype}
     assert native.digest(params.arrays(again)) == native.digest(params.arrays(model))
     if dtype == "float64":
-        with pytest.warns(UserWarning, match=r"are float64 and become float32: jax.enable_x64\(True\) keeps them"):
+        with pytest.warns(UserWarning, match=r"float64 weights are converted to float32: jax.enable_x64\(True\) keeps float64"):
             native.load(path)
 
 
