@@ -179,7 +179,7 @@ def test_published_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"preprocessing": "{}"}, "there is no resize; crop must be .* got None; mean must be"),
+        ({"preprocessing": "{}"}, "resize is missing; crop must be .* got None; mean must be"),
         ({"categories": "["}, "are not 7 names"),
         ({"categories": json.dumps(CLASSES[1:])}, "are not 7 names"),
         ({"categories": json.dumps([1, 2, 3, 4, 5, 6, 7])}, "are not 7 names"),

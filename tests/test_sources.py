@@ -185,7 +185,7 @@ def test_what_a_file_says_wrongly_is_told_when_it_is_asked(tmp_path: Path) -> No
     names = json.dumps(["a"] * 9)
     written_anyway(tmp_path / "x.safetensors", model, preprocessing="{}", categories=names)
     found = sources.load(tmp_path / "x.safetensors")
-    with pytest.raises(WeightsError, match="the preprocessing that the weights file states cannot be used"):
+    with pytest.raises(WeightsError, match="the preprocessing that the weights file states is invalid"):
         _ = found.preprocessing
     with pytest.raises(WeightsError, match="are not 10 names"):
         _ = found.categories
@@ -298,9 +298,9 @@ def test_a_strangers_index(tmp_path: Path, weight_map: dict, message: str) -> No
     ("names", "message"),
     [
         ([".metadata", "__0_0.distcp"], "format_utils dcp_to_torch"),
-        (["latest", "zero_to_fp32.py"], "its own zero_to_fp32.py"),
-        (["saved_model.pb"], "a SavedModel of TensorFlow"),
-        (["_CHECKPOINT_METADATA"], "a checkpoint of Orbax"),
+        (["latest", "zero_to_fp32.py"], "the zero_to_fp32.py inside"),
+        (["saved_model.pb"], "a TensorFlow SavedModel"),
+        (["_CHECKPOINT_METADATA"], "an Orbax checkpoint"),
         (["a.pth", "b.pth", "notes.txt"], "name one of its files, a.pth, b.pth"),
         (["notes.txt"], "there are notes.txt"),
         ([], "there are no files"),

@@ -213,7 +213,7 @@ def break_one_value(model: jresnet.ResNet) -> None:
         (replace("fc", nnx.Linear(32, 7, rngs=nnx.Rngs(0))), r"fc.kernel is \[32, 7\], not \[64, 7\]"),
         (replace("conv1", nnx.Conv(3, 16, (3, 3), use_bias=False, rngs=nnx.Rngs(0))), "conv1 is a Conv of flax"),
         (replace("extra", nnx.Linear(2, 2, rngs=nnx.Rngs(0))), "2 unexpected: extra.bias, extra.kernel"),
-        (dilate, "layer3.0.conv1 has stride 1, and a network of this configuration 2"),
+        (dilate, "layer3.0.conv1 has stride 1, but a network of this configuration has 2"),
         (break_one_value, "fc.bias holds 1 values that are NaN or infinite"),
     ],
 )
@@ -231,7 +231,7 @@ def test_metadata_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(InputError) as caught:
         native.save(tmp_path / "x.safetensors", model, **bad)
     for part in (
-        "the format writes the entry 'digest' itself", "the format writes the entry 'config' itself",
+        "the metadata name 'digest' is reserved", "the metadata name 'config' is reserved",
         "'epoch' must be text, got 3", "'source' cannot be written as UTF-8", "there are 2 categories for 10 classes",
     ):  # fmt: skip
         assert part in str(caught.value)
@@ -261,6 +261,6 @@ def test_scores_of_numpy_and_jax_are_numbers(tmp_path: Path) -> None:
 
 
 def test_a_name_that_load_takes_for_pytorchs_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"end in \.pth are PyTorch's, which this one is not: name it \*\.safetensors"):
+    with pytest.raises(InputError, match=r"\.pth is a suffix of PyTorch files, and this is a native file: name it \*\.safetensors"):
         native.save(tmp_path / "x.pth", jresnet.create("resnet20_cifar"))
     assert not list(tmp_path.iterdir())

@@ -19,7 +19,7 @@ from jresnet.kernels import in_pieces
 from jresnet.models.layers import BatchNorm, Conv, Images
 from jresnet.models.resnet import ResNet, checked
 
-_UNTRAINABLE = "a fused model has no BatchNorm left to train: train the model that was given to jresnet.fuse"
+_UNTRAINABLE = "a fused model has no BatchNorm left to train: train the model that was passed to jresnet.fuse"
 
 
 class Fused(nnx.Module):

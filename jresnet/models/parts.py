@@ -56,15 +56,15 @@ def identity(x: Maps) -> Maps:
 
 
 def average_even(x: Maps) -> Float[Array, "n h2 w2 c"]:
-    """:func:`average_halves` inside a block. It would drop an odd last row or column, which the shortcut keeps.
+    """:func:`average_halves` inside a block, where an odd last row or column would be dropped but the shortcut keeps it.
 
     Raises:
         InputError: the height or the width is odd.
     """
     if any(isinstance(size, int) and size % 2 for size in x.shape[1:3]):
         raise InputError(
-            f"this network averages 2x2 pixels in its blocks, but a block's input has {x.shape[1]}x{x.shape[2]} pixels: give "
-            "images whose height and width are multiples of the network's stride, usually 32"
+            f"this network averages 2x2 pixels in its blocks, but a block's input has {x.shape[1]}x{x.shape[2]} pixels: "
+            "give images whose height and width are multiples of the network's stride, usually 32"
         )
     return average_halves(x)
 
