@@ -1016,12 +1016,12 @@ def test_hostile_pickles(name, batches, tmp_path, monkeypatch):
     assert peak < 2**25, "allocates what the pickle claims"
     assert not Path("ran").exists()
     if name.startswith("os.system"):
-        assert f"names the forbidden global {os.system.__module__}.system" in message
+        assert f"uses the forbidden global {os.system.__module__}.system" in message
 
 
 def test_a_hostile_pickle_in_an_archive(batches, tmp_path):
     folder = with_batch(tmp_path, batches, HOSTILE["os.system, protocol 2"])
-    refused(write_archive(tmp_path / data.ARCHIVE, folder), "names the forbidden global")
+    refused(write_archive(tmp_path / data.ARCHIVE, folder), "uses the forbidden global")
     assert not Path("ran").exists()
 
 

@@ -73,7 +73,7 @@ def test_a_model_from_a_file_of_pytorch(model: jresnet.ResNet, pth: Path) -> Non
     headless = jresnet.create("resnet20_cifar", weights=pth, num_classes=0)
     x = np.ones((1, 32, 32, 3), np.float32)
     np.testing.assert_array_equal(headless(x), again.embed(x))
-    with pytest.raises(WeightsError, match=r"holds a resnet20_cifar, not a resnet32_cifar"):
+    with pytest.raises(WeightsError, match=r"contains a resnet20_cifar, not a resnet32_cifar"):
         jresnet.create("resnet32_cifar", weights=pth)
 
 
@@ -160,7 +160,7 @@ def test_a_network_without_a_row_of_the_zoo(tmp_path: Path) -> None:
     again = jresnet.load(tmp_path / "mine.pth")
     assert native.digest(params.arrays(again)) == native.digest(params.arrays(model))
     with pytest.raises(
-        WeightsError, match=r"holds a ResNet that has no name here, not a resnet18: basic blocks 1-1-1-1"
+        WeightsError, match=r"contains a ResNet that is not in the zoo, not a resnet18: basic blocks 1-1-1-1"
     ):
         jresnet.create("resnet18", weights=tmp_path / "mine.pth")
 
@@ -224,7 +224,7 @@ def entry(shape: str, dtype: str = "<f4", size: int = 8) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (entry("(1000000000000,)"), "of another size than it says"),
+        (entry("(1000000000000,)"), "of another size than its header"),
         (entry("(-2, -1)"), "damaged|of another size"),
         (entry("(1,)", "|O"), "of objects"),
         (entry("(1000000,)", size=4_000_000), "inflates to more than 32 times its size"),
@@ -242,10 +242,10 @@ def test_a_strangers_npz(tmp_path: Path, content: bytes, message: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"\x89HDF\r\n\x1a\n" + bytes(600), "is an HDF5 file, as Keras writes"),
-        (b"\x81\xa6params\x81\xa1a" + bytes(600), "is a msgpack file, as flax writes"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(600), "is an HDF5 file (Keras)"),
+        (b"\x81\xa6params\x81\xa1a" + bytes(600), "is a msgpack file (Flax)"),
         (b"\x08\x08\x12\x07pytorch\x1a\x052.1.0" + bytes(600), "is an ONNX file"),
-        (b'{"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}', "is JSON"),
+        (b'{"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}', "is a JSON file"),
     ],
 )
 def test_foreign_files(tmp_path: Path, content: bytes, message: str) -> None:
@@ -318,7 +318,7 @@ def test_folders_without_weights(tmp_path: Path, names: list[str], message: str)
 
 @pytest.mark.parametrize(
     ("name", "advice"),
-    [("torch.qint8", "its float weights are lost"), ("numpy.core.multiarray._reconstruct", "numpy.savez")],
+    [("torch.qint8", "loses the float weights"), ("numpy.core.multiarray._reconstruct", "numpy.savez")],
 )
 def test_pickles_of_other_things(tmp_path: Path, name: str, advice: str) -> None:
     module, _, function = name.rpartition(".")
