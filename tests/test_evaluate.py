@@ -509,7 +509,7 @@ def test_the_network_trained_elsewhere(
     printed = capsys.readouterr()
     assert "top-1    91.50 % (915 of 1,000)" in printed.out
     assert "data     cifar10: 1,000 test images, from" in printed.out
-    assert "note     not the official CIFAR-10" in printed.out
+    assert "note     differs from the official CIFAR-10" in printed.out
     assert printed.err == ""
     assert commands.run("evaluate", [*arguments, *statistics, "--limit", "100", "--json"], "evaluate.py") == 0
     assert json.loads(capsys.readouterr().out)["images"] == 100

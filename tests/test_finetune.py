@@ -188,7 +188,7 @@ def test_what_is_wrong_is_told_before_anything_is_compiled(
     base = ["--weights", str(tiny), "--out", str(tmp_path / "run")]
     one = shutil.copytree(photos / "red", tmp_path / "one" / "red").parent
     assert run("finetune", [*base, "--data", str(one)], "x") == 1
-    assert "has one class, red" in capsys.readouterr().err
+    assert "has only one class, red" in capsys.readouterr().err
     assert run("finetune", [*base, "--data", str(photos), "--freeze", "layr1"], "x") == 1
     assert "'layr1' is no part of this network: did you mean 'layer1'" in capsys.readouterr().err
     assert run("finetune", [*base, "--data", str(photos), "--freeze", "backbone,head"], "x") == 1

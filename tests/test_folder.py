@@ -73,7 +73,7 @@ def test_a_class_of_one_image_is_learnt_from(tmp_path: Path) -> None:
     train, held, _ = folder.split(folder.find(tmp_path), share=0.01)
     assert (train.labels.tolist(), held.labels.tolist()) == ([0, 1], [1])
     (tmp_path / "b" / "1.png").unlink()
-    with pytest.raises(DataError, match="no image to judge by"):
+    with pytest.raises(DataError, match="has no validation image"):
         folder.load(folder.find(tmp_path), HOW)
 
 
@@ -86,7 +86,7 @@ def test_train_and_val_are_taken_as_they_are(tmp_path: Path) -> None:
     assert "apart" in where
     assert "1 classes have no validation image: a" in folder.load(folder.find(tmp_path), HOW).dataset.notes[0]
     photo(tmp_path / "val" / "z" / "v.png")
-    with pytest.raises(DataError, match=r"1 classes that .*train has not \(z\)"):
+    with pytest.raises(DataError, match=r"1 classes that .*train does not have \(z\)"):
         folder.find(tmp_path)
 
 
@@ -114,9 +114,9 @@ def test_a_table_names_paths_and_labels(tmp_path: Path) -> None:
     ("files", "message"),
     [
         ([], "holds no folder"),
-        (["a/0.png"], "has one class, a: at least two"),
+        (["a/0.png"], "has only one class, a: at least two"),
         (["a/0.png", "b/notes.txt"], "1 of the 2 classes of .* has no training image: b"),
-        (["val/a/0.png"], "has a folder val but none of train or training"),
+        (["val/a/0.png"], "has a folder val but no folder for training: expected train or training"),
     ],
 )
 def test_what_cannot_be_learnt_from_is_told(files: list[str], message: str, tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_damaged_images_are_named_and_left_out(root: Path) -> None:
         "text.png": "no image",
     }
     assert len(data.train.labels) + len(data.test.labels) == 30
-    assert any("3 damaged images are passed over" in note for note in data.notes)
+    assert any("3 damaged images are skipped" in note for note in data.notes)
 
 
 def test_the_digest_is_of_what_is_in_the_files(root: Path, tmp_path: Path) -> None:
@@ -260,8 +260,8 @@ def test_copies_on_both_sides_are_told(root: Path, tmp_path: Path) -> None:
     (tmp_path / "train" / "ant" / "empty.png").write_bytes(b"")
     (tmp_path / "val" / "bee" / "empty.png").write_bytes(b"")
     notes = folder.load(folder.find(tmp_path), HOW).dataset.notes
-    assert any(note.startswith("1 of 4 images to judge by are training images too") for note in notes), notes
-    assert not any("training images too" in note for note in folder.load(folder.find(root), HOW).dataset.notes)
+    assert any(note.startswith("1 of 4 validation images are also training images") for note in notes), notes
+    assert not any("also training images" in note for note in folder.load(folder.find(root), HOW).dataset.notes)
 
 
 def test_evaluation_views_are_those_of_the_weights(root: Path, native_file: Path) -> None:
@@ -355,6 +355,6 @@ def test_a_worker_that_dies_is_told(files: Any) -> None:
     stream.batch(0)
     (worker,) = multiprocessing.active_children()
     worker.kill()
-    with pytest.raises(DataError, match="a process that decodes images has died"):
+    with pytest.raises(DataError, match="a process that decodes images died"):
         [stream.batch(number) for number in range(1, len(stream))]
     stream.close()

@@ -214,7 +214,7 @@ def break_one_value(model: jresnet.ResNet) -> None:
         (replace("conv1", nnx.Conv(3, 16, (3, 3), use_bias=False, rngs=nnx.Rngs(0))), "conv1 is a Conv of flax"),
         (replace("extra", nnx.Linear(2, 2, rngs=nnx.Rngs(0))), "2 unexpected: extra.bias, extra.kernel"),
         (dilate, "layer3.0.conv1 has stride 1, but a network of this configuration has 2"),
-        (break_one_value, "fc.bias holds 1 values that are NaN or infinite"),
+        (break_one_value, "fc.bias contains 1 values that are NaN or infinite"),
     ],
 )
 def test_what_would_not_come_back_is_not_saved(tmp_path: Path, change: Callable, words: str) -> None:
