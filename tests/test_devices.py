@@ -163,7 +163,7 @@ def test_a_process_that_dies_ends_the_other_and_one_device_goes_on(tmp_path: Pat
 
 
 def test_devices_and_batches_that_cannot_be_had() -> None:
-    with pytest.raises(InputError, match=r"`devices` 9999: this machine has \d+"):
+    with pytest.raises(InputError, match=r"`devices` must be from 1 to \d+"):
         devices.find(9999)
     chosen = config.default_config(arch="resnet8_cifar", dataset="digits", batch_size=9, limit_train=8)
     eight = devices.Devices(jax.sharding.Mesh(np.array(jax.devices() * 2), ("data",)))

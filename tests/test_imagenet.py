@@ -116,7 +116,7 @@ def test_the_rate_goes_with_the_batch() -> None:
     for given, message in (
         ({"recipe": "a4"}, "unknown `recipe`"),
         ({"repeats": 3}, "multiple of `repeats` 3"),
-        ({"target_threshold": 0.5}, "belongs to `loss` sigmoid"),
+        ({"target_threshold": 0.5}, "is only for `loss` sigmoid"),
     ):
         with pytest.raises(InputError, match=message):
             imagenet.choose(**given)

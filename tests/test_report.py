@@ -244,7 +244,7 @@ def test_everything_that_is_wrong_is_said(tmp_path: Path, capsys: pytest.Capture
         "missing": "is no folder", "empty": "is no run's folder: it has no config.json", "file": "is no folder",
         "json": "config.json is damaged: it is not JSON", "list": "config.json is damaged: it is not JSON",
         "norun": 'config.json is no run\'s configuration: it has no "run"',
-        "types": "config.json is no run's configuration: arch, lr missing or of another type",
+        "types": "config.json is not the configuration of a run: arch, lr missing or of another type",
         "line": "metrics.jsonl is damaged: line 1 is not a JSON object",
         "number": "metrics.jsonl is damaged: line 1: val_loss is no figure",
         "epoch": "metrics.jsonl is damaged: line 2: it is epoch 3",
