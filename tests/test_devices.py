@@ -170,7 +170,7 @@ def test_devices_and_batches_that_cannot_be_had() -> None:
     with pytest.raises(InputError) as caught:
         program.Program(chosen, program.load_data(chosen, None), eight)
     assert "a batch of 9 is larger than the 8 training images" in str(caught.value)
-    assert "a batch of 9 cannot be cut into 2 equal parts" in str(caught.value)
+    assert "a batch of 9 cannot be divided into 2 equal parts" in str(caught.value)
 
 
 def test_half_of_what_names_a_process_is_refused() -> None:

@@ -150,7 +150,7 @@ def test_killed_in_mid_line(tmp_path: Path) -> None:
         path.write_bytes(content[:end])
         assert read_metrics(path) == [row(1), row(2)]
         with pytest.raises(
-            InputError, match=r"metrics\.jsonl has 2 whole lines, but 3 epochs are behind the checkpoint"
+            InputError, match=r"metrics\.jsonl has 2 complete lines, but the checkpoint to resume from is after 3 epochs"
         ):
             Metrics(tmp_path, 3)
         assert path.read_bytes() == content[:end]
@@ -194,7 +194,7 @@ def test_a_pipe(tmp_path: Path) -> None:
 
 
 def test_missing_and_too_large_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="has 0 whole lines, but 1 epochs"):
+    with pytest.raises(InputError, match="has 0 complete lines, but the checkpoint to resume from is after 1 epochs"):
         Metrics(tmp_path, 1)
     run(tmp_path, 0, 1)
     monkeypatch.setattr(metrics_file, "LARGEST", 10)

@@ -419,7 +419,7 @@ def test_several_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     again = fit_seeds(chosen, data, out, 2, resume=True)  # the finished one is left alone
     assert again["final"]["test_accuracy"] == summary["final"]["test_accuracy"]
     assert capsys.readouterr().out.count("done  ") == 1
-    with pytest.raises(InputError, match="already holds a run"):
+    with pytest.raises(InputError, match="already contains a run"):
         fit_seeds(chosen, data, out, 2)
     before = (out / "summary.json").read_bytes()
     for runs in (1, 3):
@@ -480,11 +480,11 @@ def test_seeds_end_where_numpys_do(tmp_path: Path) -> None:
         (["--dataset", "digits", "--val-split", "1437"], 1, "leaves none of the 1437 training images"),
         (["--data-dir", "{empty}"], 1, "{empty}"),
         (["--dataset", "digits", "--depth", "8", "--out", "{file}/x"], 1, "cannot use --out"),
-        (["--dataset", "digits", "--out", "{run}"], 1, "already holds a run (config.json"),
+        (["--dataset", "digits", "--out", "{run}"], 1, "already contains a run (config.json"),
         (["--out", "{run}", "--resume", "--depth", "32"], 1, "--arch was 'resnet8_cifar', now 'resnet32_cifar'"),
         (["--out", "{run}", "--resume", "--lr", "0.2", "--seed", "5"], 1, "--lr was 0.025, now 0.2; --seed was 0, now 5. "
-         "A new run that starts from its weights: --weights {run}/last.safetensors, and another --out"),
-        (["--out", "{run}", "--resume", "--epochs", "1"], 1, "--epochs was 2, now 1 (2 epochs have already been started). A new"),
+         "To start a new run from its weights, give --weights {run}/last.safetensors and another --out"),
+        (["--out", "{run}", "--resume", "--epochs", "1"], 1, "--epochs was 2, now 1 (2 epochs have already been started). To start a new"),
         (["--out", "{run}", "--resume", "--epochs", "4", "--milestones", "1.5"], 1, "milestones before epoch 2 cannot change any more"),
         (["--weights", "{file}", "--dataset", "digits"], 1, "file"),
         (["--weights", "{run}/last.safetensors", "--depth", "32"], 1, "are of another network"),
@@ -570,7 +570,7 @@ def test_a_run_starts_from_weights(tmp_path: Path, capsys: pytest.CaptureFixture
             "fresh head for 10 classes, to be trained: the weights' own is for airplane",
         ),
         ({"classes": 7}, "fresh head for 10 classes, to be trained: the weights' own has 7"),
-        ({}, "the head for 10 classes is the weights' own, which do not say what these classes are"),
+        ({}, "the head for 10 classes is the weights' own, but the weights do not name their classes"),
     ],
 )
 def test_a_head_for_other_classes_is_a_fresh_one(tmp_path: Path, said: dict, note: str) -> None:
@@ -594,7 +594,7 @@ def test_a_head_for_other_classes_is_a_fresh_one(tmp_path: Path, said: dict, not
 def test_weights_that_no_run_starts_from(tmp_path: Path) -> None:
     grey = jresnet.create("resnet8_cifar", in_channels=1)
     odd = jresnet.ResNet(jresnet.ResNetConfig("basic", (1, 1), (4, 8), num_classes=10, stem="cifar"), rngs=nnx.Rngs(0))
-    for name, model, message in (("grey", grey, "of 1 channels"), ("odd", odd, "of a network of no name|as it is")):
+    for name, model, message in (("grey", grey, "of 1 channels"), ("odd", odd, "to a network without a name|unmodified")):
         weights.save(tmp_path / name, model)
         with pytest.raises(WeightsError, match=message):
             initial.load(str(tmp_path / name))
@@ -607,7 +607,7 @@ def test_a_run_by_steps_goes_on_for_more_epochs(tmp_path: Path, capsys: pytest.C
     summary = trainer(out, milestones=milestones, epochs=4).fit(resume=True)
     assert summary["final"]["epoch"] == 4
     said = " ".join(capsys.readouterr().out.split())
-    assert "note the run goes on with another configuration: `epochs` was 2, now 4" in said
+    assert "note the run continues with another configuration: `epochs` was 2, now 4" in said
     trainer(tmp_path / "whole", milestones=milestones, epochs=4).fit()
     expected = values_of(tmp_path / "whole" / "last.safetensors")
     assert all(np.array_equal(value, expected[name]) for name, value in values_of(out / "last.safetensors").items())

@@ -1,4 +1,4 @@
-"""The configuration of a run: a recipe with the changes of a data set and of the user, checked; stored in ``config.json``."""
+"""The configuration of a run: a recipe with the changes of a data set and of the user; stored in ``config.json``."""
 
 from __future__ import annotations
 
