@@ -80,8 +80,10 @@ def fetch(urls: Sequence[str], path: Path, *, sha256: str, most: int = MOST, pro
         with part:
             # Another process may have downloaded the file while this one waited for the lock.
             failures = {} if path.exists() else _collect(urls, part, path.name, digest, most, progress)
-            kept = _size(part) if failures and locked else 0  # without a lock the part's name is unique: it is not resumed
-            if os.name == "nt":  # Windows can rename and remove only closed files; elsewhere the lock is kept until the end
+            # without a lock the part's name is unique: it is not resumed
+            kept = _size(part) if failures and locked else 0
+            # Windows can rename and remove only closed files; elsewhere the lock is kept until the end
+            if os.name == "nt":
                 part.close()
             if not failures and not path.exists():
                 os.replace(part_path, path)

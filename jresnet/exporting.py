@@ -97,9 +97,7 @@ def export(
     else:
         _needed("flatbuffers", "jax.export's format", "export")
     if not isinstance(model, ResNet | sources.Weights):
-        raise InputError(
-            f"`model` must be a model or weights of jresnet.get_weights, got {model!r:.80}"
-        )
+        raise InputError(f"`model` must be a model or weights of jresnet.get_weights, got {model!r:.80}")
     write = _to_onnx if format == "onnx" else _to_jax
     if isinstance(model, sources.Weights):
         preprocessing, categories = preprocessing or model.preprocessing, categories or model.categories
@@ -202,7 +200,8 @@ def preparation(
 
     def prepare(pixels: jax.Array) -> jax.Array:
         x = pixels.astype(jnp.float32)
-        if len(how.mean) == 1 and x.shape[-1] == 3:  # Pillow's conversion to grey: ITU-R 601-2 luma in 16-bit fixed point
+        # Pillow's conversion to grey: ITU-R 601-2 luma in 16-bit fixed point
+        if len(how.mean) == 1 and x.shape[-1] == 3:
             x = jnp.floor((x @ jnp.array([[19595.0], [38470.0], [7471.0]])) / 65536 + 0.5)
         exact = jax.lax.Precision.HIGHEST
         x = levels(jnp.einsum("nhwc,Ww->nhWc", x, columns, precision=exact))

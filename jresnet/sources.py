@@ -48,7 +48,8 @@ class Weights:
     arch: str | None  # a name in the zoo; None: the network is not in the zoo
     config: ResNetConfig  # configuration of the network in the file
     values: Mapping[str, np.ndarray]  # parameters and statistics by dotted path; float32, or the native file's dtypes
-    metadata: Mapping[str, str]  # entries of a native file: source, source_sha256, dialect, num_batches_tracked, scores, ...
+    # entries of a native file: source, source_sha256, dialect, num_batches_tracked, scores, ...
+    metadata: Mapping[str, str]
     notes: tuple[str, ...] = ()  # one sentence for each thing in the file that was ignored
     conversion: statedict.Conversion | None = None  # None: the file is a native one
 
@@ -270,7 +271,9 @@ def _open_shards(path: Path) -> dict[str, Any]:
     for name in sorted(set(index.values())):
         shard = path.with_name(name) if name and Path(name).name == name else None
         if shard is None or not shard.is_file() or shard.name.endswith(".index.json"):
-            raise WeightsError(f"{path} names the file {printable(name)}, which is missing: put it into the same folder")
+            raise WeightsError(
+                f"{path} names the file {printable(name)}, which is missing: put it into the same folder"
+            )
         found, _ = open_file(shard)
         if not isinstance(found, Mapping):
             raise WeightsError(f"{shard} is not a part of a checkpoint: expected a dict of tensors")

@@ -91,7 +91,9 @@ def test_akamasters_names() -> None:
 
 
 def test_a_dialect_can_be_forced(tensors: dict[str, np.ndarray]) -> None:
-    with pytest.raises(WeightsError, match=r"contains no ResNet in weiaicunzai naming: .*conv1\.weight, .* and \d+ more$"):
+    with pytest.raises(
+        WeightsError, match=r"contains no ResNet in weiaicunzai naming: .*conv1\.weight, .* and \d+ more$"
+    ):
         torch2flax.convert(tensors, "resnet20_cifar", dialect="weiaicunzai")
     with pytest.raises(InputError, match="unknown dialect 'keras': there are torchvision, akamaster"):
         torch2flax.convert(tensors, "resnet20_cifar", dialect="keras")

@@ -423,7 +423,7 @@ def test_bad_images_on_stderr(file: Path, damaged: Path, capsys: pytest.CaptureF
     assert "note     3 of the class folders hold no image" in printed.out
     assert f"bad image {damaged}/cat/empty.png: empty\n" in printed.err
     assert f"bad image {damaged}/bee/cut.jpg: " in printed.err
-    assert printed.err.endswith("error: 2 of 25 images are bad and were skipped; --skip-bad accepts that\n")
+    assert printed.err.endswith("error: 2 of 25 images are bad and were skipped; use --skip-bad to accept this\n")
     assert commands.run("evaluate", [*arguments, "--skip-bad", "--json"], "evaluate.py") == 0
     printed = capsys.readouterr()
     assert [Path(bad["file"]).name for bad in json.loads(printed.out)["bad"]] == ["empty.png", "cut.jpg"]
@@ -454,7 +454,7 @@ def test_bfloat16_and_limit(file: Path, folder: Path, capsys: pytest.CaptureFixt
         ({"--mean": "red"}, 2, "argument --mean: expected R,G,B, got 'red'"),
         ({"--limit": "0"}, 2, "argument --limit: expected a whole number of at least 1, got '0'"),
         ({"--batch-size": "x"}, 2, "argument --batch-size: expected a whole number of at least 1, got 'x'"),
-        ({"--data-dir": "here"}, 2, "--data-dir says where CIFAR lies, but --data names a folder"),
+        ({"--data-dir": "here"}, 2, "--data-dir is the location of CIFAR, but --data is a folder"),
         ({"--dtype": "float16"}, 2, "argument --dtype: invalid choice"),
     ],
 )

@@ -127,7 +127,7 @@ def test_it_says_what_it_chose_and_why(fitted: tuple[Path, str]) -> None:
     assert "chosen batch_size 4: a power of two up to 64 that gives about eight steps per epoch of 29 images" in words
     assert "chosen epochs 2: as given" in words
     assert "chosen lr 0.000625: sgd's 0.01 for a batch of 64, in proportion to the batch" in words
-    assert lines.index("stage    1 of 2: the head alone, on embeddings") < lines.index("stage    2 of 2: all layers")
+    assert lines.index("stage    1 of 2: only the head, on embeddings") < lines.index("stage    2 of 2: all layers")
     table = [line.split() for line in lines]
     first = table.index(["class", "images", "precision", "recall"])
     assert table[first + 3] == ["red", "3", "100.0", "%", "100.0", "%"]
@@ -171,9 +171,9 @@ def test_resume_refuses_other_images(fitted: tuple[Path, str], photos: Path, tmp
     [
         ([], "--out is required: the folder for the results; --weights is required; --data is required"),
         (["--out", "x", "--weights", "none", "--data", "digits"], "--weights none needs --arch"),
-        (["--out", "x", "--weights", "w", "--data", "d", "--arch", "resnet18"], "--arch goes with --weights none"),
+        (["--out", "x", "--weights", "w", "--data", "d", "--arch", "resnet18"], "--arch is only for --weights none"),
         (["--out=x", "--weights=none", "--arch=resnet18", "--data=d", "--linear-probe"], "needs trained --weights"),
-        (["--out=x", "--weights=w", "--data=d", "--linear-probe", "--freeze=stem"], "--freeze goes with fine-tuning"),
+        (["--out=x", "--weights=w", "--data=d", "--linear-probe", "--freeze=stem"], "--freeze cannot be combined with --linear-probe"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_go_together(arguments: list[str], message: str, capsys: Any) -> None:

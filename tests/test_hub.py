@@ -305,7 +305,9 @@ def test_an_answer_that_is_not_the_hubs(server: Hub) -> None:
 
 def test_pickles_are_never_fetched(server: Hub) -> None:
     del server.commits[FIRST]["model.safetensors"]
-    with pytest.raises(WeightsError, match=r"@main has no model.safetensors, and pickles \(.bin, .pth\) are not fetched"):
+    with pytest.raises(
+        WeightsError, match=r"@main has no model.safetensors, and pickles \(.bin, .pth\) are not fetched"
+    ):
         fetch()
     server.commits[FIRST]["model.safetensors.index.json"] = b"{}"
     with pytest.raises(WeightsError, match="has sharded weights"):

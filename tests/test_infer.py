@@ -253,9 +253,7 @@ def test_groupnorm_is_told_by_a_name() -> None:
 def test_a_dialect_without_names_for_parts() -> None:
     model = jresnet.ResNet(ResNetConfig("basic", (1, 1), (8, 16), 3, attention="se"), rngs=nnx.Rngs(0))
     assert len(statedict.state_dict(model)) == len(statedict.state_dict(model, "children"))
-    with pytest.raises(
-        jresnet.InputError, match=r"no names for the parts .* Use one of torchvision, children"
-    ):
+    with pytest.raises(jresnet.InputError, match=r"no names for the parts .* Use one of torchvision, children"):
         statedict.state_dict(model, "transformers")
 
 

@@ -150,7 +150,8 @@ def test_killed_in_mid_line(tmp_path: Path) -> None:
         path.write_bytes(content[:end])
         assert read_metrics(path) == [row(1), row(2)]
         with pytest.raises(
-            InputError, match=r"metrics\.jsonl has 2 complete lines, but the checkpoint to resume from is after 3 epochs"
+            InputError,
+            match=r"metrics\.jsonl has 2 complete lines, but the checkpoint to resume from is after 3 epochs",
         ):
             Metrics(tmp_path, 3)
         assert path.read_bytes() == content[:end]

@@ -113,7 +113,8 @@ def test_a_summary_comes_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "match"),
     [
-        ("{", "Expecting property name"), ("[]", "not a JSON object"), ("[" * 10**5, "recursion"), ("\x00", "Expecting value"),
+        ("{", "Expecting property name"), ("[]", "not a JSON object"), ("[" * 10**5, "recursion"),
+        ("\x00", "Expecting value"),
         ({"final": None}, "the objects final and best"), ({"best": []}, "the objects final and best"),
         ({"seed": "0"}, "seed has a wrong type"), ({"seed": True}, "seed has a wrong type"),
         ({"final": {"test_accuracy": "x"}}, "test_accuracy is not"), 

@@ -216,7 +216,7 @@ def test_signals_save_and_exit(tmp_path: Path, number: int, code: int, more: lis
         process.send_signal(number)
         rest = process.stdout.read()
         assert process.wait(timeout=60) == code
-    assert f"the state is saved the same command with --out {whole} --resume goes on" in " ".join(rest.split())
+    assert f"the state is saved to continue, run the same command with --out {whole} --resume" in " ".join(rest.split())
     options = json.loads((out / "config.json").read_text())["options"]
     assert options["deterministic"] == ("--deterministic" in more)
     assert weights.load(out / "last.safetensors")
@@ -484,8 +484,8 @@ def test_seeds_end_where_numpys_do(tmp_path: Path) -> None:
         (["--out", "{run}", "--resume", "--depth", "32"], 1, "--arch was 'resnet8_cifar', now 'resnet32_cifar'"),
         (["--out", "{run}", "--resume", "--lr", "0.2", "--seed", "5"], 1, "--lr was 0.025, now 0.2; --seed was 0, now 5. "
          "To start a new run from its weights, give --weights {run}/last.safetensors and another --out"),
-        (["--out", "{run}", "--resume", "--epochs", "1"], 1, "--epochs was 2, now 1 (2 epochs have already been started). To start a new"),
-        (["--out", "{run}", "--resume", "--epochs", "4", "--milestones", "1.5"], 1, "milestones before epoch 2 cannot change any more"),
+        (["--out", "{run}", "--resume", "--epochs", "1"], 1, "--epochs was 2, now 1 (2 epochs have already been started)"),
+        (["--out", "{run}", "--resume", "--epochs", "4", "--milestones", "1.5"], 1, "milestones before epoch 2 cannot change"),
         (["--weights", "{file}", "--dataset", "digits"], 1, "file"),
         (["--weights", "{run}/last.safetensors", "--depth", "32"], 1, "are of another network"),
         (["--weights", "{run}/missing.safetensors", "--lr", "inf"], 1, "--lr must be finite"),
@@ -594,7 +594,10 @@ def test_a_head_for_other_classes_is_a_fresh_one(tmp_path: Path, said: dict, not
 def test_weights_that_no_run_starts_from(tmp_path: Path) -> None:
     grey = jresnet.create("resnet8_cifar", in_channels=1)
     odd = jresnet.ResNet(jresnet.ResNetConfig("basic", (1, 1), (4, 8), num_classes=10, stem="cifar"), rngs=nnx.Rngs(0))
-    for name, model, message in (("grey", grey, "of 1 channels"), ("odd", odd, "to a network without a name|unmodified")):
+    for name, model, message in (
+        ("grey", grey, "of 1 channels"),
+        ("odd", odd, "to a network without a name|unmodified"),
+    ):
         weights.save(tmp_path / name, model)
         with pytest.raises(WeightsError, match=message):
             initial.load(str(tmp_path / name))
@@ -611,7 +614,9 @@ def test_a_run_by_steps_goes_on_for_more_epochs(tmp_path: Path, capsys: pytest.C
     trainer(tmp_path / "whole", milestones=milestones, epochs=4).fit()
     expected = values_of(tmp_path / "whole" / "last.safetensors")
     assert all(np.array_equal(value, expected[name]) for name, value in values_of(out / "last.safetensors").items())
-    with pytest.raises(InputError, match=r"milestones before epoch 4 cannot change any more.*`weights` .*last\.safetensors"):
+    with pytest.raises(
+        InputError, match=r"milestones before epoch 4 cannot change any more.*`weights` .*last\.safetensors"
+    ):
         trainer(out, milestones=(1.0,), epochs=5).fit(resume=True)
     assert (out / "summary.json").exists()
 

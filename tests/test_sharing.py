@@ -97,7 +97,10 @@ def test_nothing_is_overwritten_unasked(file: Path, tmp_path: Path, capsys: pyte
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "README.md").write_text("mine")
     assert run("push", [str(file), str(tmp_path / "model")], "x") == 1
-    assert "already contains a model (README.md): choose another folder, or replace it with --force" in capsys.readouterr().err
+    assert (
+        "already contains a model (README.md): choose another folder, or replace it with --force"
+        in capsys.readouterr().err
+    )
     assert run("push", [str(file), str(tmp_path / "model"), "--force"], "x") == 0
     assert run("pull", [str(tmp_path / "model"), str(file)], "x") == 1
     assert "already exists" in capsys.readouterr().err

@@ -272,7 +272,9 @@ def test_a_checkpoint_in_several_files(model: jresnet.ResNet, tmp_path: Path, ki
         found = sources.load(source)
         assert native.digest(found.values) == native.digest(params.arrays(model))
     (tmp_path / f"part-1.{kind}").unlink()
-    with pytest.raises(WeightsError, match=rf"names the file part-1\.{kind}, which is missing: put it into the same folder"):
+    with pytest.raises(
+        WeightsError, match=rf"names the file part-1\.{kind}, which is missing: put it into the same folder"
+    ):
         sources.load(index)
 
 

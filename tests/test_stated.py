@@ -218,9 +218,7 @@ def test_pre_activation_shows_in_the_shapes(deep: dict[str, np.ndarray]) -> None
     ],
 )
 def test_parts_of_other_networks_are_named(deep: dict[str, np.ndarray], keys: list[str], what: str) -> None:
-    with pytest.raises(
-        WeightsError, match=rf"it has [^;]*{what}[^;]*, which jresnet does not support; \d+ unexpected"
-    ):
+    with pytest.raises(WeightsError, match=rf"it has [^;]*{what}[^;]*, which jresnet does not support; \d+ unexpected"):
         statedict.match(deep | {key: np.ones(4, np.float32) for key in keys})
 
 

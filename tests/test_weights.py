@@ -163,7 +163,7 @@ def test_a_network_of_no_name(tmp_path: Path) -> None:
     assert native.read(path)[:2] == (None, config)
     x = jnp.ones((1, 8, 8, 2))
     np.testing.assert_array_equal(jresnet.create(weights=path)(x), model(x))
-    with pytest.raises(WeightsError, match="its architecture is not in the zoo \(ResNetConfig"):
+    with pytest.raises(WeightsError, match=r"its architecture is not in the zoo \(ResNetConfig"):
         jresnet.create("resnet18", weights=path)
 
 
@@ -177,7 +177,9 @@ def test_dtypes_come_back(tmp_path: Path, dtype: str) -> None:
     assert {value.dtype.name for value in params.arrays(again).values()} == {dtype}
     assert native.digest(params.arrays(again)) == native.digest(params.arrays(model))
     if dtype == "float64":
-        with pytest.warns(UserWarning, match=r"float64 weights are converted to float32: jax.enable_x64\(True\) keeps float64"):
+        with pytest.warns(
+            UserWarning, match=r"float64 weights are converted to float32: jax.enable_x64\(True\) keeps float64"
+        ):
             native.load(path)
 
 
@@ -261,6 +263,8 @@ def test_scores_of_numpy_and_jax_are_numbers(tmp_path: Path) -> None:
 
 
 def test_a_name_that_load_takes_for_pytorchs_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"\.pth is a suffix of PyTorch files, and this is a native file: name it \*\.safetensors"):
+    with pytest.raises(
+        InputError, match=r"\.pth is a suffix of PyTorch files, and this is a native file: name it \*\.safetensors"
+    ):
         native.save(tmp_path / "x.pth", jresnet.create("resnet20_cifar"))
     assert not list(tmp_path.iterdir())

@@ -154,7 +154,8 @@ def look(layout: Layout, name: str, data_dir: str | Path | None) -> tuple[Path |
     given = None if data_dir is None else Path(data_dir).expanduser()
     default = Path(os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     here = given or Path("data")
-    if here.suffix in (".gz", ".tgz", ".tar", ".bin") and not here.exists():  # else a download would create such a folder
+    # else a download would create such a folder
+    if here.suffix in (".gz", ".tgz", ".tar", ".bin") and not here.exists():
         raise DataError(f"there is no file {here}; give the path of the {layout.title} archive, or of its folder")
     if here.exists() and not (here.is_dir() or here.is_file()):  # reading a pipe may never end
         raise DataError(
@@ -229,7 +230,8 @@ def _read_store(store: Path) -> Dataset:
 def _check_labels(labels: list[Any], classes: int) -> None:
     for i, label in enumerate(labels):
         if type(label) is not int or not 0 <= label < classes:
-            huge = isinstance(label, int) and abs(label) > 2**64  # Python refuses to print integers of thousands of digits
+            # Python refuses to print integers of thousands of digits
+            huge = isinstance(label, int) and abs(label) > 2**64
             shown = f"of {label.bit_length():,} bits" if huge else reprlib.repr(label)
             raise DataError(f"has the label {shown} at image {i}; expected 0 to {classes - 1}")
 

@@ -64,7 +64,8 @@ def random_resized_crop(
             image.draft(None, (image.width // shrink, image.height // shrink))
         pixels = images.seen(image)
     how = images.FILTERS[interpolation]
-    if pixels.size == (width, height):  # crop before resizing, as torchvision: the filter uses no pixel outside the crop
+    # crop before resizing, as torchvision: the filter uses no pixel outside the crop
+    if pixels.size == (width, height):
         return np.asarray(pixels.crop((left, top, left + w, top + h)).resize((size, size), how))
     x, y = pixels.width / width, pixels.height / height
     part = (left * x, top * y, min((left + w) * x, pixels.width), min((top + h) * y, pixels.height))

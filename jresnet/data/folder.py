@@ -98,9 +98,7 @@ def _check_classes(listing: Listing, labels: np.ndarray, what: str) -> None:
             f"{what if len(empty) == 1 else what.replace('has', 'have')}: {few(empty)}. Add images, or remove the class"
         )
     if len(listing.classes) < 2:
-        raise DataError(
-            f"{listing.name} has only one class, {printable(listing.classes[0])}: at least two are needed"
-        )
+        raise DataError(f"{listing.name} has only one class, {printable(listing.classes[0])}: at least two are needed")
 
 
 def _folder(root: Path) -> Listing:

@@ -284,7 +284,9 @@ def preprocess(image: Image.Image, preprocessing: Preprocessing) -> UInt8[np.nda
         width, height = image.size
         longer = int(preprocessing.resize * max(width, height) / min(width, height))
         if preprocessing.resize * longer > _limit():
-            raise BadImage(f"{width} x {height} pixels are too narrow to resize the shorter side to {preprocessing.resize}")
+            raise BadImage(
+                f"{width} x {height} pixels are too narrow to resize the shorter side to {preprocessing.resize}"
+            )
         size = (preprocessing.resize, longer) if width <= height else (longer, preprocessing.resize)
         image = image.resize(size, FILTERS[preprocessing.interpolation])
     pixels = np.asarray(image)

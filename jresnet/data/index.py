@@ -28,7 +28,8 @@ import safetensors.numpy
 from jresnet.errors import InputError
 from jresnet.files import write_atomically
 
-RECENT = 2 * 10**9  # ns; a folder that changed so recently may change again without a new time stamp, so it is not cached
+# ns; a folder that changed so recently may change again without a new time stamp, so it is not cached
+RECENT = 2 * 10**9
 VERSION = 1  # version of the file format
 
 

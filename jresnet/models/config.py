@@ -40,7 +40,8 @@ class StemKind(NamedTuple):
 
     kernel: int  # kernel size of each convolution
     stride: int  # stride of the first convolution
-    pool: Literal["max", "conv"] | None  # layer of stride 2 at the end: a 3x3 max-pool, or a 3x3 convolution, BN and ReLU
+    # layer of stride 2 at the end: a 3x3 max-pool, or a 3x3 convolution, BN and ReLU
+    pool: Literal["max", "conv"] | None
     inner: tuple[int, ...] = ()  # output channels of all convolutions but the last, in eighths of the last one's
 
 

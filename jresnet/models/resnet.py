@@ -280,7 +280,9 @@ class ResNet(nnx.Module):
         """
         norms = {".".join(map(str, path)): m for path, m in nnx.iter_modules(self) if isinstance(m, BatchNorm)}
         if not norms:
-            raise InputError("this model has no BatchNorm whose statistics could be frozen: it is fused or uses GroupNorm")
+            raise InputError(
+                "this model has no BatchNorm whose statistics could be frozen: it is fused or uses GroupNorm"
+            )
         for path in set().union(*(paths.select(name, norms) for name in names or ("*",))):
             norms[path].frozen = frozen
 

@@ -34,7 +34,8 @@ _ANCHORS = ("conv1.kernel", "bn1.scale", "layer1.0.conv1.kernel", "layer1.0.bn1.
 
 GAP = 3  # a stage ends where so many blocks in a row are missing; fewer missing blocks are reported as an error
 MANY, DEEP = 64, 8  # limits against malicious files: networks in a file, modules around a network
-RIVAL = 0.9  # networks with at least this fraction of the largest network's tensors are candidates, chosen by their names
+# networks with at least this fraction of the largest network's tensors are candidates, chosen by their names
+RIVAL = 0.9
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def find(shapes: Mapping[str, Shape], dialect: str | None = None, prefix: str | 
         raise InputError(f"unknown dialect {dialect!r}: there are {', '.join(keymap.DIALECTS)}")
     if prefix:
         prefix = prefix.rstrip(".") + "."
-    best: dict[str, list[Found]] = {}  # for each prefix the networks with the highest score, in the order of the dialects
+    # for each prefix the networks with the highest score, in the order of the dialects
+    best: dict[str, list[Found]] = {}
     for name in [dialect] if dialect else keymap.DIALECTS:
         for at in _prefixes(shapes, name):
             if prefix is not None and at not in (prefix, prefix + keymap.DIALECTS[name].root):

@@ -69,7 +69,8 @@ HEADS = ("fc", "linear", "classifier", "last_linear", "head", "cls_head", "logit
 class Dialect:
     """The names of tensors in one family of PyTorch networks, and the common properties of these networks."""
 
-    renames: tuple[tuple[str, str], ...] = ()  # (pattern, replacement), applied in order: torchvision's key -> the dialect's
+    # (pattern, replacement), applied in order: torchvision's key -> the dialect's
+    renames: tuple[tuple[str, str], ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()  # the same, for second names under which tensors are registered again
     root: str = ""  # prefix of all names but the head's; a file with only the body omits it
     config: Mapping[str, Any] = field(default_factory=dict)  # fields of ResNetConfig that its networks share

@@ -222,7 +222,7 @@ def layers(
 
 
 def of_layers(said: Mapping[str, Mapping[str, Any]], config: ResNetConfig) -> Statement:
-    """Reads strides, dilation and pool from a module's layers. Its forward method is not known and may use them otherwise."""
+    """Reads strides, dilation and pool from a module's layers, although its unknown forward method may differ."""
     found, stages = Statement(), len(config.depths)
     if "bottleneck" in config.blocks:
         strides = [

@@ -411,9 +411,7 @@ def check_dialect(config: ResNetConfig, dialect: str) -> None:
         raise InputError(f"unknown dialect {dialect!r}: there are {', '.join(keymap.DIALECTS)}")
     if different := _differences(config, dialect):
         fitting = [name for name in keymap.DIALECTS if not _differences(config, name)]
-        raise InputError(
-            f"{dialect} has no such network: {'; '.join(different)}. Use one of {', '.join(fitting)}"
-        )
+        raise InputError(f"{dialect} has no such network: {'; '.join(different)}. Use one of {', '.join(fitting)}")
 
 
 def _differences(config: ResNetConfig, dialect: str) -> list[str]:

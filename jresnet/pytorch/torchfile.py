@@ -438,7 +438,8 @@ def _read_zip(file: io.BufferedReader, size: int) -> object:
             if {"/", "//", ".."} & set(parts) or "\\" in info.filename:
                 raise Refused(f"has the entry {name!r}, which leads out of the archive; get the file again")
             file.seek(info.header_offset + 26)
-            start = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))  # after the local name and padding
+            # after the local name and padding
+            start = info.header_offset + 30 + sum(struct.unpack("<HH", file.read(4)))
             if info.header_offset < end or start + info.compress_size > size:
                 raise Refused(f"has the entry {name!r}, which overlaps another or the end; get the file again")
             end = start + info.compress_size
@@ -475,7 +476,9 @@ def _read_npz(archive: zipfile.ZipFile, size: int) -> dict[str, np.ndarray]:
             shape, by_columns, dtype = header(stream)
             # A header may state any size: memory is allocated only if the entry has that size.
             if dtype.hasobject or math.prod(shape) * dtype.itemsize != info.file_size - stream.tell():
-                raise Refused(f"has the entry {info.filename[:80]!r} of objects, or of another size than its header says")
+                raise Refused(
+                    f"has the entry {info.filename[:80]!r} of objects, or of another size than its header says"
+                )
             flat = _bytes(stream, math.prod(shape) * dtype.itemsize).view(dtype)
             arrays[info.filename.removesuffix(".npy")] = flat.reshape(shape, order="F" if by_columns else "C")
     return arrays
@@ -496,7 +499,8 @@ def _check_directory(file: io.BufferedReader, size: int) -> None:
 
 def _read_legacy(file: io.BufferedReader, size: int) -> object:
     file.seek(0)
-    run = _Interpreter(file.read(min(size, MAX_PICKLE)), size, inert=False)  # read() allocates the requested size at once
+    # read() allocates the requested size at once
+    run = _Interpreter(file.read(min(size, MAX_PICKLE)), size, inert=False)
     if run.load() != LEGACY_MAGIC or run.load() != LEGACY_VERSION:
         raise Refused("is a pickle, but not written by torch.save; save it again with torch.save")
     if expect(run.load(), dict).get("little_endian") is not True:

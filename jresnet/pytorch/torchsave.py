@@ -55,7 +55,8 @@ def write(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
         def add(name: str, data: bytes | memoryview) -> None:
             info = zipfile.ZipInfo(f"archive/{name}")  # its date is always 1980
             info.create_system = 0  # the default depends on the operating system
-            padding = -(content.tell() + 30 + len(info.filename) + 4) % ALIGNMENT  # 30 and 4: headers of zip and this field
+            # 30 and 4: headers of zip and this field
+            padding = -(content.tell() + 30 + len(info.filename) + 4) % ALIGNMENT
             info.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)  # FB is torch's tag for padding
             archive.writestr(info, data)
 

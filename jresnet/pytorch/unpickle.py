@@ -208,7 +208,9 @@ class Interpreter:
 
     def take(self, count: int) -> bytes:
         if not 0 <= count <= len(self.data) - self.position:
-            raise EOFError(f"expected {count:,} more bytes at the end of the file, or of its first {len(self.data):,} bytes")
+            raise EOFError(
+                f"expected {count:,} more bytes at the end of the file, or of its first {len(self.data):,} bytes"
+            )
         self.position += count
         return self.data[self.position - count : self.position]
 

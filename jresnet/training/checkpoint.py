@@ -196,7 +196,9 @@ class Checkpoints:
             return Restored(state, about["progress"], step, self._put_aside(problems))
         if problems:
             found = "; ".join(f"{step}: {problem}" for step, problem in problems.items())
-            raise WeightsError(f"all checkpoints in {self.folder} are damaged ({found}): delete that folder to start again")
+            raise WeightsError(
+                f"all checkpoints in {self.folder} are damaged ({found}): delete that folder to start again"
+            )
         return None
 
     def _read(self, step: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -93,7 +93,9 @@ class Guard:
         found = jax.jit(views, static_argnums=4)(before.step, batch, order[step], key, len(program.data.classes))
         images, targets = (jnp.asarray(np.asarray(part)) for part in found)  # on one device
         model = nnx.merge(program.graph, *jax.tree.map(np.asarray, (before.params, before.batch_stats)))
-        return find_non_finite(model, images, targets) or ["forward and backward pass are finite, but the update is not"]
+        return find_non_finite(model, images, targets) or [
+            "forward and backward pass are finite, but the update is not"
+        ]
 
 
 def next_rollback(error: NonFiniteLoss, on_nan: str, rollbacks: int) -> int:

@@ -122,7 +122,12 @@ class ImageNetConfig(FilesConfig):
         "smallest fraction of an image's area that a random crop covers", "recipe", 0.08, above=0, most=1
     )
     repeats: int = option(
-        "views of an image in a batch; an epoch then covers 1 / N of the images", "recipe", 1, metavar="N", least=1, most=64
+        "views of an image in a batch; an epoch then covers 1 / N of the images",
+        "recipe",
+        1,
+        metavar="N",
+        least=1,
+        most=64,
     )
 
     def pipeline(self) -> Pipeline:

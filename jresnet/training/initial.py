@@ -66,7 +66,9 @@ def load(spec: str, arch: str | None = None) -> Initial:
             "architecture of jresnet.list_models()"
         )
     if config.in_channels != 3:
-        raise WeightsError(f"the weights {spec} take images of {config.in_channels} channels, but training images have 3")
+        raise WeightsError(
+            f"the weights {spec} take images of {config.in_channels} channels, but training images have 3"
+        )
     values = {path: np.asarray(value, np.float32) for path, value in found.values.items()}
     size = preprocessing.crop if preprocessing else None
     return Initial(spec, found.arch, config, values, found.categories, size)

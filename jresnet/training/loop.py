@@ -133,7 +133,8 @@ class StepsLoop:
                 break  # keep the completed steps, since the state was donated; the next call raises the error
             state, metrics = call(state, images, self._taken(order, i, i + 1), key)
             if taken:
-                taken[-1].loss.block_until_ready()  # stay one step ahead of the device: no idle time, quick response to stop
+                # stay one step ahead of the device: no idle time, quick response to stop
+                taken[-1].loss.block_until_ready()
             taken.append(metrics)
             after_steps(1)
         rows = [np.array(row) for row in zip(*jax.device_get(taken), strict=True)] or [np.zeros(0), np.zeros(0, int)]

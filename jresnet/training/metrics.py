@@ -58,7 +58,9 @@ class WandB:
         try:
             self.run = init(project=project, name=name, config=config, dir=str(folder), id=run_id, resume="allow")
         except Error as error:
-            raise InputError(f"Weights & Biases: {error}. To work without a connection, set WANDB_MODE=offline") from error
+            raise InputError(
+                f"Weights & Biases: {error}. To work without a connection, set WANDB_MODE=offline"
+            ) from error
 
     def add(self, row: dict[str, Any]) -> None:
         """Appends a row of :class:`Metrics`, unless the run has it from an earlier session."""

@@ -199,7 +199,8 @@ def _backward(step: _Step) -> list[str]:
             found = _parameters(step, layer, step.gradients)
             if place != step.order[0]:  # the images' gradient is not computed in training
                 found = {"input": step.gradients[place]} | found
-            inside = [p for p in step.order if p.startswith(f"input of {layer}.")]  # a block's input gradient sums these
+            # a block's input gradient sums these
+            inside = [p for p in step.order if p.startswith(f"input of {layer}.")]
             sources = {f"gradient of {p.removeprefix(f'input of {layer}.')}'s input": step.gradients[p] for p in inside}
             sources = {"gradient of its output": step.gradients[layer], "input": step.outputs[place]} | sources
             sources |= _parameters(step, layer)

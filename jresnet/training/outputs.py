@@ -287,7 +287,9 @@ def check(config: RunConfig, out: Path, resume: bool, runs: int | None = None) -
     before = read_config(out, type(config))
     taken = [name for name in FILES if (out / name).exists()]
     if taken and not resume:
-        raise InputError(f"`out` {out} already contains a run ({', '.join(taken)}): `resume` it, or choose another folder")
+        raise InputError(
+            f"`out` {out} already contains a run ({', '.join(taken)}): `resume` it, or choose another folder"
+        )
     changed = differences(before, config) if before else []
     begun = read_runs(out, type(config)) if before else None
     if before and runs != begun:
@@ -303,7 +305,9 @@ def check(config: RunConfig, out: Path, resume: bool, runs: int | None = None) -
         way = ""
         if last := next((path for path in _seed_folders(out) if (path / "last.safetensors").exists()), None):
             way = f". To start a new run from its weights, give `weights` {last / 'last.safetensors'} and another `out`"
-        raise InputError(f"`resume` cannot change the configuration of the run in {out}: {'; '.join(changed)}{why}{way}")
+        raise InputError(
+            f"`resume` cannot change the configuration of the run in {out}: {'; '.join(changed)}{why}{way}"
+        )
 
 
 def _seed_folders(out: Path) -> list[Path]:
@@ -362,7 +366,9 @@ def read_summary(path: Path) -> dict[str, Any]:
         if bad:
             raise TypeError(f"{', '.join(bad)} has a wrong type")
     except (OSError, RecursionError, TypeError, ValueError) as error:
-        raise InputError(f"{path} cannot be used ({error}): delete it and resume the run, which writes it again") from error
+        raise InputError(
+            f"{path} cannot be used ({error}): delete it and resume the run, which writes it again"
+        ) from error
     return summary
 
 

@@ -67,7 +67,8 @@ def fit_seeds(
         summaries = []
         for seed in range(config.seed, config.seed + runs):
             summary, again = out / f"seed-{seed}" / "summary.json", dataclasses.replace(config, seed=seed)
-            finished = first and summary.exists() and read_config(summary.parent) == again  # else it has to be prolonged
+            # else it has to be prolonged
+            finished = first and summary.exists() and read_config(summary.parent) == again
             if resume and devices.together(np.array([finished]))[0][0]:
                 summaries.append(read_summary(summary) if first else {})
                 continue

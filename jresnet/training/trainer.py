@@ -38,14 +38,20 @@ class Options:
     """Settings that do not affect the result of a run."""
 
     checkpoint_minutes: float | None = option(  # None: only at an epoch's end
-        "a checkpoint every N minutes within an epoch, besides the one at its end", "results", 10.0, metavar="N", least=0
+        "a checkpoint every N minutes within an epoch, besides the one at its end",
+        "results",
+        10.0,
+        metavar="N",
+        least=0,
     )
     checkpoint_seconds: float | None = option(
         "no checkpoint at the end of an epoch within N seconds of the previous one, except after the last epoch; the best "
         "weights are written with a checkpoint",
         "results", None, metavar="N", none=f"0 on a CPU, {PAUSE:g} elsewhere", least=0,
     )  # fmt: skip
-    wandb: str | None = option("also report to Weights & Biases (pip install wandb)", "results", None, metavar="PROJECT")
+    wandb: str | None = option(
+        "also report to Weights & Biases (pip install wandb)", "results", None, metavar="PROJECT"
+    )
     debug_nans: bool = option("name the layer that causes a non-finite loss; slower", TROUBLE, False, switch=True)
     deterministic: bool = option(  # recorded here for config.json; the command sets XLA's flags before XLA starts
         "bitwise reproducible results on a GPU, slower; results on CPU and TPU are always reproducible",
@@ -190,7 +196,8 @@ class Trainer:
         done.epochs, done.loss_sum, done.correct = row["epoch"], 0.0, 0
         self.console.say(console.epoch_line(row, self.config.epochs, self._left()))
         judged = results[self.judge]
-        score = judged.accuracy if math.isfinite(judged.loss) else None  # an epoch with non-finite logits is never the best
+        # an epoch with non-finite logits is never the best
+        score = judged.accuracy if math.isfinite(judged.loss) else None
         due = done.epochs == self.config.epochs or time.monotonic() - self.saved_at >= self.pause
         if score is not None and score > done.best_accuracy:
             done.best_accuracy, done.best_epoch = score, done.epochs

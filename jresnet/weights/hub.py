@@ -44,7 +44,8 @@ MAX_BYTES = {
 ANSWER_SECONDS = 4.0  # time limit for the Hub's first answer: without network a command must end within 5 s
 _COMMIT = re.compile("[0-9a-f]{40}")
 _SHA256 = re.compile("[0-9a-f]{64}")
-_REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_.+/-]*")  # a branch, tag or commit; no "..", against traversal
+# a branch, tag or commit; no "..", against traversal
+_REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_.+/-]*")
 
 
 @dataclass(frozen=True)
@@ -284,9 +285,7 @@ def _head(repo: str, revision: str, filename: str) -> "HfFileMetadata | None":
     except errors.EntryNotFoundError:
         return None
     if not _COMMIT.fullmatch(found.commit_hash or "") or not found.etag:
-        raise DownloadError(
-            f"{found.location} does not answer like the Hub: check HF_ENDPOINT and the proxy settings"
-        )
+        raise DownloadError(f"{found.location} does not answer like the Hub: check HF_ENDPOINT and the proxy settings")
     if found.size is not None and found.size > MAX_BYTES[WEIGHTS if filename == WEIGHTS else CONFIG]:
         raise WeightsError(f"{filename} of {repo}@{revision} has {found.size:,} bytes, which is too large for a ResNet")
     return found
@@ -338,9 +337,7 @@ def _explained(repo: str, revision: str, filename: str) -> Iterator[None]:
     except errors.GatedRepoError as error:
         raise failed(f"the repository is gated: request access at {page}, then log in with `hf auth login`") from error
     except errors.RepositoryNotFoundError as error:
-        raise failed(
-            f"{page} does not exist or is private: check the name, or log in with `hf auth login`"
-        ) from error
+        raise failed(f"{page} does not exist or is private: check the name, or log in with `hf auth login`") from error
     except errors.RevisionNotFoundError as error:
         raise failed(f"{page} has no branch, tag or commit {revision!r}") from error
     except errors.HfHubHTTPError as error:

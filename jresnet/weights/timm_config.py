@@ -29,7 +29,8 @@ class Described(NamedTuple):
     num_classes: int | None = None  # 0: the weights have no head
     preprocessing: Preprocessing | None = None
     categories: tuple[str, ...] | None = None  # in the order of the logits
-    network: Mapping[str, Any] | None = None  # fields of the ResNetConfig; stride_in cannot be inferred from the tensors
+    # fields of the ResNetConfig; stride_in cannot be inferred from the tensors
+    network: Mapping[str, Any] | None = None
     notes: tuple[str, ...] = ()  # one sentence for each thing that was ignored
 
 
@@ -178,7 +179,8 @@ def _categories(config: dict[str, Any], num_classes: int | None, problems: list[
     if names is None:
         return None
     if isinstance(names, dict) and num_classes and names.keys() <= {str(i) for i in range(num_classes)}:
-        names = [names.get(str(i), str(i)) for i in range(num_classes)]  # an index without a name gets its number as name
+        # an index without a name gets its number as name
+        names = [names.get(str(i), str(i)) for i in range(num_classes)]
     if not isinstance(names, list) or not all(map(is_text, names)) or len(names) != num_classes:
         problems.append(f"label_names should be {num_classes or ''} printable names, not {reprlib.repr(names)}")
     elif not isinstance(described, dict) or not all(map(is_text, described.values())):
