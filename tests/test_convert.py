@@ -145,7 +145,7 @@ def test_counters_are_of_any_dtype(tensors: dict[str, np.ndarray]) -> None:
 )
 def test_the_right_architecture_is_named(dialect: str, found: str, asked: str) -> None:
     chosen = {name: v for name, v in keymap.DIALECTS[dialect].config.items() if name in zoo.FREE}
-    with pytest.raises(WeightsError, match=f"holds a {found}, not a {asked}: name that architecture$"):
+    with pytest.raises(WeightsError, match=f"contains a {found}, not a {asked}: name that architecture$"):
         torch2flax.convert(state_dict_of(found, dialect, num_classes=7, **chosen), asked)
 
 
@@ -200,7 +200,7 @@ def test_stem_and_sizes_are_the_files() -> None:
 
 @pytest.mark.parametrize("found", [{}, [], None, 3, {"epoch": 3}, {"state_dict": {"a": "b"}}, {3: np.zeros(2)}])
 def test_what_is_no_state_dict(found: object) -> None:
-    with pytest.raises(WeightsError, match="expected a state_dict .names to tensors., found"):
+    with pytest.raises(WeightsError, match=r"expected a state_dict .names to tensors., found"):
         torch2flax.convert(found, "resnet18")
 
 
@@ -296,7 +296,7 @@ def test_json(tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
         (["resnet20_cifar", "--weights", "{good}", "--dialect", "keras"], 2, "invalid choice: 'keras'"),
         (["{good}", "--dialect", "weiaicunzai"], 1, "contains no ResNet in weiaicunzai naming"),
         (["{good}", "--prefix", "backbone"], 1, "contains no ResNet under 'backbone': expected tensors such as conv1"),
-        (["{good}", "--key", "model"], 1, "has no dict of tensors 'model': there are ''"),
+        (["{good}", "--key", "model"], 1, "has no dict of tensors 'model': found ''"),
         (["resnet20_cifar", "--weights", "hf:nothing"], 1, "hf:ORG/REPO[@REVISION]"),
     ],
 )

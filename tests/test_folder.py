@@ -113,7 +113,7 @@ def test_a_table_names_paths_and_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([], "holds no folder"),
+        ([], "contains no folder"),
         (["a/0.png"], "has only one class, a: at least two"),
         (["a/0.png", "b/notes.txt"], "1 of the 2 classes of .* has no training image: b"),
         (["val/a/0.png"], "has a folder val but no folder for training: expected train or training"),
@@ -233,7 +233,7 @@ def test_damaged_images_are_named_and_left_out(root: Path) -> None:
     assert {Path(file).name: reason.split(":")[0].split(" (")[0] for file, reason in data.skipped} == {
         "empty.jpg": "empty",
         "cut.jpg": "image file is truncated",
-        "text.png": "no image",
+        "text.png": "not an image",
     }
     assert len(data.train.labels) + len(data.test.labels) == 30
     assert any("3 damaged images are skipped" in note for note in data.notes)

@@ -280,7 +280,7 @@ def test_a_hub_that_never_answers_is_given_up(library: Any, monkeypatch: pytest.
     [
         ((404, "RepoNotFound"), "http.*/timm/resnet18.a1_in1k does not exist or is private: .*hf auth login"),
         ((401, "RepoNotFound"), "or is private: .*hf auth login"),
-        ((403, "GatedRepo"), "gated: request access at http.*/timm/resnet18.a1_in1k; then log in with `hf auth login`"),
+        ((403, "GatedRepo"), "gated: request access at http.*/timm/resnet18.a1_in1k, then log in with `hf auth login`"),
         ((404, "RevisionNotFound"), "has no branch, tag or commit 'main'"),
         ((401, "Invalid credentials in Authorization header"), "answered HTTP 401: log in again with `hf auth login`"),
         ((429, None), "answered HTTP 429: try again later"),

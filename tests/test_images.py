@@ -70,8 +70,8 @@ def test_links_are_followed_one_level_deep(tmp_path: Path) -> None:
     ("files", "message"),
     [
         ((), "there is no folder .*nowhere: expected FOLDER/CLASS/"),
-        (("flat.jpg",), "holds no folder, and 1 files: expected FOLDER/CLASS/"),
-        (("a/1.txt", "b/2.gif"), "holds 2 folders without an image: .* images end in .jpg"),
+        (("flat.jpg",), "contains no folder, and 1 files: expected FOLDER/CLASS/"),
+        (("a/1.txt", "b/2.gif"), "contains 2 folders without an image: .* images end in .jpg"),
     ],
 )
 def test_folders_without_images(tmp_path: Path, files: tuple[str, ...], message: str) -> None:
@@ -151,12 +151,12 @@ BAD = {
     "empty.jpg": (b"", "empty"),
     "text.png": (b"no image", "not an image: expected one of JPEG, PNG"),
     "cut.jpg": (jpeg()[:2000], "truncated"),
-    "header-only.jpg": (jpeg()[:20], "truncated|no image"),
+    "header-only.jpg": (jpeg()[:20], "truncated|not an image"),
     "program.jpg": (EPS, "not an image: expected one of JPEG"),
     "lie.png": (png(5000, 5000, b"\0" * 100), "truncated"),
     "big.png": (png(10_000, 10_000), "10000 x 10000 pixels are more than 89,478,485"),
     "bomb.png": (png(65_000, 65_000), "bomb"),
-    "no-size.png": (png(0, 0), "no image"),
+    "no-size.png": (png(0, 0), "not an image"),
 }
 
 

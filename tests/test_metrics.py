@@ -174,10 +174,10 @@ def test_a_damaged_line(tmp_path: Path, line: str) -> None:
 @pytest.mark.parametrize(
     ("more", "match"),
     [
-        ({"test_accuracy": "x"}, "test_accuracy is no figure"),
-        ({"test_accuracy": 1.5}, "test_accuracy is no figure"),
-        ({"train_loss": -1, "seconds": [1]}, "train_loss, seconds is no figure"),
-        ({"images_per_second": 10**400}, "images_per_second is no figure"),
+        ({"test_accuracy": "x"}, "test_accuracy has an invalid value"),
+        ({"test_accuracy": 1.5}, "test_accuracy has an invalid value"),
+        ({"train_loss": -1, "seconds": [1]}, "train_loss, seconds has an invalid value"),
+        ({"images_per_second": 10**400}, "images_per_second has an invalid value"),
         ({"epoch": 3}, "it is epoch 3, step 20"),
         ({"step": -1}, "it is epoch 2, step -1"),
     ],

@@ -123,7 +123,7 @@ def test_cached_file_is_checked_and_used(row):
 def test_altered_cached_file_is_refused_and_left_alone(row, digits):
     row = dataclasses.replace(row, sha256=row.sha256[:digits])
     path = put(row, b"weightz")
-    with pytest.raises(WeightsError, match=r"damaged or another file.*Delete it") as caught:
+    with pytest.raises(WeightsError, match=r"damaged or another file.*Delete the file") as caught:
         pretrained.fetch(row)
     assert str(path) in str(caught.value)
     assert path.read_bytes() == b"weightz"

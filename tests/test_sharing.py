@@ -160,7 +160,7 @@ def test_a_repository_gets_the_same_files(file: Path, monkeypatch: pytest.Monkey
     assert api.asked == [("me/flowers", True, True), ["README.md", "config.json", "model.safetensors"]]
     assert api.tensors["conv1.weight"].shape == (16, 3, 3, 3)
     assert "https://hub/me/flowers/commit/1" in capsys.readouterr().out
-    for target, message in (("hf:flowers", "ORG and REPO are both needed"), ("hf:me/x@v1", "leave @v1 out")):
+    for target, message in (("hf:flowers", "ORG and REPO are both needed"), ("hf:me/x@v1", "leave out @v1")):
         with pytest.raises(InputError, match=message):
             sharing.push(file, target)
 

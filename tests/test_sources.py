@@ -120,8 +120,8 @@ def test_names_are_not_shadowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     [
         ("", "resnet50", "an empty string"),
         ("", None, "an empty string"),
-        ("resnet18:IMAGENET1K_V1", "resnet50", "those of resnet18, not of resnet50"),
-        ("resnet18", "resnet50", "those of resnet18, not of resnet50"),
+        ("resnet18:IMAGENET1K_V1", "resnet50", "belong to resnet18, not to resnet50"),
+        ("resnet18", "resnet50", "belong to resnet18, not to resnet50"),
         ("resnet50:IMAGENET1K_V9", None, "resnet50 has no weights 'IMAGENET1K_V9'"),
         ("resnet50:", None, "resnet50:IMAGENET1K_V2"),
         ("IMAGENET1K_V9", "resnet50", "did you mean IMAGENET1K_V"),
@@ -242,8 +242,8 @@ def test_a_strangers_npz(tmp_path: Path, content: bytes, message: str) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"\x89HDF\r\n\x1a\n" + bytes(600), "is an HDF5 file (Keras)"),
-        (b"\x81\xa6params\x81\xa1a" + bytes(600), "is a msgpack file (Flax)"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(600), "is an HDF5 file .Keras."),
+        (b"\x81\xa6params\x81\xa1a" + bytes(600), "is a msgpack file .Flax."),
         (b"\x08\x08\x12\x07pytorch\x1a\x052.1.0" + bytes(600), "is an ONNX file"),
         (b'{"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}', "is a JSON file"),
     ],

@@ -447,16 +447,16 @@ def test_attribute_of_an_allowed_global(refused, in_format):
 
 HOSTILE = [
     (call("torch._utils._rebuild_parameter", call("os.system", "true")), "forbidden"),  # nested
-    (Raw(emit("eval") + emit(("1",)) + op.REDUCE), "str where function"),
-    (Raw(call("collections.OrderedDict") + emit(()) + op.REDUCE), "OrderedDict where function"),
+    (Raw(emit("eval") + emit(("1",)) + op.REDUCE), "expected function, found str"),
+    (Raw(call("collections.OrderedDict") + emit(()) + op.REDUCE), "expected function, found OrderedDict"),
     (call("collections.OrderedDict", 5), "expected tuple, found int"),
     (call("_codecs.encode", "x", "rot13"), "another encoding"),
     (call("numpy.core.multiarray.scalar", call("numpy.dtype", "O"), "12345678"), "'O'"),
-    (call("numpy.core.multiarray.scalar", "f8", "12345678"), "no number"),
-    (call("numpy.core.multiarray.scalar", glob("torch.float64"), Raw(op.SHORT_BINBYTES + b"\x01a")), "no number"),
+    (call("numpy.core.multiarray.scalar", "f8", "12345678"), "not a number"),
+    (call("numpy.core.multiarray.scalar", glob("torch.float64"), Raw(op.SHORT_BINBYTES + b"\x01a")), "not a number"),
     (build(call("numpy.dtype", "f8"), (3, ">")), "big-endian"),
     (build([], {"__setstate__": 1}), "sets attributes of a list"),
-    (build(glob("torch.float32"), {"names": 1}), "dict where tuple"),
+    (build(glob("torch.float32"), {"names": 1}), "expected tuple, found dict"),
     (build(glob("collections.OrderedDict"), {"__init__": 1}), "sets attributes of a function"),
     (build(tensor(), {"shape": (9,)}), "sets attributes of a _Tensor"),
     (Raw(op.MARK + emit("ls") + op.INST + b"os\nsystem\n"), "opcode 0x69"),
