@@ -1,8 +1,9 @@
-"""A segmentation network on jresnet's features: ``python examples/segmentation.py``.
+"""Train a segmentation network on jresnet's features: ``python examples/segmentation.py``.
 
-The backbone is dilated to output stride 2 and gives two stages; the head, in the manner of DeepLab v3+ (arXiv:1802.02611),
-joins them and enlarges its logits to the image. It learns to tell circles, squares and crosses in noise.
-For a real task take ``jresnet.create("resnet50", weights="DEFAULT", output_stride=16)`` and images of one's own.
+The backbone is dilated to output stride 2 and returns the outputs of two stages. The head, similar to that of DeepLab v3+
+(arXiv:1802.02611), combines them and resizes its logits to the size of the image. The network learns to segment circles,
+squares and crosses in noise. For a real task, use ``jresnet.create("resnet50", weights="DEFAULT", output_stride=16)`` and
+your own images.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ CLASSES = ("background", "circle", "square", "cross")
 
 
 class Segmenter(nnx.Module):
-    """Logits ``[N, H, W, classes]`` for every pixel of images ``[N, H, W, C]``."""
+    """A network from images ``[N, H, W, C]`` to logits ``[N, H, W, classes]`` for every pixel."""
 
     def __init__(self, backbone: jresnet.ResNet, classes: int, width: int = 32, *, rngs: nnx.Rngs):
         config = backbone.config
@@ -42,7 +43,7 @@ class Segmenter(nnx.Module):
 
 
 def shapes(draw: np.random.Generator, count: int, size: int = 32) -> tuple[np.ndarray, np.ndarray]:
-    """Images ``[N, size, size, 3]`` of two shapes each in noise, and each pixel's class ``[N, size, size]``."""
+    """Draws images ``[N, size, size, 3]`` with two shapes each in noise, and the class of each pixel ``[N, size, size]``."""
     rows, columns = np.mgrid[:size, :size]
     images, masks = draw.normal(0, 0.2, (count, size, size, 3)), np.zeros((count, size, size), np.int32)
     for image, mask in zip(images, masks, strict=True):
@@ -57,7 +58,7 @@ def shapes(draw: np.random.Generator, count: int, size: int = 32) -> tuple[np.nd
 
 
 def mean_iou(model: Segmenter, images: np.ndarray, masks: np.ndarray) -> float:
-    """Intersection over union, the mean over the classes."""
+    """Intersection over union, averaged over the classes."""
     found = np.asarray(nnx.jit(lambda model, images: model(images).argmax(-1))(model, images))
     return float(
         np.mean(
@@ -67,11 +68,11 @@ def mean_iou(model: Segmenter, images: np.ndarray, masks: np.ndarray) -> float:
 
 
 def train(steps: int, batch: int = 16, seed: int = 0) -> tuple[float, float]:
-    """Trains a small network; returns its mean IoU on images of its own before and after."""
+    """Trains a small network; returns the mean IoU on separate test images before and after."""
     draw = np.random.default_rng(seed)
     config = jresnet.ResNetConfig("basic", (1, 1, 1), (16, 32, 64), num_classes=0, stem="cifar", output_stride=2)
     model = Segmenter(jresnet.ResNet(config, rngs=nnx.Rngs(seed)), len(CLASSES), rngs=nnx.Rngs(seed + 1))
-    # A pretrained backbone learns more slowly than its head: here both begin at random.
+    # Both parts start from random weights, so they share one learning rate; a pretrained backbone would get a smaller one.
     tx = jresnet.optim.optimizer("adamw", optax.cosine_decay_schedule(1e-2, steps), weight_decay={"backbone": 1e-4})
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
@@ -94,11 +95,11 @@ def train(steps: int, batch: int = 16, seed: int = 0) -> tuple[float, float]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command."""
+    """Runs the command; returns its exit code."""
     parser = argparse.ArgumentParser(description="Train a segmentation head on synthetic shapes.")
-    parser.add_argument("--steps", type=int, default=100, help="of 16 images each (default: 100)")
+    parser.add_argument("--steps", type=int, default=100, help="training steps of 16 images each (default: 100)")
     before, after = train(parser.parse_args(argv).steps)
-    print(f"mean IoU of {len(CLASSES)} classes on 64 other images: {before:.3f} before, {after:.3f} after")
+    print(f"mean IoU of {len(CLASSES)} classes on 64 test images: {before:.3f} before, {after:.3f} after")
     return 0
 
 

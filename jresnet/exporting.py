@@ -267,18 +267,31 @@ def _run(jaxpr: Any, constants: Sequence[Any], *arguments: Any) -> list[Any]:
             constant = not any(isinstance(value, jax.core.Tracer) for value in values)
             with jax.ensure_compile_time_eval() if constant else contextlib.nullcontext():
                 name = "constant" if constant else equation.primitive.name
-                compute = {"pad": _channels_added, "reduce_window_max": _pooled}.get(name, equation.primitive.bind)
+                compute = {"pad": _padded, "reduce_window_max": _pooled}.get(name, equation.primitive.bind)
                 found = compute(*values, **equation.params)
             found = found if equation.primitive.multiple_results else [found]
         known |= zip(equation.outvars, found, strict=True)
     return [value(variable) for variable in jaxpr.outvars]
 
 
-def _channels_added(x: jax.Array, _: Any, *, padding_config: Sequence[tuple[int, int, int]]) -> jax.Array:
-    """Pads channels with zeros, the only padding in evaluation. jax2onnx's own ``pad`` needs to know the batch size."""
-    before, behind, _ = map(int, padding_config[-1])
-    assert not np.any(padding_config[:-1]), padding_config
-    return x @ np.eye(x.shape[-1], before + x.shape[-1] + behind, before, x.dtype)
+def _padded(x: jax.Array, value: Any, *, padding_config: Sequence[tuple[int, int, int]]) -> jax.Array:
+    """``lax.pad`` of all axes but the first. jax2onnx's own ``pad`` needs to know the batch size."""
+    for axis, (before, after, inside) in enumerate(padding_config):
+        assert inside == 0 <= min(before, after), padding_config
+        if axis == x.ndim - 1 and before + after:  # the channels of a shortcut, padded with zeros
+            size = x.shape[axis]
+            x = x @ np.eye(size, before + size + after, before, x.dtype)
+            continue
+        # The batch size is unknown, so a constant of this shape cannot be made: a row of x is clipped to the value.
+        rows = [_filled(lax.slice_in_dim(x, 0, 1, axis=axis), value)] * int(max(before, after))
+        if rows:
+            x = lax.concatenate([*rows[:before], x, *rows[:after]], axis)
+    return x
+
+
+def _filled(x: jax.Array, value: Any) -> jax.Array:
+    """An array of the shape of ``x`` with ``value`` everywhere."""
+    return jnp.maximum(jnp.minimum(x, value), value)
 
 
 def _pooled(x: jax.Array, *, window_dimensions: Any, window_strides: Any, padding: Any, **_: Any) -> jax.Array:

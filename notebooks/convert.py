@@ -7,12 +7,12 @@
 # ---
 
 # %% [markdown]
-# # Your own PyTorch file, in JAX and back
+# # Convert your own PyTorch file to JAX and back
 #
-# jresnet reads files of `torch.save` without torch, and finds out which ResNet they hold.
+# jresnet reads files of `torch.save` without torch, and infers which ResNet they contain.
 
 # %%
-# In Colab upload jresnet's wheel beside this notebook first. Where jresnet is installed, this cell does nothing.
+# In Colab, first upload jresnet's wheel next to this notebook. If jresnet is installed, this cell does nothing.
 import importlib.util
 import subprocess
 import sys
@@ -30,7 +30,7 @@ import jresnet
 from jresnet.pytorch import statedict, torchsave
 
 # %% [markdown]
-# Name your file here. If it is not there, we write one as PyTorch would, to have something to convert.
+# Enter the name of your file here. If the file does not exist, this cell writes an example in PyTorch's format.
 
 # %%
 file = Path("my_resnet.pth")
@@ -42,7 +42,7 @@ model = jresnet.load(file)
 print(model.arch, model.config)
 
 # %% [markdown]
-# Images are channels last, `[N, H, W, C]`. A batch that was made for PyTorch is transposed.
+# Images are in channels-last layout, `[N, H, W, C]`. A batch prepared for PyTorch must be transposed.
 
 # %%
 for_torch = np.random.default_rng(0).standard_normal((2, 3, 64, 64)).astype(np.float32)
@@ -50,7 +50,7 @@ logits = model(for_torch.transpose(0, 2, 3, 1))
 print(logits.shape, logits.dtype)
 
 # %% [markdown]
-# The converted weights as a file of jresnet's, with the names of the classes.
+# Save the converted weights as a native file, with the names of the classes.
 
 # %%
 names = [f"class {i}" for i in range(model.config.num_classes)]
@@ -59,7 +59,7 @@ same = jresnet.load("my_resnet.safetensors")
 print(bool((same(for_torch.transpose(0, 2, 3, 1)) == logits).all()))
 
 # %% [markdown]
-# Back to PyTorch, bit for bit.
+# Convert back to PyTorch. The result is bit-identical.
 
 # %%
 torchsave.write("back.pth", statedict.state_dict(model))
@@ -67,7 +67,8 @@ before, after = (jax.tree.leaves(statedict.state_dict(jresnet.load(path))) for p
 print(all((one == other).all() for one, other in zip(before, after, strict=True)))
 
 # %% [markdown]
-# A network for other classes starts from the same weights, with a fresh head (jresnet warns of it).
+# To start a network for other classes from the same weights, pass the number of classes. jresnet initialises a new head
+# and issues a warning.
 
 # %%
 fresh = jresnet.create(weights="my_resnet.pth", num_classes=3)

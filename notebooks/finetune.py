@@ -7,14 +7,13 @@
 # ---
 
 # %% [markdown]
-# # Fine-tune on a folder of pictures
+# # Fine-tune on a folder of images
 #
-# A folder for each class is all that is needed: `photos/CLASS/*.png`. To have one, we write scikit-learn's digits as
-# pictures.
-# Use your own folder instead, if you have one.
+# You need one folder per class: `photos/CLASS/*.png`. If the folder `photos` does not exist, this notebook
+# creates it from scikit-learn's digits. You can use your own folder instead.
 
 # %%
-# In Colab upload jresnet's wheel beside this notebook first. Where jresnet is installed, this cell does nothing.
+# In Colab, first upload jresnet's wheel next to this notebook. If jresnet is installed, this cell does nothing.
 import importlib.util
 import subprocess
 import sys
@@ -43,16 +42,15 @@ if not photos.exists():
 print({folder.name: len(list(folder.iterdir())) for folder in sorted(photos.iterdir())})
 
 # %% [markdown]
-# The command trains the head first, then all layers. It chooses learning rate, batch and epochs by the number of images.
-# `dispatch`
-# runs it here; in a terminal it is `jresnet finetune --weights resnet18:IMAGENET1K_V1 ...`.
+# The command trains the head first, then all layers. It chooses learning rate, batch size and epochs from the number
+# of images. `dispatch` runs it in the notebook; in a terminal, type `jresnet finetune --weights resnet18:IMAGENET1K_V1 ...`.
 
 # %%
 command = "finetune --weights resnet18:IMAGENET1K_V1 --data photos --out run --epochs 5"
 print("exit code", dispatch(command.split()))
 
 # %% [markdown]
-# The result is a file that holds the weights, the names of the classes and the preprocessing.
+# The result is a file with the weights, the names of the classes and the preprocessing.
 
 # %%
 weights = jresnet.get_weights("run/last.safetensors")
@@ -67,7 +65,7 @@ for axes, picture, i in zip(places, pictures, found, strict=True):
     axes.axis("off")
 
 # %% [markdown]
-# `run` also holds curves, a confusion matrix, and the pictures with the largest loss.
+# `run` also contains training curves, a confusion matrix, and the images with the largest loss.
 
 # %%
 Image.open("run/confusion.png").convert("RGB")

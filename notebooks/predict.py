@@ -7,12 +7,13 @@
 # ---
 
 # %% [markdown]
-# # What is in a photo, and where?
+# # Classify a photo, and show where the class is
 #
-# A pretrained ResNet-50 names what it sees; Grad-CAM shows where. The weights (98 MB) are downloaded once.
+# A pretrained ResNet-50 classifies the photo, and Grad-CAM shows which regions support the class. The weights (98 MB)
+# are downloaded once.
 
 # %%
-# In Colab upload jresnet's wheel beside this notebook first. Where jresnet is installed, this cell does nothing.
+# In Colab, first upload jresnet's wheel next to this notebook. If jresnet is installed, this cell does nothing.
 import importlib.util
 import subprocess
 import sys
@@ -48,7 +49,7 @@ for i in chances.argsort()[::-1][:5]:
     print(f"{chances[i]:6.1%}  {weights.categories[i]}")
 
 # %% [markdown]
-# The heat map has a value from 0 to 1 for each pixel of the network's input. We draw it over that input.
+# The heat map has a value from 0 to 1 for each pixel of the network's input. The next cell draws it over that input.
 
 # %%
 heat = jresnet.explain.grad_cam(model, images)[0]

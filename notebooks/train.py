@@ -9,12 +9,11 @@
 # %% [markdown]
 # # Train ResNet-20 on the digits
 #
-# The paper's CIFAR network, on scikit-learn's digits: no download, a minute on two cores. `--dataset cifar10` in place
-# of `digits` is the
-# real thing.
+# This notebook trains the CIFAR network of the ResNet paper on scikit-learn's digits. It needs no download and takes a
+# minute on two cores. To train on CIFAR-10, use `--dataset cifar10`.
 
 # %%
-# In Colab upload jresnet's wheel beside this notebook first. Where jresnet is installed, this cell does nothing.
+# In Colab, first upload jresnet's wheel next to this notebook. If jresnet is installed, this cell does nothing.
 import importlib.util
 import subprocess
 import sys
@@ -38,7 +37,7 @@ from jresnet.commands import dispatch
 from jresnet.data import load
 
 # %% [markdown]
-# As a command: it writes weights, checkpoints, metrics and pictures into a folder.
+# Train with the command, which writes weights, checkpoints, metrics and plots into a folder.
 
 # %%
 command = "train --depth 20 --dataset digits --out runs/digits"
@@ -53,7 +52,7 @@ plt.ylabel("accuracy (%)")
 plt.legend()
 
 # %% [markdown]
-# As a loop of your own, with Flax's optimizer and jit.
+# Train with your own loop, with Flax's optimizer and jit.
 
 # %%
 data = load("digits")

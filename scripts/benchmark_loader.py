@@ -154,20 +154,34 @@ def step(args: argparse.Namespace) -> dict[str, Any]:
     made = program.Program(config, imagenet.dataset(listing, config), devices.find(1), workers=args.workers)
     state, source = made.state(0), made.source(0)
     assert isinstance(source, feed.Feed)
-    constant = source.batch(0)
+    constant = source.again(0)
     order, key = feed.every_image(args.batch, 10**6), made.devices.replicate(jax.random.key(0))
     seconds: dict[str, list[float]] = {"real": [], "constant": []}
+    waited: list[float] = []
+
+    class Timed(feed.Feed):
+        """The stream's batches, with the time that each took to come."""
+
+        def batch(self, step: int) -> Any:
+            began = time.perf_counter()
+            images = super().batch(step)
+            waited.append(time.perf_counter() - began)
+            return images
+
+    timed = Timed(source.stream, source.labels, source.devices, source.batch_size)
     number, ends = 0, time.monotonic() + 2 * args.seconds
     made.loop.compile(state, constant, order, key)
-    while time.monotonic() < ends or len(seconds["real"]) < 3:
-        for kind, times in seconds.items():
+    while time.monotonic() < ends or len(seconds["real"]) < 4:
+        # The same numbers for both, so that the stream is asked for one batch after the other: another would begin it anew.
+        for kind, split in (("real", timed), ("constant", constant)):
             began = time.perf_counter()
-            split = source if kind == "real" else constant
-            state, _ = made.loop(state, split, order, number, number + 4, key)
-            times.append((time.perf_counter() - began) / 4)
-            number += 4
+            state, _ = made.loop(state, split, order, number, number + 2, key)
+            seconds[kind].append((time.perf_counter() - began) / 2)
+        number += 2
     source.close()
-    return {f"{kind}_seconds": statistics.median(times[1:]) for kind, times in seconds.items()}
+    # The first two are left out: the workers start.
+    found = {f"{kind}_seconds": statistics.median(times[1:]) for kind, times in seconds.items()}
+    return found | {"waited_seconds": statistics.median(waited[2:])}
 
 
 CONTESTANTS = {"jresnet": jresnet, "torchvision": torchvision, "decoder": decoder, "step": step}

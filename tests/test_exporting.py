@@ -231,6 +231,30 @@ def test_onnx_logits(config: jresnet.ResNetConfig, tmp_path: Path) -> None:
     np.testing.assert_allclose(found, model(exporting.preparation(18, 23, HOW)(pixels)), rtol=1e-3, atol=1e-4)
 
 
+DEEP: dict[str, Any] = {"stem": "deep", "stem_channels": 16, "shortcut": "average"}
+PARTS = {
+    "blur, eca": jresnet.ResNetConfig("basic", (1, 1), (16, 16), 3, antialias="blur", attention="eca"),
+    "average": jresnet.ResNetConfig("bottleneck", (1, 1), (8, 16), 3, antialias="average", **DEEP),
+    "dilated, se": jresnet.ResNetConfig("basic", (1, 1, 1), (8, 8, 8), 3, output_stride=8, attention="se", **DEEP),
+    "group": jresnet.ResNetConfig(
+        "basic", (1, 1), (32, 32), 3, norm="group", stem="deep_conv", stem_channels=64, shortcut="projection_3x3"
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # jax2onnx's own
+@pytest.mark.parametrize("network", PARTS)
+def test_onnx_logits_of_timms_parts(network: str, tmp_path: Path) -> None:
+    pytest.importorskip("jax2onnx", reason="jax2onnx is not installed: pip install 'jresnet[onnx]'")
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime, which jax2onnx needs, is not installed")
+    model, path = model_of(PARTS[network]), tmp_path / "a.onnx"
+    size = (48, 32) if network == "average" else (52, 38)  # odd maps within
+    x = np.random.default_rng(0).standard_normal((3, *size, 3), np.float32)
+    jresnet.export(model, path, "onnx", image_size=size)
+    (found,) = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(["logits"], {"images": x})
+    assert np.linalg.norm(found - model(x)) < 1e-5 * np.linalg.norm(model(x))
+
+
 @NEEDS_FLATBUFFERS
 def test_the_command(weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(weights), "--output", str(tmp_path / "a"), "--preprocess", "--image-size", "18", "24"]

@@ -48,6 +48,28 @@ def test_on_a_cpu_parts_go_the_fast_ways(lowered: dict[str, str]) -> None:
     assert not [line for line in left if not re.search(r"feature_group_count = 1 ", line)]
 
 
+FREE = {
+    "blur": CONFIG,
+    "average": jresnet.ResNetConfig(
+        ("basic", "bottleneck"), (1, 1), (16, 16), 5, stem="deep_tiered", stem_channels=16, shortcut="average",
+        attention="eca", antialias="average",
+    ),
+    "group": jresnet.ResNetConfig(
+        "basic", (1, 2), (32, 32), 5, stem="deep_conv", stem_channels=64, shortcut="projection_3x3", norm="group"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("network", FREE)
+def test_a_program_for_images_of_any_number_and_size(network: str) -> None:
+    n, height, width = jax.export.symbolic_shape("n, 8*h, 8*w" if network == "average" else "n, h, w")
+    model = jresnet.fuse(jresnet.ResNet(FREE[network], rngs=nnx.Rngs(0)))
+    exported = jax.export.export(jax.jit(lambda x: model(x)))(jax.ShapeDtypeStruct((n, height, width, 3), jnp.float32))
+    for shape in ((1, 32, 48, 3), (3, 40, 24, 3) if network == "average" else (3, 35, 41, 3)):
+        images = jax.random.normal(jax.random.key(0), shape)
+        np.testing.assert_allclose(exported.call(images), model(images), rtol=1e-4, atol=1e-5)
+
+
 def test_averages_of_odd_sizes() -> None:
     x = jnp.arange(15.0).reshape(1, 3, 5, 1)
     np.testing.assert_array_equal(kernels.average_halves(x)[0, :, :, 0], [[3, 5]])

@@ -197,6 +197,10 @@ def test_both_of_nnxs_modes(model: jresnet.ResNet, graph_mode: bool) -> None:
         ({"stem": "deep", "stem_channels": 21}, "a deep stem's channels must be a multiple of 8, got 21"),
         ({"stem_channels": 0}, "stem_channels must be a whole number of at least 1, got 0"),
         ({"norm": "group", "widths": (32, 48, 64, 96)}, "GroupNorm needs multiples of 32 channels, got 48 in stage 2"),
+        (
+            {"norm": "group", "stem": "deep", "stem_channels": 32},
+            "GroupNorm needs multiples of 32 channels, got 16 in the stem",
+        ),
         ({"reduce_first": 2}, "reduce_first 2 is for bottlenecks"),
         ({"block": "bottleneck", "reduce_first": 3}, "stage 1 has 64 channels, which reduce_first 3 and groups 1 must"),
         ({"pruned": ((4, ((2, 2),)),)}, "pruned must be a tuple with an entry for each of 4 stages"),

@@ -123,8 +123,17 @@ def _neighbours(x: jax.Array, axis: int, length: int, step: int, count: int) -> 
     return [lax.slice_in_dim(x, i, i + step * (length - 1) + 1, step, axis) for i in range(count)]
 
 
+def _sums(x: jax.Array, step: int, padding: tuple[int, int] = (0, 0)) -> jax.Array:
+    """The sums over windows of 2x2 pixels, for symbolic sizes; computes sizes as convolutions do, so JAX sees them as equal."""
+    edges = ((0, 0), padding, padding, (0, 0))
+    return lax.reduce_window(x, jnp.zeros((), x.dtype), lax.add, (1, 2, 2, 1), (1, step, step, 1), edges)
+
+
 def max_pool_dense(x: jax.Array) -> jax.Array:
     """3x3 max-pool at stride 1, padded by one pixel of -inf; the shape ``[N, H, W, C]`` does not change."""
+    if not known(*x.shape[1:3]):
+        edges = ((0, 0), (1, 1), (1, 1), (0, 0))
+        return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 1, 1, 1), edges)
     x = lax.pad(x, jnp.array(-jnp.inf, x.dtype), ((0, 0, 0), (1, 1, 0), (1, 1, 0), (0, 0, 0)))
     for axis in (1, 2):
         first, second, third = _neighbours(x, axis, x.shape[axis] - 2, 1, 3)
@@ -132,10 +141,21 @@ def max_pool_dense(x: jax.Array) -> jax.Array:
     return x
 
 
+def _reflected(x: jax.Array, axis: int) -> jax.Array:
+    """Pads ``axis`` by one pixel at both ends, by reflection."""
+    if known(size := x.shape[axis]):
+        first, last = (lax.slice_in_dim(x, at, at + 1, axis=axis) for at in (min(1, size - 1), max(size - 2, 0)))
+    else:  # dynamic slices, because JAX cannot know that there are at least two pixels
+        first, last = (lax.dynamic_slice_in_dim(values, 1, 1, axis) for values in (x, lax.rev(x, (axis,))))
+    return lax.concatenate([first, x, last], axis)
+
+
 def _blurred(x: jax.Array, step: int) -> jax.Array:
     """The binomial filter (1 2 1) / 4 along both axes at stride ``step``, with reflection at the edges."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    wide = jnp.pad(wide, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="reflect")
+    wide = _reflected(_reflected(wide, 1), 2)
+    if not known(*x.shape[1:3]):
+        return (_sums(_sums(wide, 1), step) / 16).astype(x.dtype)  # (1 1) twice is (1 2 1)
     for axis in (1, 2):
         before, middle, after = _neighbours(wide, axis, -(-x.shape[axis] // step), step, 3)
         wide = (before + 2 * middle + after) / 4
@@ -158,25 +178,34 @@ def blur_dense(x: jax.Array) -> jax.Array:
 
 def average_halves(x: jax.Array) -> jax.Array:
     """2x2 average pooling ``[N, H, W, C] -> [N, H // 2, W // 2, C]``; an odd last row or column is dropped."""
-    return _averaged(x, [size // 2 for size in x.shape[1:3]], 2)
+    return _averaged(x, 2)
 
 
 def average_pairs(x: jax.Array) -> jax.Array:
     """2x2 average pooling ``[N, H, W, C] -> [N, ceil(H / 2), ceil(W / 2), C]``; padding does not count in averages."""
-    # Repeating an odd last row gives the average of that row.
-    x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)), mode="edge")
-    return _averaged(x, [size // 2 for size in x.shape[1:3]], 2)
+    if not known(*x.shape[1:3]):
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        count = _sums(jnp.ones((1, *x.shape[1:3], 1), wide.dtype), 2, (0, 1))
+        return (_sums(wide, 2, (0, 1)) / count).astype(x.dtype)
+    for axis in (1, 2):
+        size = x.shape[axis]
+        if size % 2:  # repeating the last row gives the average of that row
+            x = lax.concatenate([x, lax.slice_in_dim(x, size - 1, size, axis=axis)], axis)
+    return _averaged(x, 2)
 
 
 def average_same(x: jax.Array) -> jax.Array:
     """The average of each pixel and its neighbours to the right and below, with zeros outside; the shape does not change."""
-    return _averaged(jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0))), list(x.shape[1:3]), 1)
+    return _averaged(jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0))), 1)
 
 
-def _averaged(x: jax.Array, size: list[int], step: int) -> jax.Array:
+def _averaged(x: jax.Array, step: int) -> jax.Array:
+    """The averages of windows of 2x2 pixels at stride ``step``, without padding."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    for axis, length in zip((1, 2), size, strict=True):
-        first, second = _neighbours(wide, axis, length, step, 2)
+    if not known(*x.shape[1:3]):
+        return (_sums(wide, step) / 4).astype(x.dtype)
+    for axis in (1, 2):
+        first, second = _neighbours(wide, axis, (x.shape[axis] - 2) // step + 1, step, 2)
         wide = first + second
     return (wide / 4).astype(x.dtype)
 

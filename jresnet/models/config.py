@@ -304,8 +304,9 @@ def _wrong_channels(config: ResNetConfig) -> list[str]:
             problems.append(f"GroupNorm needs multiples of {NORM_GROUPS} channels, got {odd[0]} in stage {i + 1}")
     if config.pruned is not None and (config.groups > 1 or config.norm):
         problems.append("pruned networks have no groups and no GroupNorm")
-    if config.norm == "group" and stem % NORM_GROUPS:
-        problems.append(f"GroupNorm needs multiples of {NORM_GROUPS} channels, got {stem} of the stem")
+    inner = [stem * share // 8 for share in kind.inner]
+    if config.norm == "group" and (odd := [n for n in (stem, *inner) if n % NORM_GROUPS]):
+        problems.append(f"GroupNorm needs multiples of {NORM_GROUPS} channels, got {odd[0]} in the stem")
     return problems
 
 

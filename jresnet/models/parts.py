@@ -87,7 +87,9 @@ class GroupNorm(nnx.Module):
         def over_groups(values: Float[Array, "n c"]) -> Float[Array, "n c"]:
             # All channels have the same number of pixels, so that the mean of their means is the group's mean.
             grouped = values.reshape(-1, NORM_GROUPS, channels // NORM_GROUPS).mean(-1, keepdims=True)
-            return jnp.broadcast_to(grouped, (len(values), NORM_GROUPS, channels // NORM_GROUPS)).reshape(values.shape)
+            return jnp.broadcast_to(grouped, (values.shape[0], NORM_GROUPS, channels // NORM_GROUPS)).reshape(
+                values.shape
+            )
 
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         centred = wide - jnp.expand_dims(over_groups(global_average_pool(wide)), (1, 2))
