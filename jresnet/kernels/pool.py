@@ -124,7 +124,7 @@ def _neighbours(x: jax.Array, axis: int, length: int, step: int, count: int) -> 
 
 
 def _sums(x: jax.Array, step: int, padding: tuple[int, int] = (0, 0)) -> jax.Array:
-    """The sums over windows of 2x2 pixels, for symbolic sizes; computes sizes as convolutions do, so JAX sees them as equal."""
+    """The sums over windows of 2x2 pixels, for symbolic sizes; sizes as in convolutions, so JAX sees them as equal."""
     edges = ((0, 0), padding, padding, (0, 0))
     return lax.reduce_window(x, jnp.zeros((), x.dtype), lax.add, (1, 2, 2, 1), (1, step, step, 1), edges)
 
