@@ -203,7 +203,7 @@ def test_a_table_of_many_classes_shows_the_worst() -> None:
     lines = command.table(scores)
     assert len(lines) == 42
     assert lines[1].split() == ["c0", "1", "-", "0.0", "%"]
-    assert lines[-1].startswith("the 40 of 50 classes")
+    assert lines[-1].startswith("these are the 40 of 50 classes")
 
 
 def test_precision_and_recall() -> None:

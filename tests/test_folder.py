@@ -83,7 +83,7 @@ def test_train_and_val_are_taken_as_they_are(tmp_path: Path) -> None:
     photo(tmp_path / "val" / "b" / "v.png")
     train, held, where = folder.split(folder.find(tmp_path))
     assert (names(train), names(held), held.labels.tolist()) == ({"t.webp"}, {"v.png"}, [1])
-    assert "apart" in where
+    assert "validation images" in where
     assert "1 classes have no validation image: a" in folder.load(folder.find(tmp_path), HOW).dataset.notes[0]
     photo(tmp_path / "val" / "z" / "v.png")
     with pytest.raises(DataError, match=r"1 classes that .*train does not have \(z\)"):
@@ -106,7 +106,7 @@ def test_a_table_names_paths_and_labels(tmp_path: Path) -> None:
     assert [Path(str(s)).is_file() for s in found.train.sources] == [True, True]
     assert found.train.labels.tolist() == [1, 0]
     table.write_text("images/x.png;a\n")
-    with pytest.raises(DataError, match="line 1 is not path,label"):
+    with pytest.raises(DataError, match="line 1 is not of the form path,label"):
         folder.find(table)
 
 
@@ -152,7 +152,7 @@ def test_a_tfds_store_is_read_without_naming_its_classes_twice(tmp_path: Path) -
     assert {np.asarray(image).tobytes() for image in loaded.train.images} == stored
     with pytest.raises(DataError, match="no prepared store"):
         folder.find("tfds:flowers", tmp_path)
-    with pytest.raises(DataError, match="named tfds:NAME"):
+    with pytest.raises(DataError, match="as tfds:NAME"):
         records.find("../x", tmp_path)
 
 
