@@ -38,8 +38,9 @@ DIFFERENT = 1e-4
 # summation and for the difference between two draws of rounding errors.
 ALLOWED = 3.0
 
-# The same over several networks, root mean square: there the luck of a draw is averaged out.
-ALLOWED_OVERALL = 1.5
+# The same over several networks, root mean square. PyTorch's own float32 distances in its two memory layouts, which differ
+# in the order of summation alone, are up to 2.3 times apart (docs/log/2026-11-parity.md).
+ALLOWED_OVERALL = 2.5
 
 TOGETHER = 100  # blocks, up to which a network is compiled as one program
 
