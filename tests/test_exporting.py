@@ -209,7 +209,8 @@ def test_a_missing_library_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "flatbuffers", None)
     for format, library, extra in (("onnx", "jax2onnx", "onnx"), ("jax", "flatbuffers", "export")):
         with pytest.raises(
-            InputError, match=rf"by {library}, which cannot be imported .*pip install 'jresnet\[{extra}\]'"
+            InputError,
+            match=rf"needs the library {library}, which cannot be imported .*pip install 'jresnet\[{extra}\]'",
         ):
             jresnet.export(model_of(CIFAR), tmp_path / "a", format, image_size=16)
 
