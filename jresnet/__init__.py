@@ -1,6 +1,6 @@
-"""jresnet: ResNets in JAX and Flax NNX, the same function as PyTorch's, training included.
+"""jresnet: ResNets in JAX and Flax NNX that compute the same function as PyTorch's, in training as well.
 
-Public names are imported on first use (PEP 562), so that ``import jresnet`` is quick and brings in no JAX.
+Public names are imported on first use (PEP 562), so that ``import jresnet`` is quick and does not import JAX.
 """
 
 import importlib
@@ -93,9 +93,9 @@ __all__ = [
     "wide_resnet101_2",
 ]
 
-# Modules that are public as a whole. jresnet/hub.py is the command with the same functions.
+# Modules that are public as a whole. `jresnet.hub` is jresnet/sharing.py; the file jresnet/hub.py is its command line.
 _ROOMS = {"explain": "jresnet.explain", "hub": "jresnet.sharing", "optim": "jresnet.training.optim"}
-_MODULES = {  # where a public name comes from; the others from jresnet.factory
+_MODULES = {  # the module of each public name; names not listed here are in jresnet.factory
     "BasicBlock": "jresnet.models.resnet",
     "Bottleneck": "jresnet.models.resnet",
     "Preprocessing": "jresnet.weights.preprocessing",
@@ -111,7 +111,7 @@ _MODULES = {  # where a public name comes from; the others from jresnet.factory
 }
 
 
-if not TYPE_CHECKING:  # type checkers would take any name at all
+if not TYPE_CHECKING:  # with __getattr__ visible, type checkers would accept any attribute
 
     def __getattr__(name: str) -> Any:
         if name not in __all__:

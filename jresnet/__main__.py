@@ -1,4 +1,4 @@
-"""``python -m jresnet``: the command ``jresnet``."""
+"""``python -m jresnet`` runs the command ``jresnet``."""
 
 import sys
 

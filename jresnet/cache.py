@@ -1,4 +1,4 @@
-"""Compiled programs, and how they outlive their process: JAX's persistent compilation cache, as the scripts use it."""
+"""Configures JAX's persistent compilation cache, so that compiled programs are reused by later processes."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import jax
 
 
 def keep_compiled() -> Path | None:
-    """Lets JAX keep what it compiles, so that the next process like this one loads it; before anything is compiled.
+    """Turns on JAX's persistent compilation cache. Call it before anything is compiled.
 
-    The folder is ``JAX_COMPILATION_CACHE_DIR`` where that is set, else ``jresnet/compiled`` in ``XDG_CACHE_HOME`` or
-    ``~/.cache``, there one for each number of cores: XLA cuts a program for the CPU into parts for the cores at hand, and
-    JAX's key does not tell them apart. Entries are for this machine's kind of processor, version and device alone, are
-    never deleted, and are code: nobody else should be able to write there.
-    ``JAX_ENABLE_COMPILATION_CACHE=false`` switches it off.
+    The folder is ``JAX_COMPILATION_CACHE_DIR`` if that is set, else ``jresnet/compiled`` in ``XDG_CACHE_HOME`` or
+    ``~/.cache``, with one subfolder per number of CPU cores: XLA partitions a CPU program for the available cores, and
+    JAX's cache key does not contain their number. Entries are valid only for the same processor type, versions and device.
+    They are never deleted. They are executable code: nobody else should have write access to the folder.
+    ``JAX_ENABLE_COMPILATION_CACHE=false`` turns the cache off.
 
     Returns:
-        The folder; None where the cache is off or nothing can be written there.
+        The folder, or None if the cache is off or the folder is not writable.
     """
     if not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
         return None
@@ -29,24 +29,24 @@ def keep_compiled() -> Path | None:
     try:
         folder = Path(given or _default())
         folder.mkdir(0o700, parents=True, exist_ok=True)
-    except (OSError, RuntimeError):  # RuntimeError: a user without a home
+    except (OSError, RuntimeError):  # RuntimeError: the user has no home directory
         return None
     if not os.access(folder, os.W_OK | os.X_OK):
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    # Programs with oneDNN's kernels cannot be kept: jax 0.12.0.1 fails to write them down, and would say so of each.
+    # Programs with oneDNN kernels cannot be cached: jax 0.12.0.1 fails to serialize them, and warns about each one.
     warnings.filterwarnings("ignore", r"Error writing persistent compilation cache entry .*std::bad_alloc")
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        # JAX's second leaves out what initialises a network: some seventy small programs.
+        # JAX's default of 1 s would skip the programs that initialise a network: about seventy small ones.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return folder
 
 
 def compiled(jitted: Any, *arguments: Any) -> jax.stages.Compiled:
-    """What ``jax.jit`` returned, compiled for arguments like these, or loaded.
+    """Lowers a jitted function for arguments of these shapes and compiles it, or loads it from the cache.
 
-    Python's search for garbage waits while JAX traces. Tracing makes objects by the million that live on, and looking
-    through all of them time and again takes a fifth of it.
+    Python's garbage collector is off while JAX traces. Tracing allocates millions of objects that stay alive, and scanning
+    them repeatedly takes a fifth of the tracing time.
     """
     searching = gc.isenabled()
     gc.disable()

@@ -1,8 +1,8 @@
-"""Fetch one file: mirrors in order, resumed, checked by its SHA-256, moved into place in one step.
+"""Downloads one file: tries mirrors in order, resumes, checks the SHA-256 and moves the file into place atomically.
 
-A server may be anyone's: what it sends is bounded in size (``most``) and in time (``SLOWEST``), whatever it announces.
+Servers are untrusted: size (``most``) and duration (``SLOWEST``) of a transfer are limited, whatever the server announces.
 
-Standard library only; tqdm draws the bar where it is installed and the output is a terminal.
+Needs only the standard library; tqdm draws a progress bar if it is installed and the output is a terminal.
 """
 
 import contextlib
@@ -31,57 +31,59 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-CONNECT_SECONDS = 2.5  # for the first answer from any of the mirrors: a command without network must end within 5 s
-STALL_SECONDS = 30.0  # without a byte, or with too few, after which the next mirror goes on from there
-SLOWEST = 4096  # bytes a second, over STALL_SECONDS; CIFAR-10's home server gives 50,000
-MOST = 1 << 30  # bytes of a file, where its size is not known; the largest of torchvision's ResNets has 0.5 GB
-TURNS = 3  # how often one address may be asked to go on after a transfer that broke off
-_CHUNK = 1 << 18  # bytes read at most at once
+CONNECT_SECONDS = 2.5  # time limit for the first answer of any mirror; without network a command must end within 5 s
+STALL_SECONDS = 30.0  # after so long without data, or with data slower than SLOWEST, the next mirror continues
+SLOWEST = 4096  # least rate in bytes per second, averaged over STALL_SECONDS; CIFAR-10's server gives 50,000
+MOST = 1 << 30  # largest size in bytes of a file of unknown size; torchvision's largest ResNet has 0.5 GB
+TURNS = 3  # number of attempts per address, each continuing an interrupted transfer
+_CHUNK = 1 << 18  # largest number of bytes per read
 _LOOPBACK = {None, "", "localhost", "127.0.0.1", "::1"}
 
 
 def fetch(urls: Sequence[str], path: Path, *, sha256: str, most: int = MOST, progress: bool = True) -> Path:
-    """Download a file from the first address that gives it, unless it is there already.
+    """Downloads a file from the first address that provides it, unless ``path`` already exists.
 
-    Bytes arrive in ``path`` + ``.part``, which a later call, or another mirror, resumes; the file appears under its own
-    name only when its digest is right. Proxies are taken from the environment as urllib does. Processes that want the
-    same file at once wait for the first of them.
+    Data is written to ``path`` + ``.part``, which a later call or another mirror resumes. The file gets its own name only
+    after its digest was checked. Proxies are taken from the environment, as in urllib. If several processes download the
+    same file at once, one does and the others wait.
 
     Args:
-        urls: addresses of the same bytes, best first; https only (see ``_check_address``).
-        path: where the file is to lie; missing folders are made.
-        sha256: its digest, 64 hex digits, or at least the first 8, as torchvision publishes them.
-        most: its size in bytes where that is known, else the most that it can have.
+        urls: addresses of the same file, best first; only https (see ``_check_address``).
+        path: destination; missing folders are created.
+        sha256: the expected digest: 64 hex digits, or at least the first 8, as torchvision publishes them.
+        most: the size in bytes if known, else an upper bound.
         progress: show bytes, rate and time left on stderr.
 
     Returns:
         ``path``.
 
     Raises:
-        DownloadError: no address gave the file (each is listed with its reason, within ``CONNECT_SECONDS`` where there
-            is no network), the disk is full, the folder cannot be written, or another file already lies at ``path``,
-            or a pipe or a device there or at the partial file.
+        DownloadError: no address provided the file (the message lists the reason for each; without network this takes at
+            most ``CONNECT_SECONDS``), the disk is full, the folder is not writable, a file with another digest exists at
+            ``path``, or ``path`` or the partial file is not a regular file.
     """
     path, digest = Path(path), sha256.lower()
     if not re.fullmatch("[0-9a-f]{8,64}", digest):
-        raise DownloadError(f"a SHA-256 of 8 to 64 hex digits is needed to check {path.name}, not {sha256!r}")
+        raise DownloadError(f"the SHA-256 of {path.name} must have 8 to 64 hex digits, got {sha256!r}")
     if not urls:
         raise DownloadError(f"no address is known for {path.name}: put the file at {path}")
     for url in urls:
         _check_address(url)
     try:
         for place in (path, path.with_name(path.name + ".part")):
-            if place.exists() and not place.is_file():  # a pipe would never answer
-                raise DownloadError(f"{place} is no ordinary file: move or delete it")
+            if place.exists() and not place.is_file():  # opening a pipe would block
+                raise DownloadError(f"{place} is not a regular file: move or delete it")
         if path.exists():
             return _checked(path, digest)
         path.parent.mkdir(parents=True, exist_ok=True)
         part, part_path, locked = _open_part(path, progress)
         with part:
-            # Another process may have fetched it while this one waited for the lock.
+            # Another process may have downloaded the file while this one waited for the lock.
             failures = {} if path.exists() else _collect(urls, part, path.name, digest, most, progress)
-            kept = _size(part) if failures and locked else 0  # a part without a lock has a name of its own: no resuming
-            if os.name == "nt":  # Windows renames and removes only closed files; elsewhere the lock is held to the end
+            # without a lock the part's name is unique: it is not resumed
+            kept = _size(part) if failures and locked else 0
+            # Windows can rename and remove only closed files; elsewhere the lock is kept until the end
+            if os.name == "nt":
                 part.close()
             if not failures and not path.exists():
                 os.replace(part_path, path)
@@ -89,34 +91,34 @@ def fetch(urls: Sequence[str], path: Path, *, sha256: str, most: int = MOST, pro
                 part_path.unlink()
         if not failures:
             return _checked(path, digest)
-    except DownloadError:  # an OSError itself
+    except DownloadError:  # is a subclass of OSError
         raise
     except OSError as error:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "free some space there and run it again, it goes on from there" if full else "choose another folder"
+        advice = "free some space and run this again; it resumes the download" if full else "choose another folder"
         raise DownloadError(f"cannot write {path}: {error.strerror or error}; {advice}") from error
     lines = "".join(f"\n  {url}: {reason}" for url, reason in failures.items())
-    resume = f"\n{kept:,} bytes are kept in {part_path}: running it again goes on from there." if kept else ""
+    resume = f"\n{kept:,} bytes are kept in {part_path}: run this again to resume." if kept else ""
     raise DownloadError(
         f"could not download {path.name} (expected SHA-256 {digest}{'' if len(digest) == 64 else '...'}):{lines}\n"
-        f"Without network, fetch it elsewhere from one of these addresses and put it at {path}{resume}"
+        f"Without network, download it on another machine from one of these addresses and put it at {path}{resume}"
     )
 
 
 def _check_address(url: str, loopback: bool = True) -> None:
-    """Refuse what anyone between here and the server could change: another file with the same 8 digits is found within
-    minutes, so the connection has to be trusted too. Plain http and files on this very machine serve the tests."""
+    """Refuses unencrypted connections, which could be tampered with: a file with the same first 8 digits of its SHA-256 can
+    be found within minutes. Plain http and files on this machine are allowed for the tests."""
     try:
         parts = urllib.parse.urlsplit(url)
     except ValueError as error:  # "https://[::1/x"
-        raise DownloadError(f"{printable(url)} is no address: {error}") from error
+        raise DownloadError(f"{printable(url)} is not a valid address: {error}") from error
     local = loopback and parts.scheme in ("http", "file") and parts.hostname in _LOOPBACK
     if parts.scheme != "https" and not local:
-        raise DownloadError(f"only https addresses are downloaded from, not {printable(url)}")
+        raise DownloadError(f"expected an https address, got {printable(url)}")
 
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
-    """Follows redirections only to addresses that would be accepted in the first place."""
+    """Follows redirections only to addresses that ``_check_address`` accepts."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
         _check_address(newurl, loopback=req.type != "https")
@@ -126,14 +128,14 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         try:
             return super().http_error_302(req, fp, code, msg, headers)
         except BaseException:
-            fp.close()  # urllib would leave the connection open
+            fp.close()  # urllib leaves the connection open
             raise
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
 
 
 def _checked(path: Path, digest: str) -> Path:
-    """``path``, if its digest is right; a file that someone put there is never overwritten."""
+    """Returns ``path`` if its digest is right. An existing file is never overwritten."""
     if not (actual := sha256_of(path)).startswith(digest):
         raise DownloadError(f"{path} exists, but its SHA-256 is {actual} instead of {digest}: move or delete it")
     return path
@@ -144,11 +146,11 @@ def _size(part: io.FileIO) -> int:
 
 
 def _open_part(path: Path, progress: bool) -> tuple[io.FileIO, Path, bool]:
-    """The partial file, open for appending, its path, and whether it is locked; where there are no locks, one of this
-    thread's own."""
+    """The partial file, open for appending, its path, and whether it is locked. If the file system has no locks, the file
+    has a name that is unique to this thread."""
     part = path.with_name(path.name + ".part")
     while fcntl is not None:
-        file = open(part, "ab+", buffering=0)  # noqa: SIM115 - unbuffered, so that what is counted is on the disk
+        file = open(part, "ab+", buffering=0)  # noqa: SIM115 - unbuffered, so that the file's size is what was received
         try:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -156,12 +158,12 @@ def _open_part(path: Path, progress: bool) -> tuple[io.FileIO, Path, bool]:
                 if progress:
                     print(f"another process is downloading {path.name}: waiting for it", file=sys.stderr)
                 fcntl.flock(file, fcntl.LOCK_EX)
-            # Its last owner may have moved or removed it while this one waited: then the lock is on another file.
+            # The previous owner may have moved or removed the file during the wait: then this lock is on another file.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(file.fileno()), os.stat(part)):
                     return file, part, True
             file.close()
-        except OSError:  # some network file systems have no locks
+        except OSError:  # some network file systems do not support locks
             file.close()
             break
         except BaseException:
@@ -172,7 +174,7 @@ def _open_part(path: Path, progress: bool) -> tuple[io.FileIO, Path, bool]:
 
 
 def _collect(urls: Sequence[str], part: io.FileIO, name: str, digest: str, most: int, progress: bool) -> dict[str, str]:
-    """Fill ``part`` until its digest is right; else return for each address why it is not."""
+    """Fills ``part`` until its digest is right; otherwise returns the reason of failure for each address."""
     failures: dict[str, str] = {}
     waiting = list(dict.fromkeys(urls))
     turns = dict.fromkeys(waiting, TURNS)
@@ -191,27 +193,28 @@ def _collect(urls: Sequence[str], part: io.FileIO, name: str, digest: str, most:
             failures[url] = str(error)
             turns[url] -= 1
             if _size(part) > resumed and turns[url]:
-                waiting.append(url)  # after the other mirrors
+                waiting.append(url)  # retry after the other mirrors
             continue
         part.seek(0)
         actual = hashlib.file_digest(part, "sha256").hexdigest()
         if actual.startswith(digest):
             return {}
-        failures[url] = f"what it gave has {_size(part):,} bytes and SHA-256 {actual}"
+        failures[url] = f"the file received has {_size(part):,} bytes and SHA-256 {actual}"
         part.truncate(0)
         if resumed and (not fits or response.status == 206):
-            waiting.insert(0, url)  # the older bytes may be the wrong ones: once more, from the start
+            waiting.insert(0, url)  # the resumed bytes may be the wrong ones: retry once from the start
     return failures
 
 
 def _first_answer(urls: list[str], offset: int) -> tuple[str, Any, dict[str, str]]:
-    """Ask the addresses in turn until one answers, ``CONNECT_SECONDS`` in all, however many they are.
+    """Requests the addresses one after the other until one answers, within ``CONNECT_SECONDS`` in total.
 
-    Each gets its share of the time before the next is asked as well, but stays in the race: so a mirror that drops
-    packets does not cost the next one its chance, nor do many mirrors cut a slow line short.
+    The time is divided among the addresses. After its share of the time the next address is requested as well, but earlier
+    requests stay open. So an unresponsive mirror does not use up the time of the next one, and a slow connection is not cut
+    off because there are many mirrors.
 
     Returns:
-        address and response of the winner ("" and None without one), and the reasons of those that failed.
+        The address and the response of the first that answered ("" and None if none did), and a reason for each failure.
     """
     waiting, failures = list(urls), {}
     asked: dict[futures.Future[Any], str] = {}
@@ -224,7 +227,7 @@ def _first_answer(urls: list[str], offset: int) -> tuple[str, Any, dict[str, str
         share = (end - time.monotonic()) / (len(waiting) + 1)
         done, _ = futures.wait(asked, max(share, 0), futures.FIRST_COMPLETED)
         for future in [future for future in asked if future in done]:
-            if response is None:  # the earlier one wins if two answer at once
+            if response is None:  # if two answer at once, the earlier address wins
                 url = asked.pop(future)
                 if error := future.exception():
                     failures[url] = _reason(error)
@@ -238,8 +241,8 @@ def _first_answer(urls: list[str], offset: int) -> tuple[str, Any, dict[str, str
 
 
 def _ask(url: str, offset: int) -> "futures.Future[Any]":
-    """Request a file from byte ``offset`` on, in a thread of its own: a name look-up hangs beyond any socket timeout,
-    and a daemon thread does not keep the program from ending."""
+    """Requests a file from byte ``offset`` on, in a daemon thread: socket timeouts do not apply to name look-ups, which may
+    hang, and a daemon thread does not keep the program from exiting."""
     future: futures.Future[Any] = futures.Future()
     headers = {"User-Agent": "jresnet"} | ({"Range": f"bytes={offset}-"} if offset else {})
 
@@ -248,7 +251,7 @@ def _ask(url: str, offset: int) -> "futures.Future[Any]":
             opener = urllib.request.build_opener(_Redirects)
             future.set_result(opener.open(urllib.request.Request(url, headers=headers), timeout=STALL_SECONDS))
         except urllib.error.HTTPError as error:
-            if error.code == 416 and offset:  # nothing there beyond the bytes that we have: an answer too
+            if error.code == 416 and offset:  # the file has no bytes after the offset: a valid answer
                 future.set_result(error)
             else:
                 error.close()
@@ -266,17 +269,18 @@ def _close(future: "futures.Future[Any]") -> None:
 
 
 class _BrokenError(Exception):
-    """A transfer that broke off, and how; what has arrived is kept."""
+    """A transfer was interrupted; the data received so far is kept unless stated otherwise."""
 
 
 def _receive(response: Any, part: io.FileIO, name: str, most: int, progress: bool) -> bool:
-    """Append what arrives to ``part``, or write it from the start if the server does not resume; ``response`` is closed.
+    """Appends a response to ``part``, or writes it from the start if the server does not resume; closes the response.
 
     Returns:
-        whether the answer fits the request; if not, nothing was written.
+        Whether the answer fits the request; if not, nothing was written.
 
     Raises:
-        _BrokenError: it broke off, came too slowly, or is more than was announced or than ``most``; then nothing is kept.
+        _BrokenError: the transfer was interrupted or too slow; or it exceeded the announced size or ``most``, and then
+            nothing is kept.
     """
     offset = _size(part)
     misfit = response.status == 206 and not response.headers.get("Content-Range", "").startswith(f"bytes {offset}-")
@@ -287,11 +291,11 @@ def _receive(response: Any, part: io.FileIO, name: str, most: int, progress: boo
         part.truncate(0)
         offset = 0
     length = response.headers.get("Content-Length", "")
-    total = offset + int(length[:20]) if length.isascii() and length.isdecimal() else None  # beyond 20 digits: too many
+    total = offset + int(length[:20]) if length.isascii() and length.isdecimal() else None  # 20 digits exceed any limit
     if (total or 0) > most:
         response.close()
         part.truncate(0)
-        raise _BrokenError(f"it announces more than the {most:,} bytes that {name} can have")
+        raise _BrokenError(f"the server announced more than {most:,} bytes, the largest possible size of {name}")
     bar = _bar(name, total, offset, progress)
     limit = most if total is None else total
     pieces = _pieces(response)
@@ -299,9 +303,9 @@ def _receive(response: Any, part: io.FileIO, name: str, most: int, progress: boo
         for piece in pieces:
             if _size(part) + len(piece) > limit:
                 part.truncate(0)
-                raise _BrokenError(f"it sent more than the {limit:,} bytes that {name} can have")
+                raise _BrokenError(f"the server sent more than {limit:,} bytes, the largest possible size of {name}")
             bar.update(len(piece))
-            while piece:  # a disk that fills up takes a part of it
+            while piece:  # a write to a nearly full disk may be partial
                 piece = piece[os.write(part.fileno(), piece) :]
     finally:
         pieces.close()
@@ -312,10 +316,10 @@ def _receive(response: Any, part: io.FileIO, name: str, most: int, progress: boo
 
 
 def _pieces(response: Any) -> Generator[memoryview]:
-    """The body as it comes; the response is closed in the end.
+    """Yields the body of a response as it arrives, and closes the response at the end.
 
-    It is read in a thread of its own: a chunk's head or a trailer that arrives in drops hangs beyond any socket timeout,
-    and while the main thread waits for the queue it hears Ctrl-C.
+    A separate thread reads the response: a server that sends the header of a chunk or a trailer byte by byte defeats any
+    socket timeout, and a main thread that waits for a queue can be interrupted by Ctrl-C.
     """
     arrived: queue.Queue[bytes | Exception] = queue.Queue(4)
     over = threading.Event()
@@ -323,7 +327,7 @@ def _pieces(response: Any) -> Generator[memoryview]:
     def read() -> None:
         with response:
             try:
-                # read1, because read would lose what had arrived before a stall
+                # read1, because read would lose data that arrived before a stall
                 while (piece := response.read1(_CHUNK)) and not over.is_set():
                     arrived.put(piece)
                 arrived.put(b"")
@@ -354,13 +358,13 @@ def _pieces(response: Any) -> Generator[memoryview]:
                 began, count = time.monotonic(), 0
     finally:
         over.set()
-        with contextlib.suppress(queue.Empty):  # the thread may wait for room
+        with contextlib.suppress(queue.Empty):  # the thread may be waiting for space in the queue
             while True:
                 arrived.get_nowait()
 
 
 def _reason(error: BaseException) -> str:
-    """Why an address failed, in a few words, of which some are the server's."""
+    """A short reason why an address failed, which may quote the server."""
     if isinstance(error, urllib.error.HTTPError):
         return f"HTTP {error.code} {printable(str(error.reason))}"
     cause = error.reason if isinstance(error, urllib.error.URLError) else error
@@ -368,7 +372,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _bar(name: str, total: int | None, done: int, progress: bool) -> Any:
-    """tqdm on a terminal, else ``_Lines``; both have ``update(bytes)`` and ``close()``."""
+    """A progress bar: tqdm on a terminal, else ``_Lines``; both have ``update(bytes)`` and ``close()``."""
     if progress and sys.stderr.isatty():
         with contextlib.suppress(ImportError):
             from tqdm import tqdm
@@ -378,7 +382,7 @@ def _bar(name: str, total: int | None, done: int, progress: bool) -> Any:
 
 
 class _Lines:
-    """Progress as plain lines: one at the start, one for each tenth (or 50 MB of an unknown size), one a minute at least."""
+    """Progress as plain lines: at the start, at each tenth (or 50 MB if the size is unknown), and at least once a minute."""
 
     def __init__(self, name: str, total: int | None, done: int, progress: bool) -> None:
         self.name, self.total, self.done, self.progress = name, total, done, progress

@@ -1,25 +1,25 @@
-"""The library's own errors.
+"""The exceptions that jresnet raises.
 
-A message says what was expected, what came and what to do. So a command line catches :class:`JresnetError`, prints the
-message alone and exits with code 1, while a programming mistake still shows its traceback.
+A message says what was expected, what was found and what to do. A command line therefore catches :class:`JresnetError`,
+prints only the message and exits with code 1, while a programming error still shows its traceback.
 """
 
 
 class JresnetError(Exception):
-    """Anything that jresnet itself has to say against what it was given or found."""
+    """The base class of all exceptions that jresnet defines."""
 
 
 class InputError(JresnetError, ValueError):
-    """Something the user gave cannot be used: an argument, a name, a file, a folder."""
+    """The user passed an argument, a name, a file or a folder that cannot be used."""
 
 
 class DataError(InputError):
-    """A dataset is missing, damaged or not what its layout promises."""
+    """A data set is missing or damaged, or does not have the expected layout."""
 
 
 class WeightsError(InputError):
-    """A weights file is unreadable, damaged, or belongs to another network."""
+    """A weights file is unreadable or damaged, or belongs to another network."""
 
 
 class DownloadError(JresnetError, OSError):
-    """A file could not be fetched, or what arrived is not what was asked for. It is no ``ValueError``."""
+    """A file could not be downloaded, or its content is not the expected one. Not a subclass of ``ValueError``."""

@@ -1,4 +1,4 @@
-"""How well weights classify labelled images: every image once, by the weights' own preprocessing.
+"""Evaluates weights on labelled images: every image once, with the preprocessing that the weights specify.
 
 :mod:`jresnet.commands.evaluate` is the command line.
 """
@@ -34,17 +34,17 @@ from jresnet.models.resnet import ResNet
 from jresnet.weights import published
 from jresnet.weights.preprocessing import STATISTICS, Preprocessing, normalise
 
-MAX_NAMES = 2**20  # bytes of a file of class names; ImageNet's have some 20,000
+MAX_NAMES = 2**20  # largest file of class names, in bytes; ImageNet's names take about 20,000
 
 
 @dataclass(frozen=True, eq=False)
 class Resolved:
-    """Weights as a model, with what they say about themselves."""
+    """A model with the metadata of its weights."""
 
-    arch: str | None  # None: no row of the zoo
+    arch: str | None  # None: the network is not in the zoo
     model: ResNet
-    preprocessing: Preprocessing | None  # None: they do not say
-    categories: tuple[str, ...] | None  # names of the logits; None: they do not say
+    preprocessing: Preprocessing | None  # None: the weights do not specify it
+    categories: tuple[str, ...] | None  # class names in the order of the logits; None: the weights do not specify them
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,27 +52,35 @@ class Labelled:
     """Images to evaluate on, in order."""
 
     sources: Sequence[Path] | UInt8[np.ndarray, "n h w 3"]
-    labels: Int[np.ndarray, " n"]  # positions among the logits
-    description: str  # one line for people
-    notes: tuple[str, ...]  # more of them
+    labels: Int[np.ndarray, " n"]  # indices into the logits
+    description: str  # one line to print
+    notes: tuple[str, ...]  # further lines to print
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What evaluation found."""
+    """The result of an evaluation."""
 
-    images: int  # evaluated, without the bad ones
+    images: int  # number of images evaluated, not counting the skipped ones
     top1: int  # images whose label has the largest logit
-    topk: int  # images whose label is among the k largest
-    k: int  # 5, or all where there are fewer classes
+    topk: int  # images whose label is among the k largest logits
+    k: int  # 5, or the number of classes if that is smaller
     loss: float  # mean cross-entropy, in nats
-    seconds: float  # from the first file to the last score, decoding included, compilation not
+    seconds: float  # from the first file to the last score; includes decoding, excludes compilation
     compile_seconds: float
-    bad: tuple[tuple[str, str], ...]  # (file, reason) of the images that were skipped
+    bad: tuple[tuple[str, str], ...]  # (file, reason) of each skipped image
 
 
 def resolve(weights: str, dtype: DTypeLike | None = None) -> Resolved:
-    """A model from a native file or published weights; ``weights`` and errors as :func:`jresnet.sources.load`."""
+    """Loads weights as a model with its metadata.
+
+    Args:
+        weights: a path, a name or an ``hf:`` address, as for :func:`jresnet.sources.load`.
+        dtype: compute dtype of the model's convolutions.
+
+    Raises:
+        The errors of :func:`jresnet.sources.load`.
+    """
     found = sources.load(weights)
     model = params.fill(found.config, found.values, dtype)
     return Resolved(found.arch or "ResNet", model, found.preprocessing, found.categories)
@@ -85,18 +93,21 @@ def choose_preprocessing(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> tuple[Preprocessing, str]:
-    """The weights' own preprocessing, or where they do not say a usual one, and which of the two it is.
+    """Chooses the preprocessing of an evaluation: the weights' own, or a default if the weights do not specify one.
 
-    The usual one is, for a data set, the image as it is with that data set's statistics. For a folder it depends on the
-    stem: shorter side 256, crop 224 and ImageNet's statistics, or for the CIFAR stem 32, 32 and CIFAR-10's.
+    The default for a data set is no resizing and that data set's statistics. For a folder it depends on the stem: shorter
+    side 256, crop 224 and ImageNet's statistics; for the CIFAR stem 32, 32 and CIFAR-10's statistics.
 
     Args:
-        resolved: of :func:`resolve`.
-        dataset: the name of the one that the images are of; ``None``: they are a folder's.
-        mean, std: these instead, by channel, of pixels in [0, 1].
+        resolved: the result of :func:`resolve`.
+        dataset: name of the data set that the images come from; ``None``: they come from a folder.
+        mean, std: override these statistics, one value per channel, for pixels in [0, 1].
+
+    Returns:
+        The preprocessing, and a phrase that says where it comes from.
 
     Raises:
-        InputError: values out of range, or of another number of channels than the network takes.
+        InputError: a value is out of range, or the number of channels is not the network's.
     """
     chosen, origin = resolved.preprocessing, "as the weights say"
     if chosen is None:
@@ -125,27 +136,27 @@ def choose_preprocessing(
 def dataset(
     resolved: Resolved, name: str, data_dir: Path | None, limit: int | None, class_names: Sequence[str] | None = None
 ) -> Labelled:
-    """The first ``limit`` test images of a data set of :mod:`jresnet.data`, of CIFAR's in the official order.
+    """The first ``limit`` test images of a data set of :mod:`jresnet.data`; CIFAR's are in the official order.
 
     Args:
-        resolved: of :func:`resolve`.
-        name: of the data set.
+        resolved: the result of :func:`resolve`.
+        name: name of the data set.
         data_dir: as for :func:`jresnet.data.load`.
-        limit: how many; ``None``: all.
-        class_names: as for :func:`folder`.
+        limit: number of images; ``None``: all.
+        class_names: names of the classes, in the order of the logits; ``None``: the weights' own.
 
     Raises:
-        DataError: as :func:`jresnet.data.load`, or the network is not one for these classes.
+        DataError: the network does not have these classes; or as :func:`jresnet.data.load`.
     """
-    classes = jresnet.data.CLASSES[name]  # before a download
+    classes = jresnet.data.CLASSES[name]  # checked before anything is downloaded
     logits, names = resolved.model.config.num_classes, class_names or resolved.categories
     _check_names(class_names, logits)
     if logits != len(classes):
-        raise DataError(f"{name} has {len(classes)} classes, but the network {logits:,}")
+        raise DataError(f"{name} has {len(classes)} classes, but the network has {logits:,}")
     if names and set(names) != set(classes):
         raise DataError(
-            f"the network's classes are {few(names)}, those of {name} are {few(classes)}: evaluate weights that were "
-            f"trained on {name}; if they are the same classes under other names, {_HOW_TO_NAME}"
+            f"the network's classes are {few(names)}, but those of {name} are {few(classes)}: evaluate weights that were "
+            f"trained on {name}; if the classes are the same under other names, {_HOW_TO_NAME}"
         )
     found = jresnet.data.load(name, data_dir)
     position = np.array([names.index(label) if names else i for i, label in enumerate(classes)], np.int32)
@@ -158,55 +169,56 @@ def dataset(
     return Labelled(pixels, labels, description, () if official else found.notes)
 
 
-_HOW_TO_NAME = "give `class_names`, a file with a name a line in the order of the logits"
+_HOW_TO_NAME = "give `class_names`, a file with one name per line in the order of the logits"
 
 
 def read_names(path: str | Path) -> tuple[str, ...]:
-    """Names of classes from a text file, one a line in the order of the logits; an empty line: none.
+    """Reads class names from a UTF-8 text file: one per line, in the order of the logits. An empty line means no name.
 
     Raises:
-        DataError: it cannot be read, or is no text.
+        DataError: the file cannot be read, is not text, or is empty.
     """
     try:
         text = read_ordinary(path, MAX_NAMES).decode("utf-8-sig")
-    except (OSError, ValueError) as error:  # the latter of a NUL in the path too
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
         reason = (error.strerror if isinstance(error, OSError) else None) or error
         raise DataError(f"cannot read the class names in {path}: {reason}") from error
     if not text.strip():
-        raise DataError(f"cannot read the class names in {path}: there are none")
+        raise DataError(f"cannot read the class names in {path}: the file is empty")
     return tuple(line.strip() for line in text.rstrip().split("\n"))
 
 
 def _check_names(class_names: Sequence[str] | None, logits: int) -> None:
     if class_names is not None and len(class_names) != logits:
         raise DataError(
-            f"`class_names` has {len(class_names):,} names, but the network {logits:,} classes: write a line for each, in "
-            "the order of the logits, and an empty one for a class without a folder"
+            f"`class_names` has {len(class_names):,} names, but the network has {logits:,} classes: write one line a class "
+            "in the order of the logits, and an empty line for a class without a folder"
         )
 
 
 def folder(
     resolved: Resolved, found: images.Folder, limit: int | None, class_names: Sequence[str] | None = None
 ) -> Labelled:
-    """The images of a folder with the position of their label among the logits.
+    """The images of a folder of class folders, with the index of each image's class among the logits.
 
-    A folder's name says which class it is:
+    The name of a class folder identifies its class. It is one of:
 
-    * a name of ``class_names``, or else of the weights' categories; some may be absent;
-    * a WordNet id of ImageNet's thousand, where the weights' categories are of these or number as many;
-    * a number, as in ``7`` or ``class_7``: the position itself.
+    * a name in ``class_names``, or else in the weights' categories; classes may lack a folder;
+    * a WordNet id of one of ImageNet's 1,000 classes, if the weights' categories are ImageNet's, or contain the classes of
+      all folders, or are not given and the network has 1,000 classes;
+    * a number, as in ``7`` or ``class_7``: the index itself.
 
-    Only of weights that name no categories, as many folders as logits may have any names: they are taken in sorted order,
-    as by torchvision's ``ImageFolder``.
+    If the weights name no categories and there are as many folders as logits, the folders may have any names. They are
+    then matched in sorted order, as in torchvision's ``ImageFolder``.
 
     Args:
-        resolved: of :func:`resolve`.
-        found: of :func:`jresnet.data.images.list_folder`.
-        limit: only so many images: the first of every class, then the second of every class, and so on.
-        class_names: of the folders, in the order of the logits.
+        resolved: the result of :func:`resolve`.
+        found: the result of :func:`jresnet.data.images.list_folder`.
+        limit: number of images: the first of every class, then the second of every class, and so on; ``None``: all.
+        class_names: names of the class folders, in the order of the logits.
 
     Raises:
-        DataError: the folders' names or number do not fit the network.
+        DataError: the names or the number of the class folders do not match the network.
     """
     classes = found.classes
     _check_names(class_names, resolved.model.config.num_classes)
@@ -230,8 +242,8 @@ def folder(
 def _positions(
     classes: Sequence[str], logits: int, categories: Sequence[str] | None, class_names: Sequence[str] | None
 ) -> tuple[list[int], str, str | None]:
-    """Each folder's position among the logits, how it was found, and a note on what was assumed."""
-    # macOS writes ö as two characters, o and its dots.
+    """Each folder's index among the logits, how it was found, and a note on any assumption made."""
+    # macOS stores ö in file names as two characters: o and a combining diaeresis.
     classes = [unicodedata.normalize("NFC", name) for name in classes]
     class_names, categories = (
         said and [unicodedata.normalize("NFC", name) for name in said] for said in (class_names, categories)
@@ -241,7 +253,7 @@ def _positions(
         twice = [name for name in classes if names.count(name) > 1]
         if twice:
             raise DataError(
-                f"has folders of names that several classes bear ({few(twice)}): {_HOW_TO_NAME}, all different"
+                f"has folders whose names several classes share ({few(twice)}): {_HOW_TO_NAME}, all different"
             )
         how = "by the names given" if class_names else "to the categories by name"
         return [names.index(name) for name in classes], f"matched {how}", None
@@ -251,34 +263,34 @@ def _positions(
         return found, "matched to ImageNet's classes by WordNet id", None
     if found := _by_number(classes, logits, bool(categories)):
         note = None
-        if found != list(range(len(classes))):  # where the sorted order would have been another
-            note = "the folders' numbers are the classes' positions, not their sorted order"
+        if found != list(range(len(classes))):  # the sorted order would give other classes
+            note = "the numbers in the folders' names are used as class indices, not the sorted order of the names"
         if not categories and min(_numbers(classes)) == 1 and max(_numbers(classes)) == logits:
-            note = "the folders are numbered from 1: the first class is 1"
+            note = "the folders are numbered from 1: folder 1 is the first class"
         return found, "class = the number in the folder's name", note
     if categories:
         raise _unmatched(classes, categories, "categories that the weights name")
     if len(classes) != logits:
         raise DataError(
-            f"has {len(classes):,} class folders ({few(classes)}), but the network {logits:,} classes: there must be one "
-            f"folder for each; or {_HOW_TO_NAME}"
+            f"has {len(classes):,} class folders ({few(classes)}), but the network has {logits:,} classes: provide one "
+            f"folder per class, or {_HOW_TO_NAME}"
         )
     return list(range(logits)), "class = position in the sorted list", None
 
 
 def _unmatched(classes: Sequence[str], names: Sequence[str], what: str) -> DataError:
-    """The error for folders of which not all bear a class's name."""
+    """The error for folders whose names are not all names of classes."""
     strange = [name for name in classes if name not in set(names)]
     absent = [name for name in names if name and name not in set(classes)]
     without = f" (without a folder: {few(absent)})" if absent else ""
     return DataError(
-        f"has {len(strange):,} of {len(classes):,} class folders ({few(strange)}) that bear none of the {len(names):,} "
-        f"{what}{without}: rename them, or {_HOW_TO_NAME}"
+        f"has {len(strange):,} of {len(classes):,} class folders ({few(strange)}) whose names are not among the "
+        f"{len(names):,} {what}{without}: rename them, or {_HOW_TO_NAME}"
     )
 
 
 def _by_wordnet(classes: Sequence[str], logits: int, categories: Sequence[str] | None) -> list[int] | None:
-    """Positions of folders that are called by WordNet ids; None where they, or the network's classes, are others."""
+    """Class indices of folders named by WordNet ids; None if the names or the network's classes are not ImageNet's."""
     english = dict(zip(published.wnids(), published.categories(), strict=True))
     if not set(classes) <= english.keys():
         return None
@@ -291,7 +303,7 @@ def _by_wordnet(classes: Sequence[str], logits: int, categories: Sequence[str] |
 
 
 def _numbers(classes: Sequence[str]) -> list[int]:
-    """The numbers in names that differ in nothing else, as ``class_7``; empty where some do."""
+    """The numbers at the end of names that are otherwise equal, such as ``class_7``; empty if the names differ otherwise."""
     found = [re.fullmatch(r"(.*?)([0-9]{1,9})", name, re.DOTALL) for name in classes]
     matches = [match for match in found if match]
     if len(matches) < len(classes) or len({match[1] for match in matches}) != 1:
@@ -301,10 +313,10 @@ def _numbers(classes: Sequence[str]) -> list[int]:
 
 
 def _by_number(classes: Sequence[str], logits: int, named: bool) -> list[int] | None:
-    """Positions of folders that are called by numbers; None where these are none, or cannot be meant as positions.
+    """Class indices of folders named by numbers; None if they are not, or if the numbers are unlikely to be indices.
 
-    Numbers alone or behind "class" may be those of some classes. ``site1`` and ``site2`` are hardly classes 1 and 2, unless
-    the classes have no other names and there is a folder for each.
+    A plain number, or one after "class", is an index, and classes may be missing. Other prefixes are ambiguous (``site1``
+    is hardly class 1): they count only if the classes have no names and there is a folder for each class.
     """
     numbers = _numbers(classes)
     if not numbers:
@@ -328,20 +340,21 @@ def score(
     batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Scores:
-    """Evaluates a model on every image exactly once; a bar on stderr where that is a terminal.
+    """Evaluates a model on every image exactly once, with a progress bar on stderr if that is a terminal.
 
-    Float32 is computed as such, also where the device would take TF32. Of equal logits the first counts as larger.
+    Float32 matrix products use full precision, even on devices whose default is TF32. Ties between logits are broken in
+    favour of the lower index, as in ``argmax``.
 
     Args:
-        model: its ``dtype`` decides what convolutions compute in.
-        preprocessing: of as many channels as the model takes.
+        model: its ``dtype`` is the compute dtype of the convolutions.
+        preprocessing: with as many channels as the model takes.
         data: the images and their labels.
-        batch_size: images at a time; the last batch is filled up with black images that are not counted.
-        progress: told after each batch how many images are done.
+        batch_size: images per batch; the last batch is padded with black images that are not counted.
+        progress: called after each batch with the number of images processed so far.
 
     Raises:
-        DataError: not one image could be decoded.
-        WeightsError: logits are not finite.
+        DataError: no image could be decoded.
+        WeightsError: some logits are NaN or infinite.
     """
     graph, state = nnx.split(model)
     mean, std = preprocessing.mean, preprocessing.std
@@ -388,8 +401,8 @@ def score(
         raise DataError(f"none of the {len(bad):,} images can be used{', among them' if len(bad) > 5 else ''}:{lines}")
     if broken := int((~np.isfinite(loss)).sum()):
         raise WeightsError(
-            f"the logits of {broken:,} of {len(loss):,} images are NaN or infinite: the weights are unfit, or mean and "
-            "std are not those of their training"
+            f"the logits of {broken:,} of {len(loss):,} images are NaN or infinite: the weights are unusable, or `mean` and "
+            "`std` are not those of the training"
         )
     k = min(5, model.config.num_classes)
     top1, topk = int((place < 1).sum()), int((place < k).sum())
@@ -397,7 +410,7 @@ def score(
 
 
 def rank(logits: Float[Array, "b k"], labels: Int[Array, " b"]) -> Int[Array, " b"]:
-    """How many logits come before the label's: larger ones, and equal ones further left, as argmax has it."""
+    """The number of logits that rank above the label's: larger ones, and equal ones of a lower index, as in ``argmax``."""
     own = jnp.take_along_axis(logits, labels[:, None], 1)
     left = jnp.arange(logits.shape[1]) < labels[:, None]
     return ((logits > own) | ((logits == own) & left)).sum(1)

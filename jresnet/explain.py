@@ -1,7 +1,7 @@
-"""Why a model decides as it does: heat maps (:func:`grad_cam`) and shares of pixels (:func:`integrated_gradients`).
+"""Explains a model's predictions: heat maps (:func:`grad_cam`) and pixel attributions (:func:`integrated_gradients`).
 
-Both take a model of any head with logits, fused ones (:func:`jresnet.fuse`) included, in evaluation, whatever its mode. They
-work inside ``jax.jit``, with the model closed over.
+Both accept any model whose head returns logits, including fused ones (:func:`jresnet.fuse`). They always run the model in
+evaluation mode. They work inside ``jax.jit`` if the model is closed over.
 """
 
 from __future__ import annotations
@@ -25,33 +25,34 @@ Classes = int | Sequence[int] | Int[Array, " n"] | Int[np.ndarray, " n"]
 def grad_cam(
     model: ResNet, images: Images, classes: Classes | None = None, layer: str | None = None
 ) -> Float[Array, "n h w"]:
-    """Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391): where in an image a class is seen.
+    """Grad-CAM (Selvaraju et al. 2017, arXiv:1610.02391): a map of the pixels that support a class.
 
-    The channels of a layer's output are added up, each weighted by the mean of the logit's gradient over its pixels; what is
-    below 0 is left out, and each map is scaled to 0 to 1 and enlarged linearly, as the PyTorch package ``grad-cam`` does.
+    The map is the weighted sum of the channels of a layer's output. A channel's weight is the gradient of the logit,
+    averaged over the channel's pixels. Negative values are set to 0. Each map is scaled to the range 0 to 1 and enlarged
+    linearly to the images' size, as in the PyTorch package ``grad-cam``.
 
     >>> import jax.numpy as jnp, jresnet
     >>> jresnet.explain.grad_cam(jresnet.create("resnet20_cifar"), jnp.ones((2, 32, 32, 3)), classes=3).shape
     (2, 32, 32)
 
     Args:
-        model: with a head.
-        images: normalised, ``[N, H, W, C]``.
-        classes: one for all images or one for each; ``None``: those that the model predicts.
-        layer: a stage or block, as of :meth:`ResNet.features`; ``None``: the last stage.
+        model: a model with a head.
+        images: normalised floating-point images ``[N, H, W, C]``.
+        classes: one class index for all images, or one per image; ``None``: the predicted classes.
+        layer: name of a stage or block, as in :meth:`ResNet.features`; ``None``: the last stage.
 
     Returns:
-        Maps in 0 to 1, a pixel for each of the images'; a map is 0 where nothing speaks for the class.
+        Maps ``[N, H, W]`` with values from 0 to 1; 0 where nothing supports the class.
 
     Raises:
-        InputError: for a class or layer that the model has not, or a model without a head. Others as the model's call.
+        InputError: the model has no such class or layer, or has no head. Other errors as in calling the model.
     """
     layer = layer or f"layer{len(model.config.depths)}"
     images = checked(images, model.config.in_channels)
     return _maps(*nnx.split(model), images, _wanted(model, images, classes), layer)
 
 
-# Not nnx.jit, which would write the model's variables: inside a jit of the caller's they would be lost.
+# Not nnx.jit: it writes to the model's variables, which fails inside a jit of the caller.
 @partial(jax.jit, static_argnames=("graph", "layer"))
 def _maps(graph: nnx.GraphDef, state: nnx.State, images: jax.Array, classes: jax.Array | None, layer: str) -> jax.Array:
     model = nnx.merge(graph, state)
@@ -65,7 +66,7 @@ def _maps(graph: nnx.GraphDef, state: nnx.State, images: jax.Array, classes: jax
 
 def _scaled(maps: jax.Array) -> jax.Array:
     maps = maps - maps.min((1, 2), keepdims=True)
-    return maps / (1e-7 + maps.max((1, 2), keepdims=True))  # grad-cam's 1e-7, for maps that are 0
+    return maps / (1e-7 + maps.max((1, 2), keepdims=True))  # 1e-7 as in grad-cam; avoids 0 / 0 for a map of zeros
 
 
 def integrated_gradients(
@@ -75,20 +76,24 @@ def integrated_gradients(
     steps: int = 50,
     baseline: Images | float = 0.0,
 ) -> Float[Array, "n h w c"]:
-    """Integrated gradients (Sundararajan et al. 2017, arXiv:1703.01365): what each number of an image adds to a logit.
+    """Integrated gradients (Sundararajan et al. 2017, arXiv:1703.01365): the contribution of each pixel value to a logit.
 
-    (image - baseline) times the mean gradient along the straight line from the baseline, by the midpoint rule. Complete: an
-    image's shares sum to its logit less the baseline's, but for the rule's error, which falls with more steps.
+    The attribution is (image - baseline) times the mean gradient along the straight line from the baseline to the image,
+    integrated by the midpoint rule. The attributions of an image sum to its logit minus the baseline's, up to the error of
+    the midpoint rule, which decreases with more steps.
 
     Args:
-        model: with a head.
-        images: normalised, ``[N, H, W, C]``.
-        classes: one for all images or one for each; ``None``: those that the model predicts.
-        steps: gradients, each of the cost of a training step of these images.
-        baseline: images or a number that say nothing: 0 is the mean colour of normalised images.
+        model: a model with a head.
+        images: normalised floating-point images ``[N, H, W, C]``.
+        classes: one class index for all images, or one per image; ``None``: the predicted classes.
+        steps: number of gradients; each costs about as much as a training step on these images.
+        baseline: neutral images of the same shape, or one number; 0 is the mean colour of normalised images.
+
+    Returns:
+        Attributions of the images' shape ``[N, H, W, C]``.
 
     Raises:
-        InputError: for fewer steps than 1, a class that the model has not, or a model without a head. Others as its call.
+        InputError: ``steps`` is below 1, the model has no such class, or has no head. Other errors as in calling the model.
     """
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         raise InputError(f"steps must be a whole number of at least 1, got {steps!r}")
@@ -96,12 +101,12 @@ def integrated_gradients(
     away = images - jnp.asarray(baseline, images.dtype)
     if away.shape != images.shape:
         raise InputError(
-            f"baseline must be a number or like the images {images.shape}, got shape {jnp.shape(baseline)}"
+            f"baseline must be a number or have the images' shape {images.shape}, got shape {jnp.shape(baseline)}"
         )
     classes = _wanted(model, images, classes)
     graph, state = nnx.split(model)
     if classes is None:
-        classes = _logits(graph, state, images).argmax(-1)  # of the image itself, all along the line
+        classes = _logits(graph, state, images).argmax(-1)  # the image's class, also for the points along the line
     total = jnp.zeros_like(images)
     for step in range(steps):
         total += _slopes(graph, state, images - away * (1 - (step + 0.5) / steps), classes)
@@ -125,9 +130,9 @@ def _one_hot(logits: jax.Array, classes: jax.Array | None) -> jax.Array:
 
 
 def _wanted(model: ResNet, images: jax.Array, classes: Classes | None) -> jax.Array | None:
-    """The classes as an array, one for each image; None where they are those predicted."""
+    """The classes as an array with one index per image; None means the predicted classes."""
     if model.fc is None:
-        raise InputError("this model has no head, and so no classes to explain")
+        raise InputError("this model has no head and therefore no classes to explain")
     if classes is None:
         return None
     found = jnp.asarray(classes)

@@ -1,4 +1,4 @@
-"""A model as a program that runs without jresnet: :func:`export`."""
+"""Exports a model as a program that runs without jresnet (:func:`export`)."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from jresnet.weights.preprocessing import Preprocessing, normalise
 
 FORMATS = ("jax", "onnx")
 PLATFORMS = ("cpu", "cuda", "tpu")
-LARGEST = 16384  # pixels a side
-_FILTERS = {"bilinear": "linear", "bicubic": "cubic"}  # what jax.image calls them
+LARGEST = 16384  # largest height or width of an image, in pixels
+_FILTERS = {"bilinear": "linear", "bicubic": "cubic"}  # the filters' names in jax.image
 
 
 def export(
@@ -48,57 +48,56 @@ def export(
     platforms: Sequence[str] = PLATFORMS,
     force: bool = False,
 ) -> dict[str, Any]:
-    """Writes a model as a program for any number of images of one size, with its weights inside.
+    """Exports a model to a file: a program that contains the weights and takes any number of images of one size.
 
     >>> jresnet.export(jresnet.get_weights("resnet50"), "resnet50.jaxexport", preprocess=True)      # doctest: +SKIP
     >>> program = jax.export.deserialize(open("resnet50.jaxexport", "rb").read())                  # doctest: +SKIP
     >>> logits = program.call(images)                        # uint8 [N, 256, 256, 3]              # doctest: +SKIP
 
-    Beside the file, ``PATH.json`` says what it takes and gives: shapes, dtypes, the classes' names and the preprocessing,
-    whether it is inside or left to the caller. The program evaluates; BatchNorm is folded (:func:`jresnet.fuse`).
+    The file ``PATH.json`` beside it describes inputs and outputs: shapes, dtypes, class names and the preprocessing, and
+    whether the program includes the preprocessing. The program computes the model in evaluation mode, with BatchNorm folded
+    into the convolutions (:func:`jresnet.fuse`).
 
     Args:
-        model: a model, or weights of :func:`jresnet.get_weights`, which bring their preprocessing and categories.
+        model: a model, or weights of :func:`jresnet.get_weights` with their preprocessing and categories.
         path: the file to write.
-        format: ``"jax"``, for ``jax.export.deserialize`` (the extra ``export``, here and there): StableHLO, which newer
-            versions of JAX read, too (it promises six months). ``"onnx"``, for ONNX runtimes, through jax2onnx (the extra
-            ``onnx``).
-        image_size: pixels of the images that the program takes: height and width, or one number for both. ``None``: those
-            of the preprocessing, else those that the architecture was designed for.
-        preprocess: the program takes uint8 pixels ``[N, H, W, C]`` and prepares them as the preprocessing says; otherwise
-            it takes normalised float32 images.
-        preprocessing: how images are prepared; ``None``: as the weights say.
-        categories: the classes' names; ``None``: as the weights say.
-        platforms: of a program for JAX, ``"cpu"``, ``"cuda"``, ``"rocm"`` or ``"tpu"``.
-        force: replace files that exist.
+        format: ``"jax"``: StableHLO for ``jax.export.deserialize``; writing and reading it needs the extra ``export``. Later
+            JAX versions can read it (JAX guarantees six months). ``"onnx"``: for ONNX runtimes, written by jax2onnx (the
+            extra ``onnx``).
+        image_size: height and width in pixels of the images that the program takes, or one number for both. ``None``: the
+            size that the preprocessing yields, else the size that the architecture was designed for.
+        preprocess: if true, the program takes uint8 pixels ``[N, H, W, C]`` and applies the preprocessing; otherwise it
+            takes normalised float32 images.
+        preprocessing: the preprocessing of images; ``None``: the one that the weights specify.
+        categories: names of the classes; ``None``: those that the weights specify.
+        platforms: platforms of a program for JAX: ``"cpu"``, ``"cuda"``, ``"rocm"`` or ``"tpu"``.
+        force: replace existing files.
 
     Returns:
-        What ``PATH.json`` says.
+        The content of ``PATH.json``.
 
     Raises:
-        InputError: for a value that cannot be used, a file that exists, or a library that is missing.
-        WeightsError: what the weights say of preprocessing or categories cannot be used.
+        InputError: a value cannot be used, the file exists, or a library is missing.
+        WeightsError: the preprocessing or the categories in the weights' metadata are invalid.
     """
     if format not in FORMATS:
         raise InputError(f"`format` must be {' or '.join(map(repr, FORMATS))}, got {format!r}")
     path = Path(path)
     if path.suffix in (*TORCH_SUFFIXES, ".safetensors"):
         raise InputError(
-            f"{path} would be a program, but ends in {path.suffix} as weights do: call it *.jaxexport or *.onnx "
-            "(for PyTorch's weights: jresnet export-torch)"
+            f"{path} would be a program, but {path.suffix} is a suffix of weights files: name it *.jaxexport or *.onnx "
+            "(jresnet export-torch writes weights for PyTorch)"
         )
     beside = path.with_name(f"{path.name}.json")
     for file in (path, beside):
         _check_free(file, force)
-    # What is missing is told before anything is computed.
+    # Missing libraries are reported before anything is computed.
     if format == "onnx":
         _needed("jax2onnx", "ONNX", "onnx")
     else:
         _needed("flatbuffers", "jax.export's format", "export")
     if not isinstance(model, ResNet | sources.Weights):
-        raise InputError(
-            f"`model` must be a model, or weights as jresnet.get_weights gives them by name or path, got {model!r:.80}"
-        )
+        raise InputError(f"`model` must be a model or weights of jresnet.get_weights, got {model!r:.80}")
     write = _to_onnx if format == "onnx" else _to_jax
     if isinstance(model, sources.Weights):
         preprocessing, categories = preprocessing or model.preprocessing, categories or model.categories
@@ -111,11 +110,11 @@ def export(
     if preprocess:
         if preprocessing is None:
             raise InputError(
-                "the weights do not say how images are prepared: give `preprocessing`, or leave out `preprocess`"
+                "the weights do not specify their preprocessing: give `preprocessing`, or leave out `preprocess`"
             )
         if len(preprocessing.mean) not in (1, config.in_channels):
             raise InputError(
-                f"the preprocessing gives {len(preprocessing.mean)} channels, and the network takes {config.in_channels}"
+                f"the preprocessing yields {len(preprocessing.mean)} channels, but the network takes {config.in_channels}"
             )
         program = _with(program, preparation(height, width, preprocessing))
     dtype = np.uint8 if preprocess else np.float32
@@ -144,7 +143,7 @@ def export(
 
 def _check_free(path: Path, force: bool) -> None:
     if not path.parent.is_dir():
-        raise InputError(f"there is no folder {path.parent} to write {path.name} into: make it first")
+        raise InputError(f"cannot write {path.name}: there is no folder {path.parent}; create it first")
     if path.is_dir() or (os.path.lexists(path) and not path.is_file()):
         raise InputError(f"{path} is a folder, a device or a broken link: choose another place")
     if path.exists() and not force:
@@ -161,7 +160,7 @@ def _size(
         elif arch:
             wanted = zoo.find(arch).image_size
         else:
-            raise InputError("the architecture has no name to tell the images' size by: give `image_size`")
+            raise InputError("the architecture has no name, so its image size is unknown: give `image_size`")
     found = wanted if isinstance(wanted, tuple) else (wanted, wanted)
     if len(found) != 2 or not all(isinstance(n, int) and not isinstance(n, bool) and 1 <= n <= LARGEST for n in found):
         raise InputError(f"`image_size` must be 1 to {LARGEST} pixels, or two such numbers, got {wanted!r}")
@@ -169,9 +168,9 @@ def _size(
 
 
 def _program(model: ResNet) -> Callable[[jax.Array], jax.Array]:
-    """The logits, or features, in evaluation, in float32."""
+    """A function that computes the logits (or features) in evaluation mode, in float32."""
     if not isinstance(model, FusedResNet):
-        with contextlib.suppress(InputError):  # a BatchNorm of the user's own stays one
+        with contextlib.suppress(InputError):  # a BatchNorm that cannot be folded stays as it is
             model = fuse(model)
     return lambda images: model(images, train=False).astype(jnp.float32)
 
@@ -183,9 +182,10 @@ def _with(program: Callable[[Any], jax.Array], prepare: Callable[[Any], Any]) ->
 def preparation(
     height: int, width: int, how: Preprocessing
 ) -> Callable[[UInt8[Array, "n h w c"]], Float[Array, "n s s c2"]]:
-    """A function of JAX's that prepares pixels of one size as Pillow does for :func:`jresnet.get_weights`' ``preprocess``.
+    """A JAX function that applies a preprocessing to uint8 images of one size.
 
-    As there each of the two passes rounds to whole grey levels; Pillow's own fixed-point weights may differ by one level.
+    It follows Pillow, which :meth:`PretrainedWeights.preprocess` uses: each of the two resizing passes rounds to whole grey
+    levels. Pillow computes with fixed-point weights, so that results may differ by one level.
     """
     size = height, width
     if how.resize is not None:
@@ -200,7 +200,8 @@ def preparation(
 
     def prepare(pixels: jax.Array) -> jax.Array:
         x = pixels.astype(jnp.float32)
-        if len(how.mean) == 1 and x.shape[-1] == 3:  # Pillow's grey: ITU-R 601-2 in 16 bits
+        # Pillow's conversion to grey: ITU-R 601-2 luma in 16-bit fixed point
+        if len(how.mean) == 1 and x.shape[-1] == 3:
             x = jnp.floor((x @ jnp.array([[19595.0], [38470.0], [7471.0]])) / 65536 + 0.5)
         exact = jax.lax.Precision.HIGHEST
         x = levels(jnp.einsum("nhwc,Ww->nhWc", x, columns, precision=exact))
@@ -211,7 +212,7 @@ def preparation(
 
 
 def _resized_and_cut(old: int, new: int, crop: int, interpolation: str) -> np.ndarray:
-    """[crop, old]: what each pixel behind the resizing and cutting along an axis is of those before; 0 outside."""
+    """The matrix ``[crop, old]`` that resizes and centre-crops along one axis; rows outside the image are 0."""
     whole = np.eye(old, dtype=np.float32)
     if new != old:
         whole = np.asarray(jax.image.resize(whole, (new, old), _FILTERS[interpolation], antialias=True))
@@ -251,7 +252,7 @@ def _to_onnx(
 
 
 def _run(jaxpr: Any, constants: Sequence[Any], *arguments: Any) -> list[Any]:
-    """A program's outputs, without functions inside and with its constants computed: jax2onnx mistakes what some are."""
+    """Evaluates a jaxpr with nested functions inlined and constants folded: jax2onnx mistranslates some of them."""
     known = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*constants, *arguments), strict=True))
 
     def value(variable: Any) -> Any:
@@ -274,14 +275,14 @@ def _run(jaxpr: Any, constants: Sequence[Any], *arguments: Any) -> list[Any]:
 
 
 def _padded(x: jax.Array, value: Any, *, padding_config: Sequence[tuple[int, int, int]]) -> jax.Array:
-    """``lax.pad`` of all axes but the first: jax2onnx's asks for a batch's size."""
+    """``lax.pad`` of all axes but the first. jax2onnx's own ``pad`` needs to know the batch size."""
     for axis, (before, after, inside) in enumerate(padding_config):
         assert inside == 0 <= min(before, after), padding_config
-        if axis == x.ndim - 1 and before + after:  # the channels of a shortcut, by zeros
+        if axis == x.ndim - 1 and before + after:  # the channels of a shortcut, padded with zeros
             size = x.shape[axis]
             x = x @ np.eye(size, before + size + after, before, x.dtype)
             continue
-        # No constant is of the batch's size: a row between the value and itself is the value.
+        # The batch size is unknown, so a constant of this shape cannot be made: a row of x is clipped to the value.
         rows = [_filled(lax.slice_in_dim(x, 0, 1, axis=axis), value)] * int(max(before, after))
         if rows:
             x = lax.concatenate([*rows[:before], x, *rows[:after]], axis)
@@ -289,11 +290,12 @@ def _padded(x: jax.Array, value: Any, *, padding_config: Sequence[tuple[int, int
 
 
 def _filled(x: jax.Array, value: Any) -> jax.Array:
+    """An array of the shape of ``x`` with ``value`` everywhere."""
     return jnp.maximum(jnp.minimum(x, value), value)
 
 
 def _pooled(x: jax.Array, *, window_dimensions: Any, window_strides: Any, padding: Any, **_: Any) -> jax.Array:
-    """The maxima of an NHWC window, rows before columns: of jax2onnx's window over all four axes ONNX runtimes want none."""
+    """Max-pooling of NHWC, first rows, then columns: ONNX runtimes reject jax2onnx's pooling window over all four axes."""
     for axis in (1, 2):
         order = (0, axis, 3 - axis, 3)
         x = lax.transpose(x, order)
@@ -307,15 +309,15 @@ def _pooled(x: jax.Array, *, window_dimensions: Any, window_strides: Any, paddin
 
 
 def _any_number(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """Images of this shape, in batches of any size."""
+    """The abstract shape of a batch of any size of images of this shape."""
     return jax.ShapeDtypeStruct(jax.export.symbolic_shape(", ".join(["batch", *map(str, shape)])), dtype)
 
 
 def _needed(library: str, of: str, extra: str) -> Any:
-    """A library that is no dependency of jresnet's."""
+    """Imports an optional dependency; raises InputError if it is missing."""
     try:
         return importlib.import_module(library)
     except ImportError as error:
         raise InputError(
-            f"{of} is written by {library}, which cannot be imported ({error}): pip install 'jresnet[{extra}]'"
+            f"{of} needs the library {library}, which cannot be imported ({error}): pip install 'jresnet[{extra}]'"
         ) from error

@@ -1,4 +1,4 @@
-"""Models by name: :func:`create`, :func:`list_models` and one function an architecture."""
+"""Builds models by name: :func:`create`, :func:`list_models` and one function per architecture."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ from jresnet.models.resnet import ResNet
 
 
 def list_models(pattern: str = "*") -> list[str]:
-    """The names that :func:`create` takes, of those that fit a pattern of the shell's: ``list_models("*_cifar")``."""
+    """Lists the architecture names that :func:`create` accepts.
+
+    Args:
+        pattern: a shell-style wildcard pattern, such as ``"*_cifar"``.
+    """
     return fnmatch.filter(zoo.ZOO, pattern)
 
 
@@ -49,44 +53,50 @@ def create(
     (2, 10)
 
     Args:
-        arch: a name of :func:`list_models`; ``None``: as ``weights`` say, also a ResNet that has no name.
-        weights: those of :func:`jresnet.get_weights`; the path of a native file or of one from PyTorch (``.pth``,
-            ``.pt``, ``.th``, ``.safetensors``); or the name of published weights such as ``"IMAGENET1K_V2"`` or
-            ``"DEFAULT"``, or ``"hf:ORG/REPO[@REVISION]"`` on the Hugging Face Hub (with the extra ``hub``), which are
-            downloaded (:func:`jresnet.sources.load`). What comes from PyTorch is converted, without torch. ``None``:
-            random parameters, initialised as PyTorch's.
-        num_classes: logits. ``None``: those of the weights, else the architecture's own (1,000, or 10 for the CIFAR
-            family). Another number than the weights' asks for a fresh head, as in timm; 0 for none: the model then gives
-            the pooled features of :meth:`ResNet.embed`.
-        in_channels: channels of the images. ``None``: those of the weights, else the architecture's own (3; 1 for
-            resnet18_d2l). A stem for 3 is adapted to another number, as in timm (:func:`jresnet.models.params.adapt`).
-        stem: ``"imagenet"`` (7x7 at stride 2, max-pool), ``"cifar"`` (3x3 at stride 1, no max-pool), or the two that a
-            PyTorch file may have been trained with: ``"cifar_pool"`` (3x3 at stride 1, max-pool) and
-            ``"imagenet_no_pool"``. ``None``: that of the weights, else the architecture's own.
-        shortcut: ``"pad"``, ``"projection"``, ``"projection_first"`` or ``"conv"`` (what they mean:
-            :mod:`jresnet.models.resnet`). ``None``: that of the weights, else the architecture's own.
+        arch: a name from :func:`list_models`; ``None``: the architecture of ``weights``, which need not be in that list.
+        weights: the weights to load; ``None``: random parameters, initialised as in PyTorch. One of
+
+            * the result of :func:`jresnet.get_weights`;
+            * the path of a native file or of a PyTorch file (``.pth``, ``.pt``, ``.th``, ``.safetensors``), which is
+              converted without torch;
+            * the name of published weights, such as ``"IMAGENET1K_V2"`` or ``"DEFAULT"``, which are downloaded;
+            * ``"hf:ORG/REPO[@REVISION]"`` for weights on the Hugging Face Hub (needs the extra ``hub``).
+
+            :func:`jresnet.sources.load` has the details.
+        num_classes: number of logits. ``None``: that of the weights, else the architecture's default (1,000, or 10 for the
+            CIFAR family). If it differs from the weights' number, the head is newly initialised, as in timm. 0: no head;
+            the model returns the pooled features of :meth:`ResNet.embed`.
+        in_channels: channels of the images. ``None``: those of the weights, else the architecture's default (3; 1 for
+            resnet18_d2l). A stem for 3 channels is adapted to another number, as in timm
+            (:func:`jresnet.models.params.adapt`).
+        stem: ``"imagenet"`` (7x7 at stride 2, max-pool), ``"cifar"`` (3x3 at stride 1, no max-pool), or one of two variants
+            found in PyTorch files: ``"cifar_pool"`` (3x3 at stride 1, max-pool) and ``"imagenet_no_pool"``. ``None``: that
+            of the weights, else the architecture's default.
+        shortcut: ``"pad"``, ``"projection"``, ``"projection_first"`` or ``"conv"``, explained in
+            ``jresnet/models/config.py``. ``None``: that of the weights, else the architecture's default.
         stride_in: which convolution of a Bottleneck has the stride: ``"3x3"`` (torchvision), or ``"1x1"``, the first one
-            (the paper; weights of Caffe and detectron2). A PyTorch file's tensors do not tell it: where the weights do
-            not say, it is ``"3x3"``.
-        output_stride: 8 or 16, say: the last stage has a pixel for so many of the image's, a side, instead of for 32, by
-            dilated convolutions (torchvision's ``replace_stride_with_dilation``, timm's ``output_stride``), for
-            segmentation and detection. The parameters are the same, so that any weights of the architecture will do.
-            ``None``: that of the weights, else no dilation.
-        zero_init_residual: start each block's last BN scale at 0; without effect where ``weights`` are given.
-        dtype: a floating-point dtype to compute in, or its name (``"bfloat16"``, ``"bf16"``); parameters, statistics and
-            logits stay float32.
-        remat: in training, keep only each block's input for the backward pass and compute the rest again: less memory for
-            a third more arithmetic. On the CPU it needs ``jresnet.compiler_options(remat=True)``.
-        seed: of the random parameters, or of a fresh head; ``None``: 0.
-        rngs: their source instead of a seed, such as ``nnx.Rngs(0)``.
+            (the paper; weights of Caffe and detectron2). The tensors of a PyTorch file do not reveal it: if the weights do
+            not state it, it is ``"3x3"``.
+        output_stride: ratio of the image's height and width to the last stage's, such as 8 or 16 instead of 32. Strides are
+            replaced by dilation (torchvision's ``replace_stride_with_dilation``, timm's ``output_stride``), for
+            segmentation and detection. The parameters stay the same, so that any weights of the architecture can be
+            loaded. ``None``: that of the weights, else no dilation.
+        zero_init_residual: initialise each block's last BN scale to 0; ignored if ``weights`` are given.
+        dtype: floating-point compute dtype, or its name (``"bfloat16"``, ``"bf16"``); parameters, statistics and logits
+            stay float32.
+        remat: rematerialisation: in training, store only each block's input for the backward pass and recompute the rest,
+            which saves memory and costs a third more arithmetic. On the CPU it needs
+            ``jresnet.compiler_options(remat=True)``.
+        seed: seed of the random parameters, or of a new head; ``None``: 0.
+        rngs: random number streams to use instead of ``seed``, such as ``nnx.Rngs(0)``.
 
     Warns:
-        UserWarning: a head is fresh and to be trained, or a stem was adapted.
+        UserWarning: the head was newly initialised and has to be trained, or the stem was adapted.
 
     Raises:
-        InputError: for an unknown architecture or weights' name, or a value out of range.
-        WeightsError: for a file that is damaged, or holds another network than asked for.
-        DownloadError: where published weights are neither in the cache nor to be had.
+        InputError: unknown architecture, unknown name of weights, or a value out of range.
+        WeightsError: a file is damaged, or contains another network than requested.
+        DownloadError: published weights are not in the cache and cannot be downloaded.
     """
     chosen: dict[str, Any] = {
         "num_classes": num_classes, "in_channels": in_channels, "stem": stem, "shortcut": shortcut,
@@ -94,11 +104,11 @@ def create(
         "output_stride": output_stride,
     }  # fmt: skip
     rngs = _rngs(seed, rngs)
-    dtype = as_dtype(dtype)  # what is wrong is told before anything is fetched
+    dtype = as_dtype(dtype)  # arguments are checked before anything is downloaded
     if weights is None:
         if arch is None:
             raise InputError(
-                "neither an architecture nor weights are given: name one, as in jresnet.create('resnet50')"
+                "expected the name of an architecture or weights, got neither: call jresnet.create('resnet50'), for example"
             )
         config = zoo.configure(arch, **chosen)
         return ResNet(config, zero_init_residual=zero_init_residual, dtype=dtype, remat=remat, rngs=rngs)
@@ -115,7 +125,7 @@ def create(
 def _found(weights: Any, arch: str | None, chosen: dict[str, Any]) -> sources.Weights:
     if isinstance(weights, sources.Weights):
         if arch not in (None, weights.arch):
-            raise WeightsError(f"the weights {weights.spec} are those of {weights.arch}, not of {arch}")
+            raise WeightsError(f"the weights {weights.spec} belong to {weights.arch}, not to {arch}")
         return weights
     if not isinstance(weights, str | os.PathLike):
         raise InputError(
@@ -138,17 +148,23 @@ def _rngs(seed: Any, rngs: Any) -> nnx.Rngs:
 
 
 def load(path: str | os.PathLike[str], dtype: DTypeLike | None = None) -> ResNet:
-    """The network in a native file or one from PyTorch, whatever ResNet it is; errors and ``dtype`` as :func:`create`.
+    """Loads the network in a native file or a PyTorch file, whichever ResNet it is.
 
-    A network that :func:`create` would adapt to other classes or channels is built as the file has it.
-    Names of classes, preprocessing and scores are not the model's: :func:`jresnet.get_weights` has them, and they are saved
-    again where :func:`jresnet.save` is given them (``categories=weights.categories``).
+    Class names, preprocessing and scores are not part of a model: :func:`jresnet.get_weights` returns them. Pass them to
+    :func:`jresnet.save` to keep them (``categories=weights.categories``).
+
+    Args:
+        path: the file.
+        dtype: compute dtype, as in :func:`create`.
+
+    Raises:
+        The errors of :func:`create`.
     """
     return create(weights=Path(path), dtype=dtype)
 
 
 class Options(TypedDict, total=False):
-    """The arguments of :func:`create` but for the architecture's name."""
+    """The arguments of :func:`create` except ``arch``."""
 
     weights: str | os.PathLike[str] | sources.Weights | None
     num_classes: int | None
@@ -164,7 +180,7 @@ class Options(TypedDict, total=False):
     rngs: nnx.Rngs | None
 
 
-# One function an architecture, written out so that editors and type checkers see it; arguments and errors as `create`.
+# One function per architecture, written out so that editors and type checkers see it. Arguments and errors: see `create`.
 
 
 def resnet18(**options: Unpack[Options]) -> ResNet:

@@ -1,4 +1,4 @@
-"""Files: read up to a bound, written whole or not at all, named by their SHA-256; strangers' texts fit for a terminal."""
+"""File helpers: bounded reads, atomic writes, SHA-256, and untrusted text made safe to print on a terminal."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from pathlib import Path
 
 from jresnet.errors import InputError
 
-TORCH_SUFFIXES = (".pth", ".pt", ".th")  # of files of torch.save
-LONGEST = 2000  # letters of a line that is shown; the library's own have a few hundred
+TORCH_SUFFIXES = (".pth", ".pt", ".th")  # suffixes of files written by torch.save
+LONGEST = 2000  # characters of a printed line; the library's own lines have a few hundred
 
-# Read once, before there are threads: to read it is to change it for a moment, in which another thread's file would be
-# open to everyone.
+# The umask can only be read by changing it for a moment, in which another thread could create a file that everybody can
+# access. So it is read once at import, before there are threads.
 _UMASK = os.umask(0o077)
 os.umask(_UMASK)
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:
-    """Writes a file so that, whenever it is interrupted, the path holds the old content or the new one, whole.
+    """Writes a file atomically: even if interrupted, the path holds either the complete old or the complete new content.
 
-    A link stays, and the file that it points to is written. Devices and pipes are not touched.
+    If the path is a symbolic link, the link is kept and its target is written. Devices and pipes are refused.
 
     Raises:
-        InputError: where it cannot be written (no such folder, no permission, disk full, a device).
+        InputError: the file cannot be written (no such folder, no permission, disk full, a device or a pipe).
     """
     temporary = None
     try:
         target = Path(os.path.realpath(path))
-        if target.is_symlink():  # what realpath cannot follow
-            raise OSError("it is a link that leads nowhere")
-        # A device or a pipe would be gone, and an ordinary file in its place.
+        if target.is_symlink():  # realpath could not follow it
+            raise OSError("it is a broken link")
+        # os.replace would replace a device or a pipe by an ordinary file.
         if target.exists() and not (target.is_file() or target.is_dir()):
             raise OSError("it is a device or a pipe")
         handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
@@ -41,29 +41,29 @@ def write_atomically(path: str | Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp makes files private: give it an ordinary file's permissions
+            os.chmod(temporary, 0o666 & ~_UMASK)  # mkstemp creates private files; use the usual permissions
         os.replace(temporary, target)
-    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+    except (OSError, ValueError) as error:  # ValueError: the path contains a NUL
         if temporary:
             Path(temporary).unlink(missing_ok=True)
         raise InputError(
             f"cannot write {path}: {getattr(error, 'strerror', None) or error}; choose another place"
         ) from error
-    except BaseException:  # Ctrl-C: leave nothing half-written
+    except BaseException:  # such as KeyboardInterrupt: remove the temporary file
         if temporary:
             Path(temporary).unlink(missing_ok=True)
         raise
 
 
 def read_ordinary(path: str | Path, most: int) -> bytes:
-    """The content of an ordinary file. A pipe or a device is not opened: it might never answer, or never end.
+    """Reads a regular file. Pipes and devices are not opened, because reading them may block or never end.
 
     Args:
         path: the file, or a link to it.
-        most: bytes that it may have.
+        most: largest allowed size in bytes.
 
     Raises:
-        OSError: it cannot be read, is no ordinary file, or has more bytes.
+        OSError: the file cannot be read, is not a regular file, or is larger than ``most``.
     """
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
@@ -71,12 +71,12 @@ def read_ordinary(path: str | Path, most: int) -> bytes:
     with open(path, "rb") as file:
         content = file.read(most + 1)
     if len(content) > most:
-        raise OSError(f"it has {max(status.st_size, len(content)):,} bytes, where {most:,} are the most that can be")
+        raise OSError(f"it has {max(status.st_size, len(content)):,} bytes; expected at most {most:,}")
     return content
 
 
 def sha256_of(path: Path | str) -> str:
-    """The SHA-256 of a file, 64 lower-case hex digits; raises OSError where it cannot be read or is a pipe or a device."""
+    """The SHA-256 of a file as 64 lower-case hex digits; raises OSError if it cannot be read, or is a pipe or a device."""
     if os.path.exists(path) and not os.path.isfile(path):
         raise OSError(f"{path} is a folder, a device or a pipe")
     with open(path, "rb") as file:
@@ -84,16 +84,15 @@ def sha256_of(path: Path | str) -> str:
 
 
 def printable(name: str) -> str:
-    """A name from a stranger's file as it may be shown on a terminal: without control codes, and not for pages."""
+    """Makes an untrusted name safe to print on a terminal: control characters escaped, at most 200 characters."""
     name = name if name.isprintable() else repr(name)
     return name if len(name) <= 200 else f"{name[:200]}..."
 
 
 def shown(message: str) -> str:
-    """A message as it may be shown on a terminal: its control codes escaped, and its lines cut where they are very long.
+    """Makes a message safe to print on a terminal: control characters are escaped and very long lines are cut.
 
-    Lines stay lines. What comes from strangers, or from a shell's wildcard, is in it as it is: paths, entries of files,
-    what a server said.
+    A message may contain untrusted text: paths, entries of files, answers of a server. Line breaks are kept.
     """
 
     def line(text: str) -> str:
@@ -104,7 +103,7 @@ def shown(message: str) -> str:
 
 
 def few(names: Iterable[str]) -> str:
-    """At most five names, and how many more there are."""
+    """Formats a list of names: at most five of them, and the number of the others."""
     names = list(names)
     more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
     return ", ".join(map(printable, names[:5])) + more

@@ -1,4 +1,4 @@
-"""Sharing weights: ``python -m jresnet.hub push WEIGHTS hf:ORG/REPO`` and ``pull``; also :func:`push` and :func:`pull`."""
+"""Shares weights: ``python -m jresnet.hub push WEIGHTS hf:ORG/REPO`` and ``pull``; also :func:`push` and :func:`pull`."""
 
 import sys
 

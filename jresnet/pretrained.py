@@ -1,4 +1,4 @@
-"""Weights with all that belongs to them: how images are prepared, what the classes are called, how good they are."""
+"""Pretrained weights with their metadata: preprocessing, class names and scores."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from jresnet.weights.preprocessing import normalise
 if TYPE_CHECKING:
     from PIL.Image import Image
 else:
-    Image = Any  # Pillow is an extra
+    Image = Any  # Pillow is an optional dependency
 
 Images = (
     UInt8[np.ndarray, "n h w c"] | UInt8[np.ndarray, "h w c"] | Image | Sequence[Image | UInt8[np.ndarray, "h w c"]]
@@ -30,18 +30,18 @@ Images = (
 
 
 class PretrainedWeights(sources.Weights):
-    """What :func:`get_weights` returns; ``jresnet.create(weights=...)`` makes a model of it.
+    """Weights with their metadata, returned by :func:`get_weights`; ``jresnet.create(weights=...)`` builds the model.
 
-    ``arch``, ``config``, ``categories`` (the classes' names in the order of the logits; None where the weights do not say)
-    and ``preprocessing`` (None likewise) are attributes, besides those below.
+    Further attributes are ``arch``, ``config``, ``categories`` (class names in the order of the logits) and
+    ``preprocessing``. The last two are None if the weights do not specify them.
     """
 
     @property
     def scores(self) -> dict[str, Any] | None:
-        """What the weights say of their accuracy, such as ``{"top1": 80.858, "top5": 95.434, "of": ...}``, in per cent.
+        """The accuracies that the weights state, in per cent, such as ``{"top1": 80.858, "top5": 95.434, "of": ...}``.
 
         Raises:
-            WeightsError: it is no object of JSON.
+            WeightsError: the entry is not a JSON object.
         """
         if "scores" not in self.metadata:
             return None
@@ -50,50 +50,50 @@ class PretrainedWeights(sources.Weights):
         except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict):
-            raise WeightsError(f"the scores that {self.spec} states are not an object of JSON")
+            raise WeightsError(f"the scores that {self.spec} states are not a JSON object")
         return found
 
     @property
     def source(self) -> str:
-        """Where the weights were taken from at first: an address, a file's name, ``hf:...@COMMIT``."""
+        """The original source of the weights: a URL, a file name, or ``hf:...@COMMIT``."""
         return self.metadata.get("source", self.spec)
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 in hex of the arrays, with their names, dtypes and shapes: the same wherever they are kept."""
+        """SHA-256 in hex over the arrays with their names, dtypes and shapes; it does not depend on the file format."""
         return native.digest(self.values)
 
     def preprocess(self, images: Images) -> Float[Array, "n s s c"]:
-        """Images as the network takes them: as torchvision's transforms of these weights, to a grey level.
+        """Prepares images for the network, as torchvision's transforms for these weights do (equal to within a grey level).
 
-        The shorter side is resized with antialiasing, the centre is cut out, and pixels are normalised by channel.
+        The shorter side is resized with antialiasing, the centre is cropped, and pixels are normalised per channel.
 
         Args:
-            images: uint8 pixels ``[H, W, C]`` or ``[N, H, W, C]``, RGB or of one grey channel; a picture of Pillow's (with
-                the extra ``train``) of any mode; or a sequence of either, of any sizes.
+            images: uint8 pixels ``[H, W, C]`` or ``[N, H, W, C]`` with 3 (RGB) or 1 (grey) channels; a Pillow image (needs
+                the extra ``train``) of any mode; or a sequence of these, which may differ in size.
 
         Returns:
-            float32 ``[N, crop, crop, 3]``, or 1 channel where the network takes grey images.
+            float32 ``[N, crop, crop, 3]``, or with 1 channel if the network takes grey images.
 
         Raises:
-            WeightsError: the weights do not say how images are prepared.
-            InputError: for anything else than these images.
+            WeightsError: the weights do not specify their preprocessing.
+            InputError: ``images`` is none of the above.
         """
         if (how := self.preprocessing) is None:
             raise WeightsError(
-                f"{self.spec} does not say how images are prepared: normalise them yourself, and save the weights with "
+                f"{self.spec} does not specify its preprocessing: normalise the images yourself, or save the weights with "
                 "preprocessing=jresnet.Preprocessing(...)"
             )
         from jresnet.data.images import preprocess  # needs Pillow
 
         pixels = [preprocess(image, how) for image in _pictures(images)]
         if not pixels:
-            raise InputError("there is no image to prepare: the sequence is empty")
+            raise InputError("expected at least one image, got an empty sequence")
         return normalise(jnp.asarray(np.stack(pixels), jnp.float32), how.mean, how.std)
 
 
 def _pictures(images: Any) -> list[Image]:
-    """What :meth:`PretrainedWeights.preprocess` takes, as RGB pictures of Pillow's."""
+    """Converts the argument of :meth:`PretrainedWeights.preprocess` to RGB Pillow images."""
     from PIL import Image
 
     if isinstance(images, Image.Image):
@@ -103,11 +103,11 @@ def _pictures(images: Any) -> list[Image]:
     if isinstance(images, list | tuple):
         return [picture for image in images for picture in _pictures(image)]
     if isinstance(images, str | os.PathLike):
-        raise InputError(f"expected pictures, not their files' names: PIL.Image.open({os.fspath(images)!r:.80})")
-    pixels = np.asarray(images)  # JAX's arrays too
+        raise InputError(f"expected images, got a file name: open it with PIL.Image.open({os.fspath(images)!r:.80})")
+    pixels = np.asarray(images)  # accepts JAX arrays as well
     if pixels.dtype != np.uint8 or pixels.ndim not in (3, 4) or pixels.shape[-1] not in (1, 3) or 0 in pixels.shape:
         raise InputError(
-            "expected uint8 pixels [H, W, 3], [N, H, W, 3] or of 1 channel, or pictures of Pillow's, got "
+            "expected uint8 pixels [H, W, 3] or [N, H, W, 3], the same with 1 channel, or Pillow images, got "
             f"{pixels.dtype} {list(pixels.shape)}"
         )
     if pixels.ndim == 4:
@@ -116,38 +116,42 @@ def _pictures(images: Any) -> list[Image]:
 
 
 def get_weights(arch: str | os.PathLike[str], name: str | None = None, *, progress: bool = True) -> PretrainedWeights:
-    """Weights with all that belongs to them; published ones are downloaded, into torch's own cache.
+    """Returns weights with their metadata. Published weights are downloaded into torch's cache folder.
 
     >>> weights = jresnet.get_weights("resnet50", "IMAGENET1K_V2")                              # doctest: +SKIP
     >>> logits = jresnet.create(weights=weights)(weights.preprocess(picture))                   # doctest: +SKIP
 
     Args:
-        arch: a name of :func:`jresnet.list_models`; or where the weights are, with ``name`` left out: a path,
+        arch: a name from :func:`jresnet.list_models`. Without ``name`` it may also be a path,
             ``"resnet50:IMAGENET1K_V1"`` or ``"hf:ORG/REPO[@REVISION]"``.
-        name: of :func:`list_weights`, such as ``"IMAGENET1K_V2"``, or whatever else :func:`jresnet.sources.load` takes
-            for weights of ``arch``, such as the path of a file from PyTorch. ``None``: the default of ``arch``.
+        name: a name from :func:`list_weights`, such as ``"IMAGENET1K_V2"``, or anything else that
+            :func:`jresnet.sources.load` accepts, such as the path of a PyTorch file. ``None``: the default weights of
+            ``arch``.
         progress: show downloads on stderr.
 
     Raises:
-        InputError: for an unknown architecture or name of weights.
-        WeightsError: for a file that is damaged, holds another network, or does not say which one.
-        DownloadError: the weights are neither in the cache nor to be had.
+        InputError: unknown architecture or name of weights.
+        WeightsError: the file is damaged, contains another network, or does not say which one.
+        DownloadError: the weights are not in the cache and cannot be downloaded.
     """
     for value in (arch, name):
         if not isinstance(value, str | os.PathLike | None):
-            raise InputError(f"weights are named by a text or a path, got {value!r}")
+            raise InputError(f"weights must be given as a string or a path, got {value!r}")
     found = sources.load(arch, progress=progress) if name is None else sources.load(name, arch, progress=progress)  # type: ignore[arg-type]
     return PretrainedWeights(**{field.name: getattr(found, field.name) for field in dataclasses.fields(found)})
 
 
 def list_weights(arch: str | None = None) -> list[str]:
-    """Published weights as :func:`get_weights` takes them: names such as ``"IMAGENET1K_V2"``, oldest first.
+    """Lists the names of published weights, oldest first, as :func:`get_weights` accepts them.
 
     Args:
-        arch: of this architecture; none may be published for it. ``None``: of all, as ``"resnet50:IMAGENET1K_V2"``.
+        arch: an architecture. ``None``: all architectures, with names such as ``"resnet50:IMAGENET1K_V2"``.
+
+    Returns:
+        Names such as ``"IMAGENET1K_V2"``; empty if none are published for ``arch``.
 
     Raises:
-        InputError: for an unknown architecture.
+        InputError: unknown architecture.
     """
     if arch is not None:
         return list(published.names(zoo.find(arch).name))

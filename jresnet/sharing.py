@@ -1,10 +1,10 @@
-"""Weights to and from the Hugging Face Hub, or a folder of the same layout: ``push`` and ``pull``.
+"""Shares weights on the Hugging Face Hub, or through a folder of the same layout: ``push`` and ``pull``.
 
-    model.safetensors   the tensors by torchvision's and timm's names
-    config.json         architecture, classes and preprocessing, in timm's form
+    model.safetensors   the tensors under torchvision's and timm's names
+    config.json         architecture, classes and preprocessing, in timm's format
     README.md           the model card
 
-What comes from a Hub comes from strangers: of a repository only the first two are fetched, and both are checked
+Repositories on the Hub are untrusted: only the first two files are fetched, and both are checked
 (:mod:`jresnet.weights.hub`, :mod:`jresnet.weights.timm_config`).
 """
 
@@ -35,7 +35,7 @@ from jresnet.weights.preprocessing import Preprocessing
 
 CARD = "README.md"
 FILES = (hub.WEIGHTS, hub.CONFIG, CARD)
-SHOWN = 50  # classes that the card names
+SHOWN = 50  # number of classes that the model card lists
 
 
 def push(
@@ -47,26 +47,27 @@ def push(
     private: bool = False,
     force: bool = False,
 ) -> str:
-    """Writes weights with their configuration and model card into a folder, or a repository of the Hub.
+    """Writes weights with their configuration and a model card to a folder or to a repository on the Hub.
 
     Args:
-        weights: as :func:`jresnet.sources.load`.
-        target: a folder, or ``"hf:ORG/REPO"``, which is made where it is missing (with the extra ``hub``, after
-            ``hf auth login``).
-        title: of the card; ``None``: the architecture and the data.
-        license: an identifier of the Hub's, such as ``"apache-2.0"``.
-        private: whether a repository that is made is private.
-        force: write over a model that the folder holds.
+        weights: the weights, as for :func:`jresnet.sources.load`.
+        target: a folder, or ``"hf:ORG/REPO"``, which is created if missing (needs the extra ``hub`` and ``hf auth login``).
+        title: title of the model card; ``None``: the architecture and the data.
+        license: a licence identifier of the Hub, such as ``"apache-2.0"``.
+        private: whether a newly created repository is private.
+        force: overwrite a model in the folder.
 
     Returns:
-        Where it is now: the folder, or the address of the repository's commit.
+        The folder, or the URL of the commit in the repository.
 
     Raises:
-        InputError: the network has no name or no place in timm's form, the folder holds a model, or ``license`` is none.
-        WeightsError, DownloadError: as :func:`jresnet.sources.load`; the Hub refuses, or does not answer.
+        InputError: timm's format cannot describe the network, the folder already contains a model, or ``license`` is
+            malformed.
+        WeightsError: as :func:`jresnet.sources.load`.
+        DownloadError: as :func:`jresnet.sources.load`, or the Hub refuses the upload or does not answer.
     """
     if license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]{1,40}", license):
-        raise InputError(f"`license` is an identifier of the Hub's such as apache-2.0 or mit, not {license!r}")
+        raise InputError(f"`license` must be an identifier of the Hub such as apache-2.0 or mit, got {license!r}")
     remote = hub.is_spec(target)
     repository = _repository(os.fspath(target)) if remote else None
     if repository is None:
@@ -84,23 +85,26 @@ def push(
 def pull(
     source: str | os.PathLike[str], out: str | os.PathLike[str], *, force: bool = False, progress: bool = True
 ) -> Weights:
-    """Fetches weights from the Hub, a folder or anywhere else, and writes a native file that says all they say.
+    """Fetches weights from the Hub, a folder or any other source, and writes a native file with all their metadata.
 
     Args:
-        source: ``"hf:ORG/REPO[@REVISION]"``, a folder of :func:`push`, or whatever :func:`jresnet.sources.load` takes.
-        out: the file, ``*.safetensors``.
-        force: write over a file that is there.
+        source: ``"hf:ORG/REPO[@REVISION]"``, a folder of :func:`push`, or any source of :func:`jresnet.sources.load`.
+        out: the file to write, ``*.safetensors``.
+        force: overwrite an existing file.
         progress: show downloads on stderr.
 
+    Returns:
+        The weights.
+
     Raises:
-        InputError: the file is there, or cannot be written.
+        InputError: the file already exists or cannot be written.
         WeightsError, DownloadError: as :func:`jresnet.sources.load`.
     """
     path = Path(out).expanduser()
     if path.suffix != ".safetensors":
-        raise InputError(f"`out` {path} should end in .safetensors")
+        raise InputError(f"`out` must end in .safetensors, got {path}")
     if path.exists() and not force:
-        raise InputError(f"`out` {path} is there already: choose another file, or `force` it")
+        raise InputError(f"`out` {path} already exists: choose another file, or replace it with `force`")
     found = sources.load(source, progress=progress)
     kept = {name: value for name, value in found.metadata.items() if name not in native.RESERVED}
     native.save(path, params.fill(found.config, found.values), found.arch, **kept)
@@ -108,19 +112,26 @@ def pull(
 
 
 def contents(found: Weights, spec: str, title: str | None = None, license: str | None = None) -> dict[str, bytes]:
-    """The files of a repository, by name; arguments as :func:`push`, ``spec`` being what the card calls it.
+    """The contents of a repository's files, by name.
+
+    Args:
+        found: the weights.
+        spec: the address of the repository that the model card shows.
+        title, license: as in :func:`push`.
 
     Raises:
-        InputError: the network has no name, takes images of other than three channels, or has no head.
+        InputError: the network has no name, has no head, or does not take three input channels.
     """
     config, arch = found.config, found.arch
     if arch is None:
         raise InputError(
-            f"{found.spec} holds a network that has no name, which the Hub's form needs: share the file itself"
+            f"{found.spec} holds a network without a name, which timm's format needs: share the file itself"
         )
     if config.in_channels != 3 or config.num_classes == 0:
         what = "no head" if config.num_classes == 0 else f"images of {config.in_channels} channels"
-        raise InputError(f"{found.spec} has {what}: timm's form is for RGB images and classes; share the file itself")
+        raise InputError(
+            f"{found.spec} has {what}, but timm's format expects RGB images and a classifier: share the file itself"
+        )
     values = {name: np.asarray(value, np.float32) for name, value in found.values.items()}
     tensors = statedict.state_dict(params.fill(config, values))
     return {
@@ -131,15 +142,15 @@ def contents(found: Weights, spec: str, title: str | None = None, license: str |
 
 
 def in_timm(arch: str, config: ResNetConfig) -> bool:
-    """Whether timm has the network: one of its names, with its own stem and shortcuts."""
+    """Whether timm has this network: the name is one of timm's, and stem and shortcuts are timm's."""
     return arch in zoo.IN_TIMM and config == zoo.configure(arch, num_classes=config.num_classes)
 
 
 def configuration(found: Weights) -> dict[str, Any]:
-    """``config.json`` in timm's form.
+    """The content of ``config.json`` in timm's format.
 
     Raises:
-        InputError: timm's form has no place for the preprocessing.
+        InputError: timm's format cannot express the preprocessing.
     """
     config = found.config
     chosen: dict[str, Any] = {
@@ -159,14 +170,14 @@ def configuration(found: Weights) -> dict[str, Any]:
 
 
 def _timm_preprocessing(how: Preprocessing) -> dict[str, Any]:
-    """timm resizes the shorter side to ``floor(size / crop_pct)``."""
+    """The preprocessing in timm's format, where the shorter side is resized to ``floor(size / crop_pct)``."""
     resize = how.crop if how.resize is None else how.resize
     share = how.crop / resize
     while math.floor(how.crop / share) < resize:  # rounded down
         share = math.nextafter(share, 0)
     if math.floor(how.crop / share) != resize or share > 1:
         raise InputError(
-            f"timm's form has no place for a crop of {how.crop} from images whose shorter side is {resize} pixels"
+            f"timm's format cannot express a crop of {how.crop} pixels from images whose shorter side is {resize} pixels"
         )
     return {
         "input_size": [3, how.crop, how.crop], "interpolation": how.interpolation, "crop_pct": share,
@@ -206,7 +217,7 @@ def card(found: Weights, spec: str, title: str | None = None, license: str | Non
 
 
 def _scores(found: Weights) -> list[str]:
-    """What the weights say of their accuracy, and on which images it was measured."""
+    """The lines of the model card on accuracy, and on which images it was measured."""
     metadata, rows = found.metadata, []
     for name in ("scores", "metrics"):
         try:
@@ -261,7 +272,7 @@ import timm
 model = timm.create_model({"hf_hub:" + repository!r}, pretrained=True).eval()
 """,
     )
-    if not published.names(arch):  # torchvision has it not
+    if not published.names(arch):  # torchvision does not have this architecture
         return lines
     return lines + code(
         "PyTorch, with torchvision:",
@@ -278,25 +289,27 @@ model.eval()
 
 
 def _plain(text: str) -> str:
-    """Text that a page shows as it is: strangers choose names of classes."""
+    """Escapes Markdown and HTML, because class names and titles are untrusted text."""
     text = " ".join(str(text).split())
     return re.sub(r"([\\`*_{}\[\]()#+!|<>~$&-])", r"\\\1", text)[:1000]
 
 
 def _check(folder: Path, text: str, force: bool) -> None:
-    """Raises InputError where a model must not, or cannot, be written into a folder."""
+    """Raises InputError if a model may not or cannot be written into a folder."""
     if not text:
-        raise InputError("`target` is an empty text: expected hf:ORG/REPO, or a folder")
+        raise InputError("`target` is empty: expected hf:ORG/REPO or a folder")
     try:
         if folder.exists() and not folder.is_dir():
-            raise InputError(f"`target` {folder} is no folder: choose another one")
+            raise InputError(f"`target` {folder} is not a folder: choose another one")
         os.lstat(folder)
     except FileNotFoundError:
         return
     except (OSError, ValueError) as error:
         raise InputError(f"cannot use `target` {folder}: {getattr(error, 'strerror', None) or error}") from error
     if (taken := [name for name in FILES if (folder / name).exists()]) and not force:
-        raise InputError(f"{folder} holds a model already ({', '.join(taken)}): choose another folder, or `force` it")
+        raise InputError(
+            f"{folder} already contains a model ({', '.join(taken)}): choose another folder, or replace it with `force`"
+        )
 
 
 def _write(folder: Path, content: Mapping[str, bytes]) -> Path:
@@ -313,15 +326,16 @@ def _repository(spec: str) -> str:
     """ORG/REPO of ``hf:ORG/REPO``; raises InputError for anything else."""
     repository, revision = hub.parse(spec)
     if "@" in spec:
-        raise InputError(f"a repository is pushed to its main branch: leave @{revision} out of {spec}")
+        raise InputError(f"cannot push to {spec}: only the main branch is supported; leave out @{revision}")
     return repository
 
 
 def _upload(repository: str, folder: str, private: bool) -> str:
-    """Commits a folder's files to a repository; returns the commit's address.
+    """Commits the files of a folder to a repository; returns the URL of the commit.
 
     Raises:
-        DownloadError: the Hub refuses, or does not answer. Messages below HTTP are not repeated: one may quote the token.
+        DownloadError: the Hub refuses or does not answer. Its message never repeats text of lower-level errors, because
+            that text may contain the token.
     """
     from huggingface_hub import HfApi, constants, errors
 
@@ -333,14 +347,14 @@ def _upload(repository: str, folder: str, private: bool) -> str:
     except errors.HfHubHTTPError as error:
         code = error.response.status_code
         advice = (
-            "log in with `hf auth login` and a token that may write there"
+            "log in with `hf auth login` and a token with write access"
             if code in (401, 403, 404)
             else "try again later"
         )
-        raise DownloadError(f"cannot push to {page}: it answers HTTP {code}; {advice}") from None
+        raise DownloadError(f"cannot push to {page}: the Hub answered HTTP {code}; {advice}") from None
     except errors.LocalTokenNotFoundError:
         raise DownloadError(f"cannot push to {page}: log in with `hf auth login`") from None
-    except Exception as error:  # httpx's, hf_xet's and the file system's: no closed set
+    except Exception as error:  # from httpx, hf_xet or the file system: there is no common base class
         why = hub.reason(error)
         raise DownloadError(
             f"cannot push to {page}: {why}; check the network, HF_ENDPOINT and the proxy settings"

@@ -1,4 +1,4 @@
-"""The version, which ``pyproject.toml`` reads here, and those of other packages."""
+"""The version of jresnet, which ``pyproject.toml`` reads from here, and those of installed packages."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 
 def installed(*names: str) -> dict[str, str]:
-    """The versions of distributions by name; "unknown" of one that is imported from a folder and not installed."""
+    """The versions of distributions by name; "unknown" for a package that is imported from a folder without installation."""
     found = {}
     for name in names:
         try:

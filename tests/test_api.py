@@ -289,7 +289,7 @@ def test_get_weights(described: Path, tmp_path: Path) -> None:
     model = jresnet.create(weights=weights)
     assert native.digest(params.arrays(model)) == weights.digest
     assert jresnet.resnet20_cifar(weights=weights).config == weights.config
-    with pytest.raises(jresnet.WeightsError, match="are those of resnet20_cifar, not of resnet18"):
+    with pytest.raises(jresnet.WeightsError, match="belong to resnet20_cifar, not to resnet18"):
         jresnet.create("resnet18", weights=weights)
     # What belongs to weights is saved with them and comes back.
     kept = {name: getattr(weights, name) for name in ("preprocessing", "categories", "scores", "source")}
@@ -301,11 +301,11 @@ def test_get_weights(described: Path, tmp_path: Path) -> None:
 def test_weights_that_say_nothing(native_file: Path) -> None:
     weights = jresnet.get_weights("resnet20_cifar", str(native_file))
     assert (weights.preprocessing, weights.categories, weights.scores) == (None, None, None)
-    with pytest.raises(jresnet.WeightsError, match="does not say how images are prepared"):
+    with pytest.raises(jresnet.WeightsError, match="does not specify its preprocessing"):
         weights.preprocess(np.zeros((32, 32, 3), np.uint8))
-    with pytest.raises(jresnet.InputError, match="named by a text or a path, got 50"):
+    with pytest.raises(jresnet.InputError, match="given as a string or a path, got 50"):
         jresnet.get_weights(50)
-    with pytest.raises(jresnet.WeightsError, match="not an object of JSON"):
+    with pytest.raises(jresnet.WeightsError, match="not a JSON object"):
         _ = dataclasses.replace(weights, metadata={"scores": json.dumps([1])}).scores
 
 
@@ -335,8 +335,8 @@ def test_preprocess(described: Path) -> None:
         (np.zeros((3, 32, 32), np.uint8), r"got uint8 \[3, 32, 32\]"),
         (np.zeros((32, 32), np.uint8), r"got uint8 \[32, 32\]"),
         (np.zeros((0, 32, 32, 3), np.uint8), r"got uint8 \[0, 32, 32, 3\]"),
-        ([], "the sequence is empty"),
-        ("photo.jpg", r"not their files' names: PIL.Image.open\('photo.jpg'\)"),
+        ([], "got an empty sequence"),
+        ("photo.jpg", r"got a file name: open it with PIL.Image.open\('photo.jpg'\)"),
         ([Path("a.png")], r"PIL.Image.open\('a.png'\)"),
     ],
 )

@@ -301,7 +301,7 @@ def test_any_damage_is_passed_over(two: Path, tmp_path: Path) -> None:
         assert same(found.state, state(found.step)), what
         assert found.progress == progress(found.step), what
         for note in found.notes:
-            assert f"{folder / '8.safetensors'} is damaged and passed over, now damaged-8.safetensors: " in note
+            assert f"{folder / '8.safetensors'} is damaged and skipped, renamed to damaged-8.safetensors: " in note
             assert note.isprintable()
         harmless += not found.notes  # a space that pads the header turned into another white one
         shutil.rmtree(folder)
@@ -356,7 +356,7 @@ def test_a_checkpoint_under_another_steps_name(two: Path, tmp_path: Path) -> Non
         found = checkpoints.restore(state(0))
     assert found is not None
     assert found.step == 4
-    assert "it holds step 8" in found.notes[0]
+    assert "it contains step 8" in found.notes[0]
 
 
 def test_going_on_after_damage(tmp_path: Path) -> None:
@@ -391,7 +391,7 @@ def test_all_damaged(two: Path, tmp_path: Path) -> None:
     (folder / "8.safetensors").write_text("")
     with (
         Checkpoints(folder) as checkpoints,
-        pytest.raises(WeightsError, match=r"no checkpoint in .* is whole \(8: .*; 4: .*\): delete that folder"),
+        pytest.raises(WeightsError, match=r"all checkpoints in .* are damaged \(8: .*; 4: .*\): delete that folder"),
     ):
         checkpoints.restore(state(0))
     assert steps(folder) == [4, 8]
@@ -427,10 +427,10 @@ def test_another_network_is_refused_at_once(two: Path, tmp_path: Path, other: Ca
     folder = Path(shutil.copytree(two, tmp_path / "checkpoints"))
     like: Any = other(state(0))
     with Checkpoints(folder) as checkpoints:
-        with pytest.raises(WeightsError, match=r"checkpoints/8\.safetensors is of another network or optimizer"):
+        with pytest.raises(WeightsError, match=r"checkpoints/8\.safetensors belongs to another network or optimizer"):
             checkpoints.restore(like)
         checkpoints.save(like._replace(step=jnp.asarray(12)), {})
-        with pytest.raises(WeightsError, match=r"checkpoints/12\.safetensors is of another network or optimizer"):
+        with pytest.raises(WeightsError, match=r"checkpoints/12\.safetensors belongs to another network or optimizer"):
             checkpoints.restore(state(0))
     assert steps(folder) == [4, 8, 12]
 
@@ -447,7 +447,7 @@ def test_a_failed_save_is_told_at_the_next_save(
         full_disk()
         checkpoints.save(state(8), progress(8))
         with pytest.raises(
-            InputError, match=r"cannot write a checkpoint into .*No space left.*The one of step 4 is whole"
+            InputError, match=r"cannot write a checkpoint to .*No space left.*The checkpoint of step 4 is complete"
         ) as info:
             checkpoints.save(state(8), progress(8))
         assert isinstance(info.value.__cause__, OSError)
@@ -464,7 +464,7 @@ def test_a_failed_save_is_told_at_the_next_save(
 def test_a_failed_save_is_told_at_the_end(tmp_path: Path, full_disk: Callable[[], None]) -> None:
     full_disk()
     with (
-        pytest.raises(InputError, match=r"No space left on device\. There is none before it"),
+        pytest.raises(InputError, match=r"No space left on device\. There is no earlier checkpoint"),
         Checkpoints(tmp_path) as checkpoints,
     ):
         checkpoints.save(state(4), progress(4))
@@ -479,7 +479,7 @@ def test_a_failed_save_deletes_nothing_and_may_be_repeated(
         checkpoints.wait()
         full_disk()
         checkpoints.save(state(4), progress(4))
-        with pytest.raises(InputError, match="The one of step 3 is whole"):
+        with pytest.raises(InputError, match="The checkpoint of step 3 is complete"):
             checkpoints.wait()
         assert steps(tmp_path) == [1, 2, 3]
         monkeypatch.undo()
@@ -497,7 +497,7 @@ def test_free_space_is_looked_at_first(tmp_path: Path, monkeypatch: pytest.Monke
         monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6))
         with pytest.raises(
             InputError,
-            match=r"it takes 1,05\d,\d{3} bytes and the disk has 1,000,000 free\. The one of step 4 is whole",
+            match=r"it takes 1,05\d,\d{3} bytes, but the disk has 1,000,000 free\. The checkpoint of step 4 is complete",
         ):
             checkpoints.save(state(8), progress(8))
     assert steps(tmp_path) == [4]
@@ -509,14 +509,14 @@ def test_the_folder_is_removed(tmp_path: Path) -> None:
         checkpoints.save(state(4), progress(4))
         checkpoints.wait()
         shutil.rmtree(folder)
-        with pytest.raises(InputError, match=r"No such file or directory.*There is none before it"):
+        with pytest.raises(InputError, match=r"No such file or directory.*There is no earlier checkpoint"):
             checkpoints.save(state(8), progress(8))
     assert not folder.exists()
 
 
 def test_the_folder_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"cannot keep checkpoints in .*file/checkpoints: Not a directory"):
+    with pytest.raises(InputError, match=r"cannot write checkpoints to .*file/checkpoints: Not a directory"):
         Checkpoints(tmp_path / "file" / "checkpoints")
 
 
@@ -583,11 +583,11 @@ if folder.exists():
         program, cwd=REPOSITORY, capture_output=True, text=True, timeout=300, check=False, env=environment
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert f"cannot write a checkpoint into {tmp_path}: " in done.stdout
+    assert f"cannot write a checkpoint to {tmp_path}: " in done.stdout
     assert message in done.stdout
     if disk != "taken away":
         last, left = done.stdout.splitlines()[-1].split(maxsplit=1)
-        assert f"The one of step {last} is whole: mend the cause and resume" in done.stdout
+        assert f"The checkpoint of step {last} is complete: fix the cause and resume" in done.stdout
         assert last in left
 
 

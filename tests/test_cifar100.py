@@ -103,7 +103,7 @@ def test_official_layouts(tmp_path: Path, batches: dict[str, Batch], kind: str, 
         check(dataset, batches)
         assert dataset.source == f"{'archive' if archive else 'folder'} {there}"
         assert dataset.notes == (
-            f"not the official CIFAR-100, taken as found: train (7 images), test (3 images) of {dataset.source}",
+            f"differs from the official CIFAR-100: train (7 images), test (3 images) of {dataset.source}",
         )
         digests.add(dataset.digest)
     assert len(digests) == 1

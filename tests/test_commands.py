@@ -94,12 +94,16 @@ def test_commands_of_other_packages(elsewhere: None, capfd: pytest.CaptureFixtur
     [
         ("net", 1, "error: no network\n"),
         ("disk", 1, "error: [Errno 28] No space left on device\n"),
-        ("import", 1, "error: No module named x: install what fail needs with pip install -e '.[train]'\n"),
+        (
+            "import",
+            1,
+            "error: No module named x: install the packages that fail needs with pip install -e '.[train]'\n",
+        ),
         ("library", 1, "error: fail cannot be started: a.so: cannot be mapped\n"),
         (
             "memory",
             1,
-            "error: the memory is used up: give more of it (ulimit -v), or take a smaller batch or network\n",
+            "error: out of memory: raise the limit (ulimit -v), or use a smaller batch or network\n",
         ),
         ("key", 130, "interrupted\n"),
     ],
@@ -239,7 +243,7 @@ def test_what_is_only_printed_needs_standard_output(
 ) -> None:
     monkeypatch.setattr(sys, "stdout", None)
     assert commands.guarded(lambda: pytest.fail("ran"), name) == 1
-    assert f"error: the standard output, where {name} prints its result, is closed" in capsys.readouterr().err
+    assert f"error: standard output is closed, but {name} prints its result there" in capsys.readouterr().err
 
 
 def test_the_first_line_comes_before_jax() -> None:
@@ -270,7 +274,7 @@ def test_a_platform_that_is_not_there_is_one_line() -> None:
     done = command("scripts/train_cifar10.py", "--dataset", "digits", env=environment)
     assert done.returncode == 1, done.stderr
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: JAX has no device to compute on (")
+    assert line.startswith("error: JAX found no device (")
     assert "JAX_PLATFORMS is cuda: install jax for this device, or set JAX_PLATFORMS=cpu" in line
 
 

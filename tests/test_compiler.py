@@ -86,14 +86,14 @@ def test_the_options_of_this_jax_pass_their_check() -> None:
 def test_a_cpu_without_avx2_has_xlas_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler, "_has_avx2", lambda: False)
     assert jresnet.compiler_options() == {}
-    assert "has no AVX2" in compiler.explain()[0]
+    assert "lacks AVX2" in compiler.explain()[0]
 
 
 def test_they_can_be_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JRESNET_COMPILER_OPTIONS", "off")
     assert jresnet.compiler_options() == {}
     assert jresnet.compiler_options(remat=True) == compiler.BARRIERS
-    assert compiler.explain() == ["compiler XLA's own, since JRESNET_COMPILER_OPTIONS is off"]
+    assert compiler.explain() == ["compiler XLA's defaults, because JRESNET_COMPILER_OPTIONS is off"]
     monkeypatch.setenv("JRESNET_COMPILER_OPTIONS", "fast")
     with pytest.raises(jresnet.InputError, match="must be on or off, got 'fast'"):
         jresnet.compiler_options()

@@ -86,7 +86,7 @@ def test_statistics_are_the_datas() -> None:
             {"warmup_epochs": 201.0, "milestones": ()},
             "a warm-up of 201 epochs is longer than the run's 200: fewer `warmup",
         ),
-        ({"warmup_epochs": 120.0}, "milestone 100 lies in the warm-up"),
+        ({"warmup_epochs": 120.0}, "milestone 100 is within the warm-up"),
         ({"epochs": 8.5, "lr": "0.1"}, "`epochs` must be a whole number, got 8.5; `lr` must be a number, got '0.1'"),
     ],
 )
@@ -158,7 +158,7 @@ def test_a_configuration_comes_back(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_configuration_with_impossible_values(tmp_path: Path, changes: dict[str, Any]) -> None:
     written(tmp_path, {"run": dataclasses.asdict(default_config()) | changes})
-    with pytest.raises(InputError, match=r"config\.json is no run's configuration \(.*: choose another `out`"):
+    with pytest.raises(InputError, match=r"config\.json is not the configuration of a run \(.*: choose another `out`"):
         read_config(tmp_path)
 
 
@@ -169,7 +169,7 @@ def test_a_configuration_with_impossible_values(tmp_path: Path, changes: dict[st
 def test_a_damaged_configuration(tmp_path: Path, content: str) -> None:
     written(tmp_path, content)
     for read in (read_config, read_runs):
-        with pytest.raises(InputError, match=r"config\.json is no run's configuration"):
+        with pytest.raises(InputError, match=r"config\.json is not the configuration of a run"):
             read(tmp_path)
 
 
@@ -177,7 +177,7 @@ def test_a_configuration_that_is_a_pipe(tmp_path: Path) -> None:
     """It would never answer."""
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(
-        InputError, match=r"config\.json is no run's configuration \(it is a folder, a device or a pipe\)"
+        InputError, match=r"config\.json is not the configuration of a run \(it is a folder, a device or a pipe\)"
     ):
         read_config(tmp_path)
 

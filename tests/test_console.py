@@ -93,7 +93,7 @@ def test_advice_never_repeats_what_was_chosen() -> None:
 def test_few_steps_are_told() -> None:
     chosen = default_config(recipe="fast", dataset="digits")
     (told,) = console._few_steps(chosen, 16)
-    assert told.startswith("note     16 steps in all are too few for recipe fast")
+    assert told.startswith("note     16 steps in total are too few for recipe fast")
     assert "training images" not in told
     assert console._few_steps(chosen, 176) == []  # the digits' own number
     assert "more epochs or training images" in console._few_steps(default_config(limit_train=320), 16)[0]

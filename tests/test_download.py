@@ -209,11 +209,11 @@ MOST = 4 << 20  # bytes
 @pytest.mark.parametrize(
     ("what", "reason"),
     [
-        ("flood", "it sent more than the 4,194,304 bytes"),
-        ("flood-of-chunks", "it sent more than the 4,194,304 bytes"),
-        ("chunks-beyond-the-length", "it sent more than the 9 bytes"),
-        ("liar", "it announces more than the 4,194,304 bytes that f can have"),
-        ("digits", "it announces more than the 4,194,304 bytes that f can have"),
+        ("flood", "the server sent more than 4,194,304 bytes"),
+        ("flood-of-chunks", "the server sent more than 4,194,304 bytes"),
+        ("chunks-beyond-the-length", "the server sent more than 9 bytes"),
+        ("liar", "the server announced more than 4,194,304 bytes, the largest possible size of f"),
+        ("digits", "the server announced more than 4,194,304 bytes, the largest possible size of f"),
         ("drip", r"only \d+ bytes? in 0\.3 s"),
         ("drip-of-a-chunk-head", "no byte for 0\\.3 s"),
         ("trailers", "no byte for 0\\.3 s"),
@@ -246,13 +246,13 @@ def test_servers_that_mean_no_good(server, tmp_path, monkeypatch, what, reason):
 def test_a_file_of_the_size_that_is_known(server, tmp_path):
     for what in ("good", "endless"):
         assert download.fetch([f"{server.url}/{what}"], tmp_path / what, sha256=SHA256, most=len(BODY)).exists()
-        with pytest.raises(DownloadError, match=f"more than the {len(BODY) - 1:,} bytes"):
+        with pytest.raises(DownloadError, match=f"more than {len(BODY) - 1:,} bytes"):
             download.fetch([f"{server.url}/{what}"], tmp_path / "f", sha256=SHA256, most=len(BODY) - 1)
     assert not (tmp_path / "f.part").exists()
 
 
 def test_an_address_that_is_none(tmp_path):
-    with pytest.raises(DownloadError, match=r"^https://\[::1/x is no address: Invalid IPv6 URL$"):
+    with pytest.raises(DownloadError, match=r"^https://\[::1/x is not a valid address: Invalid IPv6 URL$"):
         fetch("https://[::1/x", tmp_path / "f")
     assert left(tmp_path / "f") == []
 
@@ -260,7 +260,7 @@ def test_an_address_that_is_none(tmp_path):
 @pytest.mark.parametrize("name", ["f", "f.part"])
 def test_pipes_in_the_place_of_files(tmp_path, name):
     os.mkfifo(tmp_path / name)
-    with pytest.raises(DownloadError, match=f"{name} is no ordinary file: move or delete it"):
+    with pytest.raises(DownloadError, match=f"{name} is not a regular file: move or delete it"):
         fetch("https://a.invalid/f", tmp_path / "f")
     assert left(tmp_path / "f") == [name]
 
@@ -294,7 +294,7 @@ def test_failure_lists_every_address_with_its_reason(server, tmp_path):
         fetch([f"{server.url}/wrong", f"{server.url}/missing", closed], path)
     message = str(caught.value)
     zeros = hashlib.sha256(bytes(len(BODY))).hexdigest()
-    assert f"{server.url}/wrong: what it gave has {len(BODY):,} bytes and SHA-256 {zeros}" in message
+    assert f"{server.url}/wrong: the file received has {len(BODY):,} bytes and SHA-256 {zeros}" in message
     assert f"{server.url}/missing: HTTP 404 Not Found" in message
     assert f"{closed}: " in message
     assert "refused" in message
@@ -362,15 +362,15 @@ def test_the_losers_of_the_race_are_closed(monkeypatch):
 
 def test_only_trusted_connections(server, tmp_path):
     for url in ("http://example.org/f", "ftp://example.org/f", "file://example.org/f"):
-        with pytest.raises(DownloadError, match="only https"):
+        with pytest.raises(DownloadError, match="expected an https address"):
             fetch([f"{server.url}/good", url], tmp_path / "f")
     assert server.log == []
     server.target = "http://example.org/f"
-    with pytest.raises(DownloadError, match=r"only https .* not http://example.org/f"):
+    with pytest.raises(DownloadError, match=r"expected an https address, got http://example.org/f"):
         fetch(f"{server.url}/redirect", tmp_path / "f")
     server.target = f"{server.url}/good"
     assert fetch(f"{server.url}/redirect", tmp_path / "f").read_bytes() == BODY
-    with pytest.raises(DownloadError, match="only https"):
+    with pytest.raises(DownloadError, match="expected an https address"):
         download._check_address(server.target, loopback=False)  # as for a redirection that leaves https
 
 

@@ -179,7 +179,7 @@ def test_published_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"preprocessing": "{}"}, "there is no resize; crop must be .* got None; mean must be"),
+        ({"preprocessing": "{}"}, "resize is missing; crop must be .* got None; mean must be"),
         ({"categories": "["}, "are not 7 names"),
         ({"categories": json.dumps(CLASSES[1:])}, "are not 7 names"),
         ({"categories": json.dumps([1, 2, 3, 4, 5, 6, 7])}, "are not 7 names"),
@@ -271,7 +271,7 @@ def test_names_that_match_in_part_or_not_at_all_are_an_error(model: jresnet.ResN
     ) as info:
         evaluate.folder(named, listed(*names), None)
     absent = next((name for name in CLASSES if name not in names), "categories that the weights name:")
-    assert "none of the 7 categories" in str(info.value)
+    assert "are not among the 7 categories" in str(info.value)
     assert absent in str(info.value)
     assert "`class_names`" in str(info.value)
 
@@ -306,7 +306,7 @@ def test_numbers_that_are_no_positions() -> None:
         data = evaluate.folder(unnamed, listed(*folders), None)
         assert data.labels[:3].tolist() == [0, 1, 2]
         assert "numbered from 1" in data.notes[0]
-        with pytest.raises(DataError, match="bear none of the 3 categories"):
+        with pytest.raises(DataError, match="are not among the 3 categories"):
             evaluate.folder(named, listed(*folders), None)
     assert "sorted list" in evaluate.folder(unnamed, listed("7", "8", "10"), None).description
     with pytest.raises(DataError, match="has 2 class folders"):
@@ -335,7 +335,7 @@ def test_wordnet_ids() -> None:
         assert "by WordNet id" in data.description
     subset = evaluate.Resolved("resnet20_cifar", three, RECIPE, ("church", "cassette player", "tench"))
     assert evaluate.folder(subset, listed(*some[:2]), None).labels[:2].tolist() == [1, 2]
-    with pytest.raises(DataError, match="bear none of the 3 categories"):
+    with pytest.raises(DataError, match="are not among the 3 categories"):
         evaluate.folder(subset, listed(*some), None)
     own = evaluate.Resolved("resnet20_cifar", three, RECIPE, some)  # weights whose categories are ids
     assert evaluate.folder(own, listed(*sorted(some)), None).labels[:3].tolist() == [1, 0, 2]
@@ -348,11 +348,11 @@ def test_class_names_map_the_rest(tmp_path: Path, model: jresnet.ResNet) -> None
     assert names == ("auk", "bee", "", "hound", "eel", "fox", "gnu")
     named = evaluate.Resolved("resnet20_cifar", model, RECIPE, CLASSES)
     assert evaluate.folder(named, listed("hound", "auk"), None, names).labels.tolist() == [3, 0, 3, 0]
-    with pytest.raises(DataError, match=r"1 of 2 class folders \(dog\) .* none of the 7 names given"):
+    with pytest.raises(DataError, match=r"1 of 2 class folders \(dog\) .* are not among the 7 names given"):
         evaluate.folder(named, listed("auk", "dog"), None, names)
-    with pytest.raises(DataError, match=r"several classes bear \(auk\)"):
+    with pytest.raises(DataError, match=r"several classes share \(auk\)"):
         evaluate.folder(named, listed("auk"), None, ("auk",) * 7)
-    with pytest.raises(DataError, match="`class_names` has 2 names, but the network 7 classes"):
+    with pytest.raises(DataError, match="`class_names` has 2 names, but the network has 7 classes"):
         evaluate.folder(named, listed("auk"), None, ("auk", "bee"))
     path.write_bytes(b"\xff\n" * 7)
     for wrong in (path, tmp_path, tmp_path / "missing"):
@@ -379,7 +379,7 @@ def test_data_sets_and_the_classes_of_weights(monkeypatch: pytest.MonkeyPatch) -
     unnamed = evaluate.Resolved("resnet20_cifar", model, RECIPE, None)
     assert evaluate.dataset(unnamed, "digits", None, 1).labels.tolist() == [0]
     seven = evaluate.Resolved("", jresnet.create("resnet20_cifar", num_classes=7), RECIPE, None)
-    with pytest.raises(DataError, match="digits has 10 classes, but the network 7"):
+    with pytest.raises(DataError, match="digits has 10 classes, but the network has 7"):
         evaluate.dataset(seven, "digits", None, None)
 
 
@@ -423,7 +423,7 @@ def test_bad_images_on_stderr(file: Path, damaged: Path, capsys: pytest.CaptureF
     assert "note     3 of the class folders hold no image" in printed.out
     assert f"bad image {damaged}/cat/empty.png: empty\n" in printed.err
     assert f"bad image {damaged}/bee/cut.jpg: " in printed.err
-    assert printed.err.endswith("error: 2 of 25 images are bad and were skipped; --skip-bad accepts that\n")
+    assert printed.err.endswith("error: 2 of 25 images are bad and were skipped; use --skip-bad to accept this\n")
     assert commands.run("evaluate", [*arguments, "--skip-bad", "--json"], "evaluate.py") == 0
     printed = capsys.readouterr()
     assert [Path(bad["file"]).name for bad in json.loads(printed.out)["bad"]] == ["empty.png", "cut.jpg"]
@@ -449,12 +449,12 @@ def test_bfloat16_and_limit(file: Path, folder: Path, capsys: pytest.CaptureFixt
         ({"--weights": "resnet51"}, 1, "error: no weights are published for 'resnet51' (did you mean resnet50"),
         ({"--weights": "net.pth"}, 1, "error: net.pth cannot be read (No such file"),
         ({"--data": "nowhere"}, 1, "error: there is no folder nowhere: expected FOLDER/CLASS/*.JPEG"),
-        ({"--data": "cifar10"}, 1, "error: cifar10 has 10 classes, but the network 7\n"),
+        ({"--data": "cifar10"}, 1, "error: cifar10 has 10 classes, but the network has 7\n"),
         ({"--mean": "1,2,3"}, 2, "argument --mean: expected one or three numbers from 0 to 1, got '1,2,3'"),
         ({"--mean": "red"}, 2, "argument --mean: expected R,G,B, got 'red'"),
         ({"--limit": "0"}, 2, "argument --limit: expected a whole number of at least 1, got '0'"),
         ({"--batch-size": "x"}, 2, "argument --batch-size: expected a whole number of at least 1, got 'x'"),
-        ({"--data-dir": "here"}, 2, "--data-dir says where CIFAR lies, but --data names a folder"),
+        ({"--data-dir": "here"}, 2, "--data-dir is the location of CIFAR, but --data is a folder"),
         ({"--dtype": "float16"}, 2, "argument --dtype: invalid choice"),
     ],
 )
@@ -509,7 +509,7 @@ def test_the_network_trained_elsewhere(
     printed = capsys.readouterr()
     assert "top-1    91.50 % (915 of 1,000)" in printed.out
     assert "data     cifar10: 1,000 test images, from" in printed.out
-    assert "note     not the official CIFAR-10" in printed.out
+    assert "note     differs from the official CIFAR-10" in printed.out
     assert printed.err == ""
     assert commands.run("evaluate", [*arguments, *statistics, "--limit", "100", "--json"], "evaluate.py") == 0
     assert json.loads(capsys.readouterr().out)["images"] == 100

@@ -143,11 +143,11 @@ def test_steps_are_counted(model: jresnet.ResNet, steps: Any) -> None:
 
 
 def test_what_cannot_be_explained(model: jresnet.ResNet) -> None:
-    with pytest.raises(InputError, match=r"baseline must be a number or like the images \(4, 24, 20, 3\)"):
+    with pytest.raises(InputError, match=r"baseline must be a number or have the images' shape \(4, 24, 20, 3\)"):
         explain.integrated_gradients(model, X, 0, 2, np.zeros((5, 4, 24, 20, 3), np.float32))
     headless = jresnet.create("resnet20_cifar", num_classes=0)
     for function in (explain.grad_cam, explain.integrated_gradients):
-        with pytest.raises(InputError, match="no head, and so no classes"):
+        with pytest.raises(InputError, match="no head and therefore no classes"):
             function(headless, X)
         with pytest.raises(TypeError, match="normalised floating-point images"):
             function(model, np.zeros((1, 8, 8, 3), np.uint8))

@@ -61,7 +61,7 @@ def test_numbers_of_numpys_are_pythons(tmp_path: Path) -> None:
         ({"stem": "vgg"}, "'imagenet' or 'cifar' or .*, got 'vgg'"),
         ({"dtype": "int8"}, "floating-point dtype"),
         ({"dtype": "bfloat17"}, "such as 'bfloat16' or 'float32', got 'bfloat17'"),
-        ({"weights": ""}, "weights are an empty text"),
+        ({"weights": ""}, "weights are an empty string"),
         ({"weights": True}, "weights must be a path, a name .* got True"),
         ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
         ({"seed": 1, "rngs": nnx.Rngs(1)}, "seed and rngs are both given"),
@@ -78,8 +78,8 @@ def test_arguments_out_of_range(options: dict, message: str) -> None:
     ("arch", "words"),
     [
         ("resnet5O", "did you mean resnet50"),
-        (50, "an architecture is named by a text such as 'resnet50', got 50"),
-        (None, "neither an architecture nor weights are given"),
+        (50, "the name of an architecture must be a string such as 'resnet50', got 50"),
+        (None, "expected the name of an architecture or weights, got neither"),
     ],
 )
 def test_unknown_architecture(arch: object, words: str) -> None:

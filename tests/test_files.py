@@ -62,7 +62,7 @@ def test_a_link_stays_and_its_target_is_written(tmp_path: Path) -> None:
 def test_links_that_lead_to_no_file(tmp_path: Path, target: str) -> None:
     link = tmp_path / "self"
     link.symlink_to(target)
-    with pytest.raises(InputError, match=r"it is a device or a pipe|it is a link that leads nowhere"):
+    with pytest.raises(InputError, match=r"it is a device or a pipe|it is a broken link"):
         files.write_atomically(link, b"new")
     assert link.is_symlink()
     assert list(tmp_path.iterdir()) == [link]
@@ -84,7 +84,7 @@ def test_only_ordinary_files_are_read(tmp_path: Path, kind: str) -> None:
         path.mkdir()
     elif kind == "large":
         path.write_bytes(bytes(11))
-    with pytest.raises(OSError, match=r"folder, a device or a pipe|it has 11 bytes, where 10 are|No such file"):
+    with pytest.raises(OSError, match=r"folder, a device or a pipe|it has 11 bytes; expected at most 10|No such file"):
         files.read_ordinary(path, 10)
     if kind in ("pipe", "device", "folder"):
         with pytest.raises(OSError, match="is a folder, a device or a pipe"):

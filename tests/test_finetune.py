@@ -124,10 +124,10 @@ def test_a_folder_becomes_a_run_like_any_other(fitted: tuple[Path, str]) -> None
 def test_it_says_what_it_chose_and_why(fitted: tuple[Path, str]) -> None:
     _, said = fitted
     lines, words = said.splitlines(), " ".join(said.split())
-    assert "chosen batch_size 4: a power of two up to 64 that leaves some eight steps an epoch of 29 images" in words
+    assert "chosen batch_size 4: a power of two up to 64 that gives about eight steps per epoch of 29 images" in words
     assert "chosen epochs 2: as given" in words
     assert "chosen lr 0.000625: sgd's 0.01 for a batch of 64, in proportion to the batch" in words
-    assert lines.index("stage    1 of 2: the head alone, on embeddings") < lines.index("stage    2 of 2: all layers")
+    assert lines.index("stage    1 of 2: only the head, on embeddings") < lines.index("stage    2 of 2: all layers")
     table = [line.split() for line in lines]
     first = table.index(["class", "images", "precision", "recall"])
     assert table[first + 3] == ["red", "3", "100.0", "%", "100.0", "%"]
@@ -171,9 +171,9 @@ def test_resume_refuses_other_images(fitted: tuple[Path, str], photos: Path, tmp
     [
         ([], "--out is required: the folder for the results; --weights is required; --data is required"),
         (["--out", "x", "--weights", "none", "--data", "digits"], "--weights none needs --arch"),
-        (["--out", "x", "--weights", "w", "--data", "d", "--arch", "resnet18"], "--arch goes with --weights none"),
+        (["--out", "x", "--weights", "w", "--data", "d", "--arch", "resnet18"], "--arch is only for --weights none"),
         (["--out=x", "--weights=none", "--arch=resnet18", "--data=d", "--linear-probe"], "needs trained --weights"),
-        (["--out=x", "--weights=w", "--data=d", "--linear-probe", "--freeze=stem"], "--freeze goes with fine-tuning"),
+        (["--out=x", "--weights=w", "--data=d", "--linear-probe", "--freeze=stem"], "--freeze cannot be combined"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_go_together(arguments: list[str], message: str, capsys: Any) -> None:
@@ -188,11 +188,11 @@ def test_what_is_wrong_is_told_before_anything_is_compiled(
     base = ["--weights", str(tiny), "--out", str(tmp_path / "run")]
     one = shutil.copytree(photos / "red", tmp_path / "one" / "red").parent
     assert run("finetune", [*base, "--data", str(one)], "x") == 1
-    assert "has one class, red" in capsys.readouterr().err
+    assert "has only one class, red" in capsys.readouterr().err
     assert run("finetune", [*base, "--data", str(photos), "--freeze", "layr1"], "x") == 1
     assert "'layr1' is no part of this network: did you mean 'layer1'" in capsys.readouterr().err
     assert run("finetune", [*base, "--data", str(photos), "--freeze", "backbone,head"], "x") == 1
-    assert "--freeze backbone,head leaves nothing to learn" in capsys.readouterr().err
+    assert "--freeze backbone,head leaves nothing to train" in capsys.readouterr().err
     assert run("finetune", [*base, "--data", str(photos), "--lr", "-1"], "x") == 1
     assert "--lr must be above 0" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
@@ -203,7 +203,7 @@ def test_a_table_of_many_classes_shows_the_worst() -> None:
     lines = command.table(scores)
     assert len(lines) == 42
     assert lines[1].split() == ["c0", "1", "-", "0.0", "%"]
-    assert lines[-1].startswith("the 40 of 50 classes")
+    assert lines[-1].startswith("these are the 40 of 50 classes")
 
 
 def test_precision_and_recall() -> None:
@@ -299,7 +299,7 @@ def test_an_image_that_vanishes_ends_the_run_with_its_state_saved(
     victim = Path(files.sources[int(one.source.stream.again(3)[1][0])])  # type: ignore[union-attr]
     victim.unlink()
     monkeypatch.setattr(Pace, "stretch", lambda self, steps: steps)  # the batch is in the middle of a look
-    with pytest.raises(DataError, match=r"can no longer be decoded: missing[\s\S]*is saved: mend the data, and resume"):
+    with pytest.raises(DataError, match=r"can no longer be decoded: missing[\s\S]*is saved: fix the data and resume"):
         one.fit()
     assert [path.stem for path in (tmp_path / "run" / "checkpoints").glob("*.safetensors")] == ["3"]
     shutil.copy(photos / victim.relative_to(copy), victim)
@@ -369,7 +369,7 @@ def test_small_images_are_kept_in_memory_and_go_back_to_pytorch(
 def test_weights_must_stay_the_same(tiny: Path, data: Any) -> None:
     begin = finetune.resolve(str(tiny))
     config, _ = finetune.choose(begin, data, probe=False)
-    with pytest.raises(InputError, match="begun from other weights"):
+    with pytest.raises(InputError, match="started from other weights"):
         Finetune(FinetuneConfig(**{**vars(config), "weights_digest": "0"}), data, begin)
 
 

@@ -73,7 +73,7 @@ def test_a_class_of_one_image_is_learnt_from(tmp_path: Path) -> None:
     train, held, _ = folder.split(folder.find(tmp_path), share=0.01)
     assert (train.labels.tolist(), held.labels.tolist()) == ([0, 1], [1])
     (tmp_path / "b" / "1.png").unlink()
-    with pytest.raises(DataError, match="no image to judge by"):
+    with pytest.raises(DataError, match="has no validation image"):
         folder.load(folder.find(tmp_path), HOW)
 
 
@@ -83,10 +83,10 @@ def test_train_and_val_are_taken_as_they_are(tmp_path: Path) -> None:
     photo(tmp_path / "val" / "b" / "v.png")
     train, held, where = folder.split(folder.find(tmp_path))
     assert (names(train), names(held), held.labels.tolist()) == ({"t.webp"}, {"v.png"}, [1])
-    assert "apart" in where
+    assert "validation images" in where
     assert "1 classes have no validation image: a" in folder.load(folder.find(tmp_path), HOW).dataset.notes[0]
     photo(tmp_path / "val" / "z" / "v.png")
-    with pytest.raises(DataError, match=r"1 classes that .*train has not \(z\)"):
+    with pytest.raises(DataError, match=r"1 classes that .*train does not have \(z\)"):
         folder.find(tmp_path)
 
 
@@ -106,17 +106,17 @@ def test_a_table_names_paths_and_labels(tmp_path: Path) -> None:
     assert [Path(str(s)).is_file() for s in found.train.sources] == [True, True]
     assert found.train.labels.tolist() == [1, 0]
     table.write_text("images/x.png;a\n")
-    with pytest.raises(DataError, match="line 1 is not path,label"):
+    with pytest.raises(DataError, match="line 1 is not of the form path,label"):
         folder.find(table)
 
 
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([], "holds no folder"),
-        (["a/0.png"], "has one class, a: at least two"),
+        ([], "contains no folder"),
+        (["a/0.png"], "has only one class, a: at least two"),
         (["a/0.png", "b/notes.txt"], "1 of the 2 classes of .* has no training image: b"),
-        (["val/a/0.png"], "has a folder val but none of train or training"),
+        (["val/a/0.png"], "has a folder val but no folder for training: expected train or training"),
     ],
 )
 def test_what_cannot_be_learnt_from_is_told(files: list[str], message: str, tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_tfds_store_is_read_without_naming_its_classes_twice(tmp_path: Path) -
     assert {np.asarray(image).tobytes() for image in loaded.train.images} == stored
     with pytest.raises(DataError, match="no prepared store"):
         folder.find("tfds:flowers", tmp_path)
-    with pytest.raises(DataError, match="named tfds:NAME"):
+    with pytest.raises(DataError, match="as tfds:NAME"):
         records.find("../x", tmp_path)
 
 
@@ -233,10 +233,10 @@ def test_damaged_images_are_named_and_left_out(root: Path) -> None:
     assert {Path(file).name: reason.split(":")[0].split(" (")[0] for file, reason in data.skipped} == {
         "empty.jpg": "empty",
         "cut.jpg": "image file is truncated",
-        "text.png": "no image",
+        "text.png": "not an image",
     }
     assert len(data.train.labels) + len(data.test.labels) == 30
-    assert any("3 damaged images are passed over" in note for note in data.notes)
+    assert any("3 damaged images are skipped" in note for note in data.notes)
 
 
 def test_the_digest_is_of_what_is_in_the_files(root: Path, tmp_path: Path) -> None:
@@ -260,8 +260,8 @@ def test_copies_on_both_sides_are_told(root: Path, tmp_path: Path) -> None:
     (tmp_path / "train" / "ant" / "empty.png").write_bytes(b"")
     (tmp_path / "val" / "bee" / "empty.png").write_bytes(b"")
     notes = folder.load(folder.find(tmp_path), HOW).dataset.notes
-    assert any(note.startswith("1 of 4 images to judge by are training images too") for note in notes), notes
-    assert not any("training images too" in note for note in folder.load(folder.find(root), HOW).dataset.notes)
+    assert any(note.startswith("1 of 4 validation images are also training images") for note in notes), notes
+    assert not any("also training images" in note for note in folder.load(folder.find(root), HOW).dataset.notes)
 
 
 def test_evaluation_views_are_those_of_the_weights(root: Path, native_file: Path) -> None:
@@ -355,6 +355,6 @@ def test_a_worker_that_dies_is_told(files: Any) -> None:
     stream.batch(0)
     (worker,) = multiprocessing.active_children()
     worker.kill()
-    with pytest.raises(DataError, match="a process that decodes images has died"):
+    with pytest.raises(DataError, match="a process that decodes images died"):
         [stream.batch(number) for number in range(1, len(stream))]
     stream.close()

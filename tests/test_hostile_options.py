@@ -477,8 +477,8 @@ def shell(line: str, *arguments: object) -> subprocess.CompletedProcess[bytes]:
 @pytest.mark.parametrize(
     ("line", "code", "said"),
     [
-        ('"$0" -m jresnet report "$1" --plot "$2/x.png"', 1, rb"error: .*\\udcff is no folder\n"),  # in any locale
-        ('LC_ALL=C PYTHONUTF8=0 "$0" -m jresnet report "$1" --plot "$2/x.png"', 1, rb"error: .*\\udcff is no folder\n"),
+        ('"$0" -m jresnet report "$1" --plot "$2/x.png"', 1, rb"error: .*\\udcff is not a folder\n"),  # in any locale
+        ('LC_ALL=C PYTHONUTF8=0 "$0" -m jresnet report "$1" --plot "$2/x.png"', 1, rb"\\udcff is not a folder\n"),
         ('"$0" -m jresnet report "$3" --plot "$2/x.png" >&-', 0, rb"plot     .*x.png\n"),
         ('"$0" -m jresnet report "$1" --plot "$2/x.png" 2>&-', 1, b""),
         (
@@ -491,7 +491,7 @@ def shell(line: str, *arguments: object) -> subprocess.CompletedProcess[bytes]:
             1,
             rb"error: --data-dir .*\\udcff is not there\n",
         ),
-        ('ulimit -v 400000; "$0" -m jresnet report "$1" --plot "$2/x.png"', 1, rb"error: .*\\udcff is no folder\n"),
+        ('ulimit -v 400000; "$0" -m jresnet report "$1" --plot "$2/x.png"', 1, rb"error: .*\\udcff is not a folder\n"),
     ],
 )
 def test_odd_streams_and_little_memory(place: Path, tmp_path: Path, line: str, code: int, said: bytes) -> None:

@@ -109,14 +109,14 @@ def test_the_rate_goes_with_the_batch() -> None:
     assert imagenet.choose("classic", batch_size=1024)[0].lr == pytest.approx(0.4)
     config, notes = imagenet.choose("a3", batch_size=512)
     assert config.lr == pytest.approx(4e-3)
-    assert notes == ["lr 0.004: the recipe's 0.008 for a batch of 2,048, with the root of the batch"]
+    assert notes == ["lr 0.004: the recipe's 0.008 for a batch of 2,048, scaled with the square root of the batch"]
     assert imagenet.choose("classic", batch_size=1024, lr=0.3)[0].lr == 0.3
     assert imagenet.choose("classic", epochs=45)[0].milestones == (15, 30)
     assert imagenet.choose("classic", schedule="cosine")[0].milestones == ()
     for given, message in (
         ({"recipe": "a4"}, "unknown `recipe`"),
         ({"repeats": 3}, "multiple of `repeats` 3"),
-        ({"target_threshold": 0.5}, "belongs to `loss` sigmoid"),
+        ({"target_threshold": 0.5}, "is only for `loss` sigmoid"),
     ):
         with pytest.raises(InputError, match=message):
             imagenet.choose(**given)
@@ -197,7 +197,7 @@ def test_a_worker_that_dies_ends_the_run_by_name_with_its_state_saved(
 
 
 def test_a_folder_without_validation_images_is_told(photos: Path) -> None:
-    with pytest.raises(DataError, match="no images to judge by: put some into a folder val"):
+    with pytest.raises(DataError, match="no validation images: put some into a folder val"):
         imagenet.dataset(folder.find(photos / "train"), imagenet.choose()[0])
 
 

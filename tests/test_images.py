@@ -70,8 +70,8 @@ def test_links_are_followed_one_level_deep(tmp_path: Path) -> None:
     ("files", "message"),
     [
         ((), "there is no folder .*nowhere: expected FOLDER/CLASS/"),
-        (("flat.jpg",), "holds no folder, and 1 files: expected FOLDER/CLASS/"),
-        (("a/1.txt", "b/2.gif"), "holds 2 folders without an image: .* images end in .jpg"),
+        (("flat.jpg",), "contains no folder, and 1 files: expected FOLDER/CLASS/"),
+        (("a/1.txt", "b/2.gif"), "contains 2 folders without an image: .* images end in .jpg"),
     ],
 )
 def test_folders_without_images(tmp_path: Path, files: tuple[str, ...], message: str) -> None:
@@ -149,14 +149,14 @@ def jpeg() -> bytes:
 
 BAD = {
     "empty.jpg": (b"", "empty"),
-    "text.png": (b"no image", "no image: expected one of JPEG, PNG"),
+    "text.png": (b"no image", "not an image: expected one of JPEG, PNG"),
     "cut.jpg": (jpeg()[:2000], "truncated"),
-    "header-only.jpg": (jpeg()[:20], "truncated|no image"),
-    "program.jpg": (EPS, "no image: expected one of JPEG"),
+    "header-only.jpg": (jpeg()[:20], "truncated|not an image"),
+    "program.jpg": (EPS, "not an image: expected one of JPEG"),
     "lie.png": (png(5000, 5000, b"\0" * 100), "truncated"),
     "big.png": (png(10_000, 10_000), "10000 x 10000 pixels are more than 89,478,485"),
     "bomb.png": (png(65_000, 65_000), "bomb"),
-    "no-size.png": (png(0, 0), "no image"),
+    "no-size.png": (png(0, 0), "not an image"),
 }
 
 
@@ -174,7 +174,7 @@ def test_bad_images(tmp_path: Path, name: str) -> None:
 def test_what_is_no_file(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "link.jpg").symlink_to("nowhere.jpg")
-    for name, reason in ((".", "no ordinary file"), ("pipe.jpg", "no ordinary file"), ("link.jpg", "missing")):
+    for name, reason in ((".", "not a regular file"), ("pipe.jpg", "not a regular file"), ("link.jpg", "missing")):
         with pytest.raises(images.BadImage, match=reason):
             images.read(tmp_path / name)
 
@@ -227,7 +227,7 @@ def test_grey() -> None:
 
 
 def test_a_line_is_not_blown_up_to_gigabytes() -> None:
-    with pytest.raises(images.BadImage, match="1 x 60000 pixels are too narrow to be resized to 256"):
+    with pytest.raises(images.BadImage, match="1 x 60000 pixels are too narrow to resize the shorter side to 256"):
         images.preprocess(Image.new("RGB", (1, 60_000)), Preprocessing(256, 224))
 
 

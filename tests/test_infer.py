@@ -100,7 +100,7 @@ def test_every_dialect_is_found(dialect: str, prefix: str) -> None:
 
 
 def test_what_shapes_do_not_tell_is_said() -> None:
-    assert statedict.match(tensors_of(SMALL)).assumed == ("no dilation", "ReLU behind each block's sum")
+    assert statedict.match(tensors_of(SMALL)).assumed == ("no dilation", "ReLU after each block's sum")
     config = ResNetConfig("bottleneck", (1, 1), (4, 8), num_classes=3, stem="cifar")
     assumed = statedict.match(tensors_of(config)).assumed
     assert assumed[:2] == ("stem at stride 1 without max-pool", "stride on the 3x3 convolution")
@@ -114,7 +114,7 @@ def test_no_circle() -> None:
         found = statedict.match(tensors, arch)
         assert (found.arch, found.config) == ("resnet34_projection", config)
     assert statedict.match(tensors, "resnet34").config == config  # its shortcuts are the file's
-    with pytest.raises(WeightsError, match=r"holds a resnet34_projection, not a resnet50: name that architecture$"):
+    with pytest.raises(WeightsError, match=r"contains a resnet34_projection, not a resnet50: name that architecture$"):
         statedict.match(tensors, "resnet50")
     model = torch2flax.convert(tensors, num_classes=3)
     assert (model.config.num_classes, model.config.shortcut) == (3, "projection_first")
@@ -140,7 +140,7 @@ def test_a_network_among_other_things(small: dict[str, np.ndarray]) -> None:
     loss = {"loss.weight": np.zeros(10, np.float32), "profiler.total_ops": np.zeros(1), "n_averaged": np.array(3)}
     found = statedict.match({"state_dict": prefixed(small, "net.") | loss, "epoch": 3, "lr": np.zeros(())})
     assert same(found, small)
-    assert found.notes == ("passed over beside the network: loss.weight, profiler.total_ops",)
+    assert found.notes == ("ignored, not part of the network: loss.weight, profiler.total_ops",)
 
 
 def test_mmpretrain(small: dict[str, np.ndarray]) -> None:
@@ -155,7 +155,7 @@ def test_moco_trains_its_query_encoder(small: dict[str, np.ndarray]) -> None:
     both = prefixed(other, "module.encoder_k.") | prefixed(small, "module.encoder_q.")
     found = statedict.match({"state_dict": both | {"module.queue": np.zeros((8, 64), np.float32)}})
     assert same(found, small)
-    assert found.notes[0] == "taken from 'module.encoder_q.', not from 'module.encoder_k.' beside it"
+    assert found.notes[0] == "read from 'module.encoder_q.'; also found: 'module.encoder_k.'"
     assert "module.queue" not in found.notes[1]  # one of more than five
     assert found.notes[1].endswith("more")
     forced = statedict.match({"state_dict": both}, prefix="module.encoder_k")
@@ -167,10 +167,10 @@ def test_dino_evaluates_its_teacher(small: dict[str, np.ndarray], nested: bool) 
     other = tensors_of(SMALL, seed=1)
     if nested:
         saved = {"student": prefixed(other, "module.backbone."), "teacher": prefixed(small, "backbone.")}
-        note = "taken from 'teacher', not from 'student' beside it"
+        note = "read from 'teacher'; also found: 'student'"
     else:
         saved = prefixed(other, "student.") | prefixed(small, "teacher.")
-        note = "taken from 'teacher.', not from 'student.' beside it"
+        note = "read from 'teacher.'; also found: 'student.'"
     found = statedict.match(saved)
     assert same(found, small)
     assert found.notes[0] == note
@@ -204,7 +204,7 @@ def test_fastais_body() -> None:
     head = {"1.2.weight": np.zeros(32), "1.4.weight": np.zeros((8, 32)), "1.8.weight": np.zeros((10, 8))}
     found = statedict.match({"model": tensors | head}, num_classes=10)
     assert (found.dialect, found.config, found.headless) == ("children", BODY, True)
-    assert found.notes[-1] == "passed over beside the network: 1.2.weight, 1.4.weight, 1.8.weight"
+    assert found.notes[-1] == "ignored, not part of the network: 1.2.weight, 1.4.weight, 1.8.weight"
 
 
 def test_a_network_of_another_function_with_the_same_keys(small: dict[str, np.ndarray]) -> None:
@@ -212,12 +212,12 @@ def test_a_network_of_another_function_with_the_same_keys(small: dict[str, np.nd
     for beside in ({"arch": "resnetaa50"}, {"args": {"model": "resnetblur18", "lr": 0.1}}):
         found = statedict.match({"epoch": 5, "state_dict": small} | beside)
         assert found.config == dataclasses.replace(SMALL, antialias="average" if "arch" in beside else "blur")
-        assert any("taken as the file says: antialias" in note for note in found.notes)
-    with pytest.raises(WeightsError, match=r"says that its network is a resnetblur9.*another function"):
+        assert any("settings stated by the file: antialias" in note for note in found.notes)
+    with pytest.raises(WeightsError, match=r"says that its network is a resnetblur9.*does not have this function"):
         statedict.match({"arch": "resnetblur9", "state_dict": small})
     found = statedict.match({"arch": "my_net", "state_dict": small})
     assert found.notes == (
-        "the file calls its network 'my_net'; its tensors are those of a ResNet that has no name here",
+        "the file calls its network 'my_net', but its tensors are those of a ResNet that is not in the zoo",
     )
     assert not statedict.match({"arch": "resnet18", "state_dict": tensors_of(zoo.configure("resnet18"))}).notes
 
@@ -244,7 +244,7 @@ def test_parts_of_timms() -> None:
 def test_groupnorm_is_told_by_a_name() -> None:
     """A file of parameters alone has the same tensors."""
     config = dataclasses.replace(SMALL, widths=(32, 64, 96, 128), norm="group")
-    with pytest.raises(WeightsError, match=r"no running statistics.*of a network with GroupNorm name the architecture"):
+    with pytest.raises(WeightsError, match=r"no running statistics.*GroupNorm .name the architecture"):
         statedict.match(tensors_of(config))
     found = statedict.match({"arch": "resnet50_gn", "state_dict": tensors_of(config)})
     assert found.config == config
@@ -253,9 +253,7 @@ def test_groupnorm_is_told_by_a_name() -> None:
 def test_a_dialect_without_names_for_parts() -> None:
     model = jresnet.ResNet(ResNetConfig("basic", (1, 1), (8, 16), 3, attention="se"), rngs=nnx.Rngs(0))
     assert len(statedict.state_dict(model)) == len(statedict.state_dict(model, "children"))
-    with pytest.raises(
-        jresnet.InputError, match=r"no names for the parts .* that fit are those of torchvision, children"
-    ):
+    with pytest.raises(jresnet.InputError, match=r"no names for the parts .* Use one of torchvision, children"):
         statedict.state_dict(model, "transformers")
 
 
@@ -272,7 +270,7 @@ def test_heads_of_other_names(small: dict[str, np.ndarray], name: str) -> None:
 def test_a_head_without_bias(small: dict[str, np.ndarray]) -> None:
     found = statedict.match({key: value for key, value in small.items() if key != "fc.bias"})
     np.testing.assert_array_equal(found.values["fc.bias"], np.zeros(10, np.float32))
-    assert found.notes == ("fc has no bias: zeros are taken",)
+    assert found.notes == ("fc has no bias: zeros are used",)
 
 
 @pytest.mark.parametrize(
@@ -312,7 +310,7 @@ def test_a_message_names_at_most_five_keys_of_a_kind() -> None:
 
 def test_no_resnet_at_all() -> None:
     tensors = {f"blocks.{i}.qkv.weight": np.zeros((3, 3), np.float32) for i in range(12)}
-    with pytest.raises(WeightsError, match=r"holds no ResNet: expected tensors such as conv1\.weight.*and 7 more$"):
+    with pytest.raises(WeightsError, match=r"contains no ResNet: expected tensors such as conv1\.weight.*and 7 more$"):
         statedict.match(tensors)
 
 

@@ -150,7 +150,8 @@ def test_killed_in_mid_line(tmp_path: Path) -> None:
         path.write_bytes(content[:end])
         assert read_metrics(path) == [row(1), row(2)]
         with pytest.raises(
-            InputError, match=r"metrics\.jsonl has 2 whole lines, but 3 epochs are behind the checkpoint"
+            InputError,
+            match=r"metrics\.jsonl has 2 complete lines, but the checkpoint to resume from is after 3 epochs",
         ):
             Metrics(tmp_path, 3)
         assert path.read_bytes() == content[:end]
@@ -173,10 +174,10 @@ def test_a_damaged_line(tmp_path: Path, line: str) -> None:
 @pytest.mark.parametrize(
     ("more", "match"),
     [
-        ({"test_accuracy": "x"}, "test_accuracy is no figure"),
-        ({"test_accuracy": 1.5}, "test_accuracy is no figure"),
-        ({"train_loss": -1, "seconds": [1]}, "train_loss, seconds is no figure"),
-        ({"images_per_second": 10**400}, "images_per_second is no figure"),
+        ({"test_accuracy": "x"}, "test_accuracy has an invalid value"),
+        ({"test_accuracy": 1.5}, "test_accuracy has an invalid value"),
+        ({"train_loss": -1, "seconds": [1]}, "train_loss, seconds has an invalid value"),
+        ({"images_per_second": 10**400}, "images_per_second has an invalid value"),
         ({"epoch": 3}, "it is epoch 3, step 20"),
         ({"step": -1}, "it is epoch 2, step -1"),
     ],
@@ -194,11 +195,11 @@ def test_a_pipe(tmp_path: Path) -> None:
 
 
 def test_missing_and_too_large_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="has 0 whole lines, but 1 epochs"):
+    with pytest.raises(InputError, match="has 0 complete lines, but the checkpoint to resume from is after 1 epochs"):
         Metrics(tmp_path, 1)
     run(tmp_path, 0, 1)
     monkeypatch.setattr(metrics_file, "LARGEST", 10)
-    with pytest.raises(InputError, match="bytes, where 10 are the most that can be"):
+    with pytest.raises(InputError, match="bytes; expected at most 10"):
         Metrics(tmp_path, 1)
 
 

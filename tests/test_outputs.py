@@ -99,7 +99,7 @@ def test_a_filesystem_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     with Lock(tmp_path) as lock:
-        assert lock.note == f"the filesystem of {tmp_path} has no locks, so nothing keeps a second run out of it"
+        assert lock.note == f"the file system of {tmp_path} has no locks: do not start a second run in this folder"
 
 
 SUMMARY = {"seed": 0, "final": {"test_accuracy": 0.5, "test_loss": None}, "best": {}, "seconds": 1.5}
@@ -113,12 +113,14 @@ def test_a_summary_comes_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "match"),
     [
-        ("{", "Expecting property name"), ("[]", "no JSON object"), ("[" * 10**5, "recursion"), ("\x00", "Expecting value"),
+        ("{", "Expecting property name"), ("[]", "not a JSON object"), ("[" * 10**5, "recursion"),
+        ("\x00", "Expecting value"),
         ({"final": None}, "the objects final and best"), ({"best": []}, "the objects final and best"),
-        ({"seed": "0"}, "seed is not what it should be"), ({"seed": True}, "seed is not"),
-        ({"final": {"test_accuracy": "x"}}, "test_accuracy is not"), 
-        ({"final": {"test_accuracy": 2}}, "test_accuracy is not"),
-        ({"best": {"val_loss": -1}}, "val_loss is not"), ({"seconds": 10**400}, "seconds is not"),
+        ({"seed": "0"}, "seed has an invalid value"), ({"seed": True}, "seed has an invalid value"),
+        ({"final": {"test_accuracy": "x"}}, "test_accuracy has an invalid value"),
+        ({"final": {"test_accuracy": 2}}, "test_accuracy has an invalid value"),
+        ({"best": {"val_loss": -1}}, "val_loss has an invalid value"),
+        ({"seconds": 10**400}, "seconds has an invalid value"),
         (None, "it is a folder, a device or a pipe"),
     ],
 )  # fmt: skip
@@ -135,7 +137,7 @@ def test_a_damaged_summary(tmp_path: Path, damage: Any, match: str) -> None:
 def test_a_folder_that_cannot_be_made_is_told_before_the_data_are_read(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to("nowhere")
-    for name, why in (("file", "is no folder"), ("file/x/y", "Not a directory"), ("link", "a link that leads nowhere"),
+    for name, why in (("file", "is not a folder"), ("file/x/y", "Not a directory"), ("link", "a broken link"),
                       ("x" * 300, "File name too long"), ("a\0b", "embedded null byte")):  # fmt: skip
         with pytest.raises(InputError, match=rf"cannot use `out` .*{why}; choose another folder"):
             outputs.check(default_config(), tmp_path / name, False)
@@ -146,5 +148,5 @@ def test_a_folder_that_cannot_be_made_is_told_before_the_data_are_read(tmp_path:
 @pytest.mark.parametrize("name", ["curves.png", "metrics.jsonl"])
 def test_files_of_others_are_not_written_over(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("mine")
-    with pytest.raises(InputError, match=f"already holds a run \\({name}\\)"):
+    with pytest.raises(InputError, match=f"already contains a run \\({name}\\)"):
         outputs.check(default_config(), tmp_path, False)

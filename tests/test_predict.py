@@ -68,7 +68,7 @@ def test_json_says_names_and_probabilities(weights: Path, photos: Path, capsys: 
         )
         assert all(entry["class"] == NAMES[entry["index"]] for entry in image["classes"])
     assert "d.png" in report["bad"][0]["file"]
-    assert "error: 1 of 4 images are bad and were skipped; --skip-bad accepts that" in err
+    assert "error: 1 of 4 images are bad and were skipped; use --skip-bad to accept this" in err
 
 
 def test_csv_and_lines(weights: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,15 +106,15 @@ def test_of_a_folder_hidden_copies_are_left_out_and_other_files_counted(
     assert run("predict", ["--weights", str(weights), str(tmp_path), "--csv", "--top", "1"], "x") == 0
     out, err = capsys.readouterr()
     assert [row["file"] for row in csv.DictReader(io.StringIO(out))] == [str(tmp_path / "a.png")]
-    assert f"note: 1 other files in {tmp_path} are passed over; images end in .jpg" in err
+    assert f"note: 1 other files in {tmp_path} are ignored; images end in .jpg" in err
 
 
 def test_what_there_is_not(weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, code, message in (
         ([str(photos / "x.jpg")], 1, "there is no image"),
-        ([str(tmp_path)], 1, "holds no image; images end in .jpg"),
-        (["--cam", str(photos)], 2, "--cam draws heat maps into the picture of --gallery"),
-        (["--gallery", "x.jpg", str(photos)], 2, "must end in .png"),
+        ([str(tmp_path)], 1, "contains no image; images end in .jpg"),
+        (["--cam", str(photos)], 2, "--cam needs --gallery, into which it draws heat maps"),
+        (["--gallery", "x.jpg", str(photos)], 2, "that ends in .png"),
     ):
         assert run("predict", ["--weights", str(weights), *arguments], "x") == code
         assert message in capsys.readouterr().err

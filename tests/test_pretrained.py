@@ -123,7 +123,7 @@ def test_cached_file_is_checked_and_used(row):
 def test_altered_cached_file_is_refused_and_left_alone(row, digits):
     row = dataclasses.replace(row, sha256=row.sha256[:digits])
     path = put(row, b"weightz")
-    with pytest.raises(WeightsError, match=r"damaged or another file.*Delete it") as caught:
+    with pytest.raises(WeightsError, match=r"damaged or another file.*Delete the file") as caught:
         pretrained.fetch(row)
     assert str(path) in str(caught.value)
     assert path.read_bytes() == b"weightz"
@@ -179,14 +179,14 @@ def test_preprocessing_through_json():
             {"interpolation": "nearest", "antialias": False},
             ["'antialias' is unknown", "interpolation must be bilinear"],
         ),
-        ({"mean": None, "resize": ...}, ["there is no resize", "mean must be .* got None"]),
+        ({"mean": None, "resize": ...}, ["resize is missing", "mean must be .* got None"]),
         ({"crop": "x" * 10**6}, [r"got 'x{56}\.\.\."]),
     ],
 )
 def test_preprocessing_of_a_stranger(changes, problems):
     values = {**json.loads(Preprocessing(256, 224).to_json()), **changes}
     text = json.dumps({name: value for name, value in values.items() if value is not ...})
-    with pytest.raises(WeightsError, match="the preprocessing that the weights file states cannot be used") as caught:
+    with pytest.raises(WeightsError, match="the preprocessing that the weights file states is invalid") as caught:
         Preprocessing.from_json(text)
     for problem in problems:
         assert re.search(problem, str(caught.value)), problem
@@ -195,7 +195,7 @@ def test_preprocessing_of_a_stranger(changes, problems):
 
 @pytest.mark.parametrize("text", ["", "[1]", "3", "{", "[" * 100_000])
 def test_preprocessing_that_is_no_object(text):
-    with pytest.raises(WeightsError, match="the preprocessing that the weights file states cannot be used"):
+    with pytest.raises(WeightsError, match="the preprocessing that the weights file states is invalid"):
         Preprocessing.from_json(text)
 
 

@@ -241,14 +241,15 @@ def test_everything_that_is_wrong_is_said(tmp_path: Path, capsys: pytest.Capture
     wrong_seed = make_seeds(tmp_path / "wrong-seed", [0.7])
     edit(wrong_seed / "seed-0/config.json", '"seed": 0', '"seed": 7')
     expected = {
-        "missing": "is no folder", "empty": "is no run's folder: it has no config.json", "file": "is no folder",
-        "json": "config.json is damaged: it is not JSON", "list": "config.json is damaged: it is not JSON",
-        "norun": 'config.json is no run\'s configuration: it has no "run"',
-        "types": "config.json is no run's configuration: arch, lr missing or of another type",
+        "missing": "is not a folder", "empty": "is not the folder of a run: it has no config.json",
+        "file": "is not a folder", "json": "config.json is damaged: it is not JSON",
+        "list": "config.json is damaged: it is not JSON",
+        "norun": 'config.json is not the configuration of a run: it has no "run"',
+        "types": "config.json is not the configuration of a run: arch, lr missing or of a wrong type",
         "line": "metrics.jsonl is damaged: line 1 is not a JSON object",
-        "number": "metrics.jsonl is damaged: line 1: val_loss is no figure",
+        "number": "metrics.jsonl is damaged: line 1: val_loss has an invalid value",
         "epoch": "metrics.jsonl is damaged: line 2: it is epoch 3",
-        "short": "metrics.jsonl has 3 whole lines, but the run is finished after 4 epochs",
+        "short": "metrics.jsonl has 3 complete lines, but the finished run has 4 epochs",
         "summary": "summary.json is damaged: it is not a JSON object",
         "different": "seed-1 differs from seed-0 in lr, val_split", "wrong-seed": "seed-0 has seed 7",
     }  # fmt: skip
@@ -323,5 +324,5 @@ def test_the_summary_of_one_seed_and_of_unlike_ones() -> None:
 
 @pytest.mark.parametrize("seeds", [[], [0, 0], [None], [0, None]])
 def test_seeds_that_cannot_be_summarised(seeds: list) -> None:
-    with pytest.raises(InputError, match="seeds that differ are needed"):
+    with pytest.raises(InputError, match="one or more different seeds"):
         report.summarise([summary | {"seed": seed} for summary, seed in zip(summaries(0.1, 0.2), seeds, strict=False)])

@@ -132,7 +132,7 @@ def test_add_refuses(results: ModuleType, root: Path, tmp_path: Path, capsys: py
     good = tmp_path / "ours"
     assert "--force replaces it" in add(good, "fast")
     assert "NAME must be letters" in add(good, "../x")
-    assert "is no folder" in add(tmp_path / "missing", "x")
+    assert "is not a folder" in add(tmp_path / "missing", "x")
     half = make_seeds(tmp_path / "half", [0.7, 0.8], planned=3)
     assert "is not finished (2 of 3 seeds finished)" in add(half, "x")
     assert "is not finished (epoch 1 of 3)" in add(make_run(tmp_path / "epoch", [0.3], finished=False), "x")

@@ -216,7 +216,7 @@ def test_signals_save_and_exit(tmp_path: Path, number: int, code: int, more: lis
         process.send_signal(number)
         rest = process.stdout.read()
         assert process.wait(timeout=60) == code
-    assert f"the state is saved the same command with --out {whole} --resume goes on" in " ".join(rest.split())
+    assert f"the state is saved to continue, run the same command with --out {whole} --resume" in " ".join(rest.split())
     options = json.loads((out / "config.json").read_text())["options"]
     assert options["deterministic"] == ("--deterministic" in more)
     assert weights.load(out / "last.safetensors")
@@ -360,7 +360,7 @@ def test_deterministic_is_a_flag_that_xla_knows(tmp_path: Path) -> None:
     """Of a flag that it does not know, XLA dies when JAX starts; this command goes on to its own mistake."""
     done = command(SCRIPT, *SHORT, "--devices", 1000, "--deterministic", "--out", tmp_path / "out")
     assert done.returncode == 1, done.stderr
-    assert "--devices 1000: this machine has" in done.stderr
+    assert "--devices must be from 1 to" in done.stderr
 
 
 def test_checkpoints_by_the_minute(tmp_path: Path) -> None:
@@ -419,7 +419,7 @@ def test_several_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     again = fit_seeds(chosen, data, out, 2, resume=True)  # the finished one is left alone
     assert again["final"]["test_accuracy"] == summary["final"]["test_accuracy"]
     assert capsys.readouterr().out.count("done  ") == 1
-    with pytest.raises(InputError, match="already holds a run"):
+    with pytest.raises(InputError, match="already contains a run"):
         fit_seeds(chosen, data, out, 2)
     before = (out / "summary.json").read_bytes()
     for runs in (1, 3):
@@ -430,7 +430,7 @@ def test_several_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert (out / "summary.json").read_bytes() == before
     for damaged in ("{", "[]", "{}", "[" * 10**5):
         (out / "seed-3" / "summary.json").write_text(damaged)
-        with pytest.raises(InputError, match=r"summary\.json|seeds that differ"):
+        with pytest.raises(InputError, match=r"summary\.json|different seeds"):
             fit_seeds(chosen, data, out, 2, resume=True)
 
 
@@ -454,7 +454,7 @@ def test_seeds_end_where_numpys_do(tmp_path: Path) -> None:
             "--epochs must be from 1 to 1000000, got 0; --lr must be above 0, got -1.0; --momentum must be at least 0",
         ),
         (["--schedule", "cosine", "--milestones", "5"], 1, "--milestones belong to --schedule step, not cosine"),
-        (["--warmup-epochs", "120"], 1, "milestone 100 lies in the warm-up"),
+        (["--warmup-epochs", "120"], 1, "milestone 100 is within the warm-up"),
         (
             ["--ema", "1", "--label-smoothing", "2"],
             1,
@@ -472,7 +472,7 @@ def test_seeds_end_where_numpys_do(tmp_path: Path) -> None:
         (["--coordinator", "x", "--num-processes", "2", "--process-id", "0", "--out", "x"], 1,
          "--coordinator must be HOST:PORT, got 'x'"),
         (["--dataset", "digits", "--out", ""], 2, "argument --out: expected a folder, got ''"),
-        (["--devices", "1000", "--dataset", "digits"], 1, "--devices 1000: this machine has"),
+        (["--devices", "1000", "--dataset", "digits"], 1, "--devices must be from 1 to"),
         (["--distributed", "auto", "--process-id", "0"], 2, "finds --coordinator, --num-processes and --process-id by"),
         (["--epochs", "many"], 2, "invalid int value"),
         (["--resume"], 2, "--resume needs --out"),
@@ -480,18 +480,18 @@ def test_seeds_end_where_numpys_do(tmp_path: Path) -> None:
         (["--dataset", "digits", "--val-split", "1437"], 1, "leaves none of the 1437 training images"),
         (["--data-dir", "{empty}"], 1, "{empty}"),
         (["--dataset", "digits", "--depth", "8", "--out", "{file}/x"], 1, "cannot use --out"),
-        (["--dataset", "digits", "--out", "{run}"], 1, "already holds a run (config.json"),
+        (["--dataset", "digits", "--out", "{run}"], 1, "already contains a run (config.json"),
         (["--out", "{run}", "--resume", "--depth", "32"], 1, "--arch was 'resnet8_cifar', now 'resnet32_cifar'"),
         (["--out", "{run}", "--resume", "--lr", "0.2", "--seed", "5"], 1, "--lr was 0.025, now 0.2; --seed was 0, now 5. "
-         "A new run that starts from its weights: --weights {run}/last.safetensors, and another --out"),
-        (["--out", "{run}", "--resume", "--epochs", "1"], 1, "--epochs was 2, now 1 (2 epochs have begun already). A new"),
-        (["--out", "{run}", "--resume", "--epochs", "4", "--milestones", "1.5"], 1, "milestones before epoch 2 have passed"),
+         "To start a new run from its weights, give --weights {run}/last.safetensors and another --out"),
+        (["--out", "{run}", "--resume", "--epochs", "1"], 1, "--epochs was 2, now 1 (2 epochs have already been started)"),
+        (["--out", "{run}", "--resume", "--epochs", "4", "--milestones", "1.5"], 1, "before epoch 2 cannot change"),
         (["--weights", "{file}", "--dataset", "digits"], 1, "file"),
         (["--weights", "{run}/last.safetensors", "--depth", "32"], 1, "are of another network"),
         (["--weights", "{run}/missing.safetensors", "--lr", "inf"], 1, "--lr must be finite"),
-        (["--weights", ""], 1, "weights are an empty text"),
+        (["--weights", ""], 1, "weights are an empty string"),
         (["--out", "{run}", "--resume", "--runs", "3"], 1, "--runs was not given, now 3"),
-        (["--out", "{broken}", "--resume"], 1, "is no run's configuration"),
+        (["--out", "{broken}", "--resume"], 1, "is not the configuration of a run"),
     ],
 )  # fmt: skip
 def test_bad_input(
@@ -570,7 +570,7 @@ def test_a_run_starts_from_weights(tmp_path: Path, capsys: pytest.CaptureFixture
             "fresh head for 10 classes, to be trained: the weights' own is for airplane",
         ),
         ({"classes": 7}, "fresh head for 10 classes, to be trained: the weights' own has 7"),
-        ({}, "the head for 10 classes is the weights' own, which do not say what these classes are"),
+        ({}, "the head for 10 classes is the weights' own, but the weights do not name their classes"),
     ],
 )
 def test_a_head_for_other_classes_is_a_fresh_one(tmp_path: Path, said: dict, note: str) -> None:
@@ -594,7 +594,10 @@ def test_a_head_for_other_classes_is_a_fresh_one(tmp_path: Path, said: dict, not
 def test_weights_that_no_run_starts_from(tmp_path: Path) -> None:
     grey = jresnet.create("resnet8_cifar", in_channels=1)
     odd = jresnet.ResNet(jresnet.ResNetConfig("basic", (1, 1), (4, 8), num_classes=10, stem="cifar"), rngs=nnx.Rngs(0))
-    for name, model, message in (("grey", grey, "of 1 channels"), ("odd", odd, "of a network of no name|as it is")):
+    for name, model, message in (
+        ("grey", grey, "of 1 channels"),
+        ("odd", odd, "to a network without a name|unmodified"),
+    ):
         weights.save(tmp_path / name, model)
         with pytest.raises(WeightsError, match=message):
             initial.load(str(tmp_path / name))
@@ -607,11 +610,13 @@ def test_a_run_by_steps_goes_on_for_more_epochs(tmp_path: Path, capsys: pytest.C
     summary = trainer(out, milestones=milestones, epochs=4).fit(resume=True)
     assert summary["final"]["epoch"] == 4
     said = " ".join(capsys.readouterr().out.split())
-    assert "note the run goes on with another configuration: `epochs` was 2, now 4" in said
+    assert "note the run continues with another configuration: `epochs` was 2, now 4" in said
     trainer(tmp_path / "whole", milestones=milestones, epochs=4).fit()
     expected = values_of(tmp_path / "whole" / "last.safetensors")
     assert all(np.array_equal(value, expected[name]) for name, value in values_of(out / "last.safetensors").items())
-    with pytest.raises(InputError, match=r"milestones before epoch 4 have passed.*`weights` .*last\.safetensors"):
+    with pytest.raises(
+        InputError, match=r"milestones before epoch 4 cannot change any more.*`weights` .*last\.safetensors"
+    ):
         trainer(out, milestones=(1.0,), epochs=5).fit(resume=True)
     assert (out / "summary.json").exists()
 
@@ -637,7 +642,7 @@ def test_a_line_a_minute_in_evaluation(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_a_schedule_that_depends_on_the_length_does_not_go_on(tmp_path: Path) -> None:
     trainer(tmp_path, schedule="cosine", epochs=1, limit_train=16).fit()
-    with pytest.raises(InputError, match="with `schedule` cosine every rate depends on the number of epochs"):
+    with pytest.raises(InputError, match="with `schedule` cosine all learning rates depend on the number of epochs"):
         trainer(tmp_path, schedule="cosine", epochs=2, limit_train=16).fit(resume=True)
 
 
@@ -671,7 +676,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: p
         return usage(folder)._replace(free=0) if int(first.state.step) > 4 else usage(folder)
 
     monkeypatch.setattr(checkpoint.shutil, "disk_usage", filling)
-    with pytest.raises(InputError, match=r"cannot write a checkpoint into .*the disk has 0 free"):
+    with pytest.raises(InputError, match=r"cannot write a checkpoint to .*the disk has 0 free"):
         first.fit()
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["4.safetensors"]
     monkeypatch.undo()

@@ -75,7 +75,7 @@ def test_the_card_says_what_it_is_and_how_it_was_judged(file: Path) -> None:
 @pytest.mark.parametrize("resize", [None, 256, 300, 331, 448])
 def test_timm_reads_the_same_resize(crop: int, resize: int | None, file: Path, tmp_path: Path) -> None:
     if resize is not None and resize < crop:
-        with pytest.raises(InputError, match="no place for a crop of 299 from"):
+        with pytest.raises(InputError, match="cannot express a crop of 299 pixels from"):
             sharing._timm_preprocessing(Preprocessing(resize, crop))
         return
     found = sharing._timm_preprocessing(Preprocessing(resize, crop))
@@ -97,14 +97,17 @@ def test_nothing_is_overwritten_unasked(file: Path, tmp_path: Path, capsys: pyte
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "README.md").write_text("mine")
     assert run("push", [str(file), str(tmp_path / "model")], "x") == 1
-    assert "holds a model already (README.md): choose another folder, or --force it" in capsys.readouterr().err
+    assert (
+        "already contains a model (README.md): choose another folder, or replace it with --force"
+        in capsys.readouterr().err
+    )
     assert run("push", [str(file), str(tmp_path / "model"), "--force"], "x") == 0
     assert run("pull", [str(tmp_path / "model"), str(file)], "x") == 1
-    assert "is there already" in capsys.readouterr().err
+    assert "already exists" in capsys.readouterr().err
     assert run("pull", [str(tmp_path / "model"), str(tmp_path / "x.pth")], "x") == 1
-    assert "should end in .safetensors" in capsys.readouterr().err
+    assert "must end in .safetensors" in capsys.readouterr().err
     assert run("push", [str(file), str(tmp_path / "new"), "--license", "MIT\nx: y"], "x") == 1
-    assert "--license is an identifier" in capsys.readouterr().err
+    assert "--license must be an identifier" in capsys.readouterr().err
 
 
 def test_a_strangers_folder_is_checked(file: Path, tmp_path: Path) -> None:
@@ -157,7 +160,7 @@ def test_a_repository_gets_the_same_files(file: Path, monkeypatch: pytest.Monkey
     assert api.asked == [("me/flowers", True, True), ["README.md", "config.json", "model.safetensors"]]
     assert api.tensors["conv1.weight"].shape == (16, 3, 3, 3)
     assert "https://hub/me/flowers/commit/1" in capsys.readouterr().out
-    for target, message in (("hf:flowers", "ORG and REPO are both needed"), ("hf:me/x@v1", "leave @v1 out")):
+    for target, message in (("hf:flowers", "ORG and REPO are both needed"), ("hf:me/x@v1", "leave out @v1")):
         with pytest.raises(InputError, match=message):
             sharing.push(file, target)
 

@@ -67,7 +67,7 @@ def test_what_a_name_means(name: str, expected: set[str]) -> None:
         ("haed", "did you mean 'head'"),
         ("layer1.0.cnv1", "did you mean 'layer1.0.conv1'"),
         ("zzz*", "there are backbone, bn1, conv1, fc, head, layer1, layer2, norms, stem"),
-        (7, "named by a text such as 'layer1' or 'head', got 7"),
+        (7, "must be a string such as 'layer1' or 'head', got 7"),
         ("layer", "did you mean"),
     ],
 )

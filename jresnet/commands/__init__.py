@@ -1,8 +1,8 @@
-"""The command ``jresnet`` and its subcommands, ``jresnet train`` and so on; ``python -m jresnet`` is the same.
+"""The command ``jresnet`` and its subcommands, such as ``jresnet train``; ``python -m jresnet`` is the same.
 
-Importing this needs no jax, so that ``jresnet --help`` answers at once: a subcommand's module is imported when it is asked
-for. Other packages add subcommands by entry points in the group ``jresnet.commands``, functions of (arguments, ``prog``)
-that return an exit code.
+Importing this module does not import JAX, so that ``jresnet --help`` is quick: the module of a subcommand is imported only
+when it runs. Other packages can add subcommands by entry points in the group ``jresnet.commands``: functions of (arguments,
+``prog``) that return an exit code.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from jresnet.version import __version__
 
 OWN = {  # modules of this package
     "train": "train a ResNet on CIFAR-10, CIFAR-100 or digits",
-    "train-imagenet": "train from scratch on ImageNet, or images by class in any number",
-    "evaluate": "accuracy and loss of weights on labelled images",
-    "finetune": "trained weights for one's own images: a folder of photos",
-    "predict": "what is in images: names and probabilities",
-    "push": "weights with their model card to the Hugging Face Hub, or into a folder",
-    "pull": "weights from the Hugging Face Hub, or from such a folder, into a file",
-    "export": "a model as a program for JAX or ONNX that runs without jresnet",
+    "train-imagenet": "train from scratch on ImageNet, or on any images sorted by class",
+    "evaluate": "compute accuracy and loss of weights on labelled images",
+    "finetune": "fine-tune pretrained weights on your own images, such as a folder of photos",
+    "predict": "classify images: names of classes and probabilities",
+    "push": "write weights with a model card to the Hugging Face Hub, or to a folder",
+    "pull": "fetch weights from the Hugging Face Hub, or from such a folder, into a file",
+    "export": "export a model as a program for JAX or ONNX that runs without jresnet",
     "report": "compare training runs in a table and a plot",
-    "info": "versions, devices, compilation cache and compiler options",
+    "info": "print versions, devices, compilation cache and compiler options",
 }
 PLACES = {
     "push": ("share", "push"),
     "pull": ("share", "pull"),
     "train-imagenet": ("train_imagenet", "main"),
-}  # where it is not the main of a module of the name
-COMPUTING = ("train", "train-imagenet", "evaluate", "finetune", "predict")  # those that gain from large pages
-SLOW = (*COMPUTING, "convert", "export-torch")  # those that import JAX and then work for a while
-PRINTING = ("info", "evaluate", "predict")  # those whose result is what they print
-OTHERS = {  # of the package convert, which comes with jresnet
-    "convert": "turn PyTorch's weights into a file of jresnet's",
-    "export-torch": "turn a file of jresnet's into PyTorch's weights",
+}  # (module, function) of commands that are not the function main of a module with the command's name
+COMPUTING = ("train", "train-imagenet", "evaluate", "finetune", "predict")  # commands that benefit from huge pages
+SLOW = (*COMPUTING, "convert", "export-torch")  # commands that import JAX and then run for a while
+PRINTING = ("info", "evaluate", "predict")  # commands that print their result
+OTHERS = {  # commands of the package convert, which is installed with jresnet
+    "convert": "convert PyTorch weights to a native file",
+    "export-torch": "convert a native file to PyTorch weights",
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The whole process of the console command; returns its exit code, or ends the process after a signal."""
+    """The entry point of the console command; returns its exit code, or ends the process after a signal."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] and arguments[0] in COMPUTING:
         huge_pages.ask()
@@ -56,14 +56,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def script(name: str, prog: str) -> int:
-    """The whole process of a script that is one of the subcommands; returns as :func:`main`."""
+    """The entry point of a script for one of the subcommands; returns as :func:`main`."""
     huge_pages.ask()
     return ended(run(name, sys.argv[1:], prog))
 
 
 def ended(code: int) -> int:
-    """The exit code; after a signal the process ends here."""
-    if code > 128:  # a compiler may still be at work in a thread, and Python would wait for it
+    """Returns the exit code; after a signal it ends the process instead."""
+    if code > 128:  # a thread may still be compiling, and Python would wait for it
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
@@ -72,39 +72,39 @@ def ended(code: int) -> int:
 
 
 def dispatch(arguments: Sequence[str]) -> int:
-    """Runs the subcommand that the arguments name; returns its exit code."""
+    """Runs the subcommand that the arguments name and returns its exit code."""
     found = _registered()
     names = OWN | {name: OTHERS.get(name, entry.value) for name, entry in found.items()}
     width = max(map(len, names))
     parser = Parser(
         prog="jresnet",
-        description="ResNets in JAX: training, evaluation, and weights from and for PyTorch.",
+        description="ResNets in JAX: training, evaluation, and conversion of weights from and to PyTorch.",
         epilog="commands:\n"
         + "".join(f"  {name:{width}}  {line}\n" for name, line in names.items())
-        + "\njresnet COMMAND --help shows a command's options. Commands of other packages, convert and export-torch\n"
-        "among them, are known where jresnet is installed (pip install -e . in a checkout).\n"
-        "Exit code: 0; 1 for what cannot be used; 2 for bad options; 128 + the signal's number.",
+        + "\njresnet COMMAND --help shows the options of a command. convert, export-torch and commands of other\n"
+        "packages are available if jresnet is installed (pip install -e . in a checkout).\n"
+        "Exit code: 0 on success; 1 on an error; 2 for invalid options; 128 + N after signal N.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("command", choices=names, metavar="COMMAND", help="one of the commands below")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="its own arguments")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="arguments of the command")
     args = parser.parse_args(arguments)
     return run(args.command, args.arguments, f"jresnet {args.command}")
 
 
 def run(name: str, arguments: Sequence[str] | None, prog: str) -> int:
-    """Runs a subcommand, and tells what goes wrong in one line on stderr.
+    """Runs a subcommand, and prints errors as one line on stderr.
 
     Args:
-        name: of the subcommand.
-        arguments: its own; None for those of the process.
-        prog: what it calls itself in messages.
+        name: name of the subcommand.
+        arguments: its arguments; None: those of the process.
+        prog: name of the program in messages.
 
     Returns:
-        The exit code: 0, 1 for what cannot be used, 2 for bad options, 128 + signal.
+        The exit code: 0 on success, 1 on an error, 2 for invalid options, 128 + N after signal N.
     """
-    # XLA of jax 0.10.1 prints screens of nothing where it loads a kept program on a CPU with AVX-512. What really fails is
-    # an exception.
+    # XLA of jax 0.10.1 prints pages of irrelevant warnings when it loads a cached program on a CPU with AVX-512. Real
+    # failures raise exceptions.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
     def command() -> int:
@@ -115,41 +115,41 @@ def run(name: str, arguments: Sequence[str] | None, prog: str) -> int:
 
 
 def guarded(command: Callable[[], int], name: str) -> int:
-    """What ``command`` returns, or the exit code for what it raises, which is told in one line; ``name`` is what it is."""
-    if sys.stdout is None:  # closed before the start
+    """Calls ``command`` and returns its exit code; exceptions are printed as one line. ``name`` is the command's name."""
+    if sys.stdout is None:  # closed before the process started
         if name in PRINTING:
             return failed(
-                f"the standard output, where {name} prints its result, is closed: give it a file, or /dev/null"
+                f"standard output is closed, but {name} prints its result there: redirect it to a file or /dev/null"
             )
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
             return guarded(command, name)
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names need not be valid UTF-8
     try:
         return command()
-    except SystemExit as end:  # of argparse
+    except SystemExit as end:  # raised by argparse
         return end.code if isinstance(end.code, int) else 1
-    except BrokenPipeError:  # as with "| head"
+    except BrokenPipeError:  # for example with "| head"
         if sys.stdout is not None:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python tells of it at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise Python reports it at exit
         return 141
-    except (JresnetError, OSError) as error:  # OSError: a disk that fills up, for example
+    except (JresnetError, OSError) as error:  # OSError: a full disk, for example
         return failed(str(error))
     except ModuleNotFoundError as error:
-        return failed(f"{error}: install what {name} needs with pip install -e '.[train]'")
-    except ImportError as error:  # it is there and does not load: too little memory, or a library of another version
+        return failed(f"{error}: install the packages that {name} needs with pip install -e '.[train]'")
+    except ImportError as error:  # installed, but cannot be loaded: too little memory, or an incompatible version
         return failed(f"{name} cannot be started: {' '.join(str(error).split())}")
     except MemoryError:
-        return failed("the memory is used up: give more of it (ulimit -v), or take a smaller batch or network")
+        return failed("out of memory: raise the limit (ulimit -v), or use a smaller batch or network")
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
 
 
 def greet(name: str, arguments: Sequence[str]) -> None:
-    """The first line of a command that computes: JAX takes seconds to import, in which one would see nothing."""
+    """Prints the first line of a slow command, because importing JAX takes seconds."""
     if name in SLOW and not {"-h", "--help", "--json", "--csv"} & set(arguments):
-        with contextlib.suppress(BrokenPipeError):  # "| head -0": what is printed next tells guarded
+        with contextlib.suppress(BrokenPipeError):  # with "| head -0", the next print raises it again
             print(f"jresnet  {__version__}, starting JAX ...", flush=True)
 
 
@@ -157,25 +157,24 @@ def check_devices() -> None:
     """Starts JAX.
 
     Raises:
-        InputError: where it finds none of the devices that it was told to use.
+        InputError: JAX finds no device of the requested kind.
     """
     import jax
 
     try:
         jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the latter of jax 0.10.1 for a platform without a plugin
-        reason = " ".join(str(error).split()) or "this installation knows no such platform"
+    except (RuntimeError, AssertionError) as error:  # jax 0.10.1 raises the latter for a platform without a plugin
+        reason = " ".join(str(error).split()) or "this installation has no such platform"
         told = os.environ.get("JAX_PLATFORMS")
         advice = f"JAX_PLATFORMS is {told}: " if told else ""
         raise InputError(
-            f"JAX has no device to compute on ({reason[:300]}). {advice}install jax for this device, or set "
-            "JAX_PLATFORMS=cpu"
+            f"JAX found no device ({reason[:300]}). {advice}install jax for this device, or set JAX_PLATFORMS=cpu"
         ) from error
 
 
 def failed(message: str) -> int:
-    """Tells an error; returns the exit code 1."""
-    if sys.stderr is not None:  # closed: print would take stdout
+    """Prints an error on stderr and returns exit code 1."""
+    if sys.stderr is not None:  # None: stderr is closed, and print would use stdout
         print(f"error: {shown(message)}", file=sys.stderr)
     return 1
 

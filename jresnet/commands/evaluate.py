@@ -1,4 +1,4 @@
-"""``jresnet evaluate --weights resnet50 --data imagenet/val``: accuracy and loss of weights on labelled images."""
+"""``jresnet evaluate --weights resnet50 --data imagenet/val`` computes accuracy and loss on labelled images."""
 
 from __future__ import annotations
 
@@ -29,55 +29,63 @@ def parser(prog: str) -> argparse.ArgumentParser:
     """The command line's options."""
     parser = Parser(
         prog=prog,
-        description="Evaluate weights: top-1, top-5, loss and images per second, every image once.",
-        epilog="Exit code: 0; 1 for what cannot be used, also for a single bad image unless --skip-bad; 2 for bad options.",
+        description="Evaluate weights on every image once: top-1 and top-5 accuracy, loss, and images per second.",
+        epilog="Exit code: 0 on success; 1 on an error, also for a single bad image unless --skip-bad; 2 for invalid "
+        "options.",
     )
     parser.add_argument(
         "--weights", required=True, metavar="FILE_OR_NAME",
-        help="weights file, native or PyTorch's, hf:ORG/REPO, or published weights: resnet50 (torchvision's default), "
+        help="a native or PyTorch file, hf:ORG/REPO, or published weights: resnet50 (torchvision's default), "
         "resnet50:IMAGENET1K_V1",
     )  # fmt: skip
     parser.add_argument(
         "--data", required=True, metavar=f"{'|'.join(DATASETS)}|FOLDER",
-        help="a data set's test images, or a folder of images, FOLDER/CLASS/*.JPEG (ImageNet's val; ./cifar10 for one of "
-        "that name), where CLASS is a category that the weights name, a WordNet id or a number; other names stand for the "
-        "logits in sorted order, where the weights name no categories",
+        help="test images of a data set, or a folder of images FOLDER/CLASS/*.JPEG such as ImageNet's val (write ./cifar10 "
+        "for a folder of that name). CLASS is a category of the weights, a WordNet id or a number; if the weights name no "
+        "categories, any other names are matched to the logits in sorted order",
     )  # fmt: skip
     parser.add_argument(
         "--data-dir", type=folder, metavar="DIR",
-        help="where CIFAR lies, as for training (default: TFDS_DATA_DIR, else ~/tensorflow_datasets, else ./data)",
+        help="location of CIFAR, as for training (default: TFDS_DATA_DIR, else ~/tensorflow_datasets, else ./data)",
     )  # fmt: skip
     parser.add_argument(
         "--class-names", type=Path, metavar="FILE",
-        help="a name a line, in the order of the logits: what the folders are called, where the weights do not say it",
+        help="names of the class folders, one per line in the order of the logits, if the weights do not name them",
     )  # fmt: skip
     parser.add_argument(
         "--limit", type=positive, metavar="N",
-        help="only N images: the first N of CIFAR-10; of a folder the first of every class, then the second of every "
-        "class, and so on (default: all)",
+        help="evaluate only N images: the first N of CIFAR-10; of a folder the first of every class, then the second of "
+        "every class, and so on (default: all)",
     )  # fmt: skip
-    parser.add_argument("--batch-size", type=positive, metavar="N", help="images (default: 32; 256 for a data set)")
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="what convolutions compute in (float32)"
+        "--batch-size", type=positive, metavar="N", help="images per batch (default: 32; 256 for a data set)"
     )
     parser.add_argument(
-        "--mean", type=numbers, metavar="R,G,B", help="of pixels in 0 to 1, or one number for grey (the weights' own)"
-    )
-    parser.add_argument("--std", type=numbers, metavar="R,G,B", help="likewise (the weights' own)")
-    parser.add_argument("--skip-bad", action="store_true", help="exit with 0 although bad images were skipped")
+        "--dtype", choices=("float32", "bfloat16"), default="float32",
+        help="compute dtype of the convolutions (default: float32)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--mean", type=numbers, metavar="R,G,B",
+        help="mean for normalisation, of pixels in 0 to 1; one number for grey (default: that of the weights)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--std", type=numbers, metavar="R,G,B",
+        help="standard deviation for normalisation (default: that of the weights)",
+    )  # fmt: skip
+    parser.add_argument("--skip-bad", action="store_true", help="exit with code 0 even if bad images were skipped")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
     return parser
 
 
 def positive(text: str) -> int:
-    """An argument that counts something."""
+    """Parses a positive integer."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
     return int(text)
 
 
 def numbers(text: str) -> tuple[float, ...]:
-    """``0.5,0.5,0.5``, shares of the brightest value."""
+    """Parses one or three numbers from 0 to 1, such as ``0.5,0.5,0.5``."""
     try:
         found = tuple(float(part) for part in text.split(","))
     except ValueError as error:
@@ -92,7 +100,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "jresnet evaluate") -> i
     options = parser(prog)
     args = options.parse_args(argv)
     if args.data_dir and args.data not in DATASETS:
-        options.error("--data-dir says where CIFAR lies, but --data names a folder")
+        options.error("--data-dir is the location of CIFAR, but --data is a folder: leave out --data-dir")
     if args.std and 0 in args.std:
         options.error("--std must be above 0: pixels are divided by it")
     with naming_flags(options):
@@ -103,12 +111,12 @@ def main(argv: Sequence[str] | None = None, prog: str = "jresnet evaluate") -> i
         print(f"bad image {printable(bad['file'])}: {printable(bad['reason'])}", file=sys.stderr)
     if report["bad"]:
         count = f"{len(report['bad']):,} of {len(report['bad']) + report['images']:,} images are bad and were skipped"
-        print(count if args.skip_bad else f"error: {count}; --skip-bad accepts that", file=sys.stderr)
+        print(count if args.skip_bad else f"error: {count}; use --skip-bad to accept this", file=sys.stderr)
     return 1 if report["bad"] and not args.skip_bad else 0
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """Evaluates, prints unless ``--json``, and returns what ``--json`` prints."""
+    """Evaluates, prints the results unless ``--json`` is given, and returns the object that ``--json`` prints."""
 
     def say(title: str, text: str) -> None:
         console.say(f"{title:<8} {text}")
@@ -124,7 +132,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     config = resolved.model.config
     say(
         "weights",
-        f"{args.weights}: {resolved.arch or 'a network of no name'}, {config.stem} stem, {config.num_classes:,} classes",
+        f"{args.weights}: {resolved.arch or 'a network without a name'}, {config.stem} stem, {config.num_classes:,} classes",
     )
     if found:
         data = evaluation.folder(resolved, found, args.limit, names)
@@ -139,10 +147,10 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     device_name = f"{device.device_kind} ({device.platform})"
     say("device", f"{device_name}, {args.dtype}, batch {batch_size}")
 
-    say("compile", "compiling the network (some seconds to a minute; less where it is kept)")
+    say("compile", "compiling the network (some seconds to a minute; less if it is cached)")
 
     def progress(done: int) -> None:
-        if not sys.stderr.isatty():  # else there is a bar
+        if not sys.stderr.isatty():  # on a terminal there is a bar
             console.minute(lambda: f"images   {done:,} of {len(data.labels):,} evaluated")
 
     scores = evaluation.score(resolved.model, preprocessing, data, batch_size, progress)
@@ -150,7 +158,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     say("top-1", f"{100 * scores.top1 / n:.2f} % ({scores.top1:,} of {n:,})")
     say(f"top-{scores.k}", f"{100 * scores.topk / n:.2f} % ({scores.topk:,} of {n:,})")
     say("loss", f"{scores.loss:.4f} (mean cross-entropy, nats)")
-    say("speed", f"{pace:.1f} images/s, decoding included; {scores.compile_seconds:.1f} s of compilation are not")
+    say("speed", f"{pace:.1f} images/s with decoding, without {scores.compile_seconds:.1f} s of compilation")
     return {
         "weights": args.weights,
         "arch": resolved.arch,
@@ -161,7 +169,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "images": n,
         "top1": scores.top1 / n,
         "top1_correct": scores.top1,
-        "top5": scores.topk / n,  # of all where there are fewer classes
+        "top5": scores.topk / n,  # with fewer than 5 classes, top-k of all classes
         "top5_correct": scores.topk,
         "loss": scores.loss,
         "images_per_second": pace,

@@ -1,4 +1,4 @@
-"""``jresnet export resnet50 --output resnet50.onnx``: a model as a program that runs without jresnet."""
+"""``jresnet export resnet50 --output resnet50.onnx`` exports a model as a program that runs without jresnet."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from pathlib import Path
 from jresnet import exporting, pretrained
 from jresnet.commands.flags import Parser, check_output, naming_flags
 
-_FORMATS = {".onnx": "onnx"}  # by ending; any other: "jax"
+_FORMATS = {".onnx": "onnx"}  # format by suffix; "jax" for all others
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """The command line's options."""
     parser = Parser(
         prog=prog,
-        description="Write a model as a program for any number of images of one size, with its weights inside: StableHLO "
-        "for jax.export.deserialize, or ONNX. FILE.json beside it says what it takes and gives.",
-        epilog="Exit code: 0; 1 for what cannot be used; 2 for bad options.",
+        description="Export a model as a program that contains the weights and takes any number of images of one size: "
+        "StableHLO for jax.export.deserialize, or ONNX. FILE.json beside it describes inputs and outputs.",
+        epilog="Exit code: 0 on success; 1 on an error; 2 for invalid options.",
     )
     parser.add_argument(
         "model",
@@ -27,16 +27,17 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="file to write")
     parser.add_argument(
-        "--format", choices=exporting.FORMATS, help="of the file (default: onnx where FILE ends in .onnx, else jax)"
+        "--format", choices=exporting.FORMATS, help="format of the file (default: onnx if FILE ends in .onnx, else jax)"
     )
     parser.add_argument(
         "--image-size", type=_pixels, nargs="+", metavar="N",
-        help="pixels of the images it takes, one number for a square or height and width (default: as the weights say)",
+        help="image size in pixels, one number or height and width (default: that of the weights)",
     )  # fmt: skip
     parser.add_argument(
-        "--preprocess", action="store_true", help="it takes uint8 pixels and prepares them (default: normalised images)"
-    )
-    parser.add_argument("--force", action="store_true", help="replace files that exist")
+        "--preprocess", action="store_true",
+        help="include the preprocessing, so that the program takes uint8 pixels (default: it takes normalised images)",
+    )  # fmt: skip
+    parser.add_argument("--force", action="store_true", help="replace existing files")
     return parser
 
 
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "jresnet export") -> int
         None if args.image_size is None else args.image_size[0] if len(args.image_size) == 1 else tuple(args.image_size)
     )
     for file in (args.output, args.output.with_name(f"{args.output.name}.json") if args.output.name else args.output):
-        check_output(file, args.force)  # before weights are fetched
+        check_output(file, args.force)  # before weights are downloaded
     with naming_flags(options):
         said = exporting.export(
             pretrained.get_weights(args.model), args.output, args.format or _FORMATS.get(args.output.suffix, "jax"),

@@ -1,4 +1,4 @@
-"""``jresnet finetune --weights resnet18:IMAGENET1K_V1 --data photos --out run``: trained weights for one's own images."""
+"""``jresnet finetune --weights resnet18:IMAGENET1K_V1 --data photos --out run`` fine-tunes weights on your own images."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from jresnet.training.stop import Interrupted, StopRequest
 from jresnet.training.trainer import Options, Trainer
 
 IN_MEMORY = ("cifar10", "digits")
-SHOWN = 40  # classes up to which the table at the end has all of them
-CHOSEN = {  # what holds where a flag is not given
+SHOWN = 40  # largest number of classes in the table at the end
+CHOSEN = {  # descriptions of the defaults
     "epochs": "chosen from the number of images", "batch_size": "chosen from the number of images",
-    "lr": "chosen from the batch size", "warmup_epochs": "a tenth of the run, 5 at most", "weight_decay": "1e-4",
-    "optimizer": "sgd; adamw for the head alone", "momentum": "0.9", "nesterov": "with sgd", "decay_norms": "no",
+    "lr": "chosen from the batch size", "warmup_epochs": "a tenth of the run, at most 5", "weight_decay": "1e-4",
+    "optimizer": "sgd; adamw for the head", "momentum": "0.9", "nesterov": "with sgd", "decay_norms": "no",
     "decoupled_decay": "no", "clip_norm": "0", "schedule": "cosine", "gamma": "0.1", "label_smoothing": "0.1",
     "ema": "0", "zero_init_residual": "no", "flip": "random", "random_erasing": "0", "mixup": "0", "cutmix": "0",
     "milestones": "none", "precision": "auto", "freeze": "none",
@@ -40,63 +40,68 @@ CHOSEN = {  # what holds where a flag is not given
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
-    """The command line's options. What is not given is None: chosen from the images, or the resumed run's."""
+    """The command line's options. Omitted options are None: chosen from the images, or those of the resumed run."""
     parser = Parser(
         prog=prog,
         usage="%(prog)s --weights W --data DATA --out RUN [OPTION ...]",
-        description="Fine-tune trained weights on images of your own: first the head, on embeddings that are computed once, "
-        "then all layers, the earlier ones more slowly. What is not given is chosen from the number of images, and said.",
-        epilog="jresnet predict names what is in an image with the result, OUT/last.safetensors; jresnet export-torch makes "
-        "a file for PyTorch of it.",
+        description="Fine-tune pretrained weights on your own images: first the head, on embeddings that are computed once, "
+        "then all layers, with lower learning rates for earlier ones. Options that are not given are chosen from the number "
+        "of images and printed.",
+        epilog="jresnet predict classifies images with the result, OUT/last.safetensors; jresnet export-torch converts it "
+        "to a PyTorch file.",
     )
     names = ("network", "data", "recipe", "results", "when something is wrong", "devices")
     groups = {name: parser.add_argument_group(name) for name in names}
     groups["network"].add_argument(
         "--weights", metavar="W",
-        help="resnet18:IMAGENET1K_V1 (torchvision's), a file (native or PyTorch's), hf:ORG/REPO, or none for random ones",
+        help="resnet18:IMAGENET1K_V1 (torchvision's), a native or PyTorch file, hf:ORG/REPO, or none for random weights",
     )  # fmt: skip
-    groups["network"].add_argument("--arch", metavar="NAME", help="with --weights none: of jresnet.list_models()")
+    groups["network"].add_argument(
+        "--arch", metavar="NAME", help="with --weights none: an architecture of jresnet.list_models()"
+    )
     groups["network"].add_argument(
         "--image-size",
         type=int,
         metavar="N",
-        help="pixels, height and width (default: what the weights were trained for)",
+        help="height and width of the images in pixels (default: those that the weights were trained for)",
     )
     groups["network"].add_argument(
         "--linear-probe",
         action="store_true",
-        help="train the head alone, on embeddings: seconds, where they are computed",
+        help="train only the head, on embeddings; takes seconds once these are computed",
     )
     groups["network"].add_argument(
         "--head-stage",
         action=argparse.BooleanOptionalAction,
-        help="train the head alone before all layers (default: yes)",
+        help="train only the head before training all layers (default: yes)",
     )
     groups["data"].add_argument(
         "--data", metavar="DATA",
-        help="a folder CLASS/*.jpg, or with those in train/ and val/; a table *.csv of lines path,label; cifar10, digits; "
-        "or tfds:NAME, a prepared store",
+        help="a folder with CLASS/*.jpg, or with train/CLASS/*.jpg and val/CLASS/*.jpg; a table *.csv of lines path,label; "
+        "cifar10; digits; or tfds:NAME, a prepared TFDS store",
     )  # fmt: skip
     groups["data"].add_argument(
-        "--data-dir", type=a_folder, metavar="DIR", help="where CIFAR-10, or TFDS's stores, lie"
+        "--data-dir", type=a_folder, metavar="DIR", help="location of CIFAR-10 or of the TFDS stores"
     )
     groups["data"].add_argument(
         "--workers", type=int, metavar="N",
-        help="processes that decode images from disk; 0: threads (default: 0 on a CPU, else half of the cores, 8 at most)",
+        help="processes that decode images from disk; 0: threads (default: 0 on a CPU, else half of the cores, at most 8)",
     )  # fmt: skip
     groups["results"].add_argument("--out", type=a_folder, metavar="RUN", help="folder for the results (required)")
     groups["results"].add_argument(
         "--resume", action="store_true",
-        help="go on with the run in --out, or begin it; options not given are the run's",
+        help="continue the run in --out, or start it if there is none; options that are not given are those of the run",
     )  # fmt: skip
     add_flags(groups, FinetuneConfig, CHOSEN)
     add_flags(groups, Options)
-    groups["devices"].add_argument("--devices", type=int, metavar="N", help="how many of this machine's (default: all)")
+    groups["devices"].add_argument(
+        "--devices", type=int, metavar="N", help="number of devices of this machine (default: all)"
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "jresnet finetune") -> int:
-    """Runs the command; returns its exit code: 0, 1 for what cannot be used or NaN, 2 for bad options, 128 + signal."""
+    """Runs the command; returns its exit code: 0, 1 on an error or NaN, 2 for invalid options, 128 + N after signal N."""
     options = parser(prog)
     args = options.parse_args(argv)
     if found := mistakes(args):
@@ -106,7 +111,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "jresnet finetune") -> i
 
 
 def mistakes(args: argparse.Namespace) -> list[str]:
-    """What does not go together in the options."""
+    """Contradictions among the options."""
     found = []
     if args.out is None:
         found.append("--out is required: the folder for the results")
@@ -118,11 +123,11 @@ def mistakes(args: argparse.Namespace) -> list[str]:
         found += ["--weights none needs --arch"] if not args.arch else []
         found += ["--linear-probe needs trained --weights"] if args.linear_probe else []
     elif args.arch is not None:
-        found.append("--arch goes with --weights none: other weights say what they are of")
+        found.append("--arch is only for --weights none: other weights determine the architecture")
     if args.linear_probe and args.freeze:
-        found.append("--freeze goes with fine-tuning: --linear-probe trains the head alone")
+        found.append("--freeze cannot be combined with --linear-probe, which trains only the head")
     if args.data_dir and args.data and args.data not in IN_MEMORY and not args.data.startswith("tfds:"):
-        found.append("--data-dir says where CIFAR-10 or a TFDS store lies, but --data names a folder or a table")
+        found.append("--data-dir is the location of CIFAR-10 or TFDS stores, but --data is a folder or a table")
     found += wandb_mistakes(args.wandb)
     if args.workers is not None and not 0 <= args.workers <= 256:
         found.append(f"--workers must be from 0 to 256, got {args.workers}")
@@ -137,7 +142,7 @@ def _finetune(args: argparse.Namespace) -> int:
     given = given_for(args, FinetuneConfig)
     given.pop("weights", None)
     before = read_config(args.out, FinetuneConfig) if args.resume else None
-    if before:  # what decides the images and the weights is the run's
+    if before:  # the options that determine images and weights are those of the run
         given = {"weights": before.weights, "images": before.images, "share": before.share, "split_seed": before.split_seed,
                  "per_class": before.per_class, "image_size": before.image_size} | given  # fmt: skip
     if args.weights:
@@ -145,8 +150,8 @@ def _finetune(args: argparse.Namespace) -> int:
     if args.data:
         given["images"] = args.data
     if "weights" not in given or "images" not in given:
-        raise InputError(f"there is no run in {args.out} to resume yet: give --weights and --data, too")
-    # What can be told now is told before weights are fetched and images are read.
+        raise InputError(f"there is no run in {args.out} to resume: give --weights and --data to start one")
+    # As many errors as possible are reported before weights are downloaded and images are read.
     finetune.check_given({name: value for name, value in given.items() if value is not None})
     if why := outputs.unusable(args.out):
         raise InputError(f"cannot use `out` {args.out}: {why}; choose another folder")
@@ -162,7 +167,7 @@ def _finetune(args: argparse.Namespace) -> int:
     if before:
         chosen = {name: getattr(config, name) for name in (*given, "data_digest", "weights_digest")}
         for name, digest in (("images", "data_digest"), ("weights", "weights_digest")):
-            if chosen[digest] == getattr(before, digest):  # the same, under whatever path
+            if chosen[digest] == getattr(before, digest):  # the same content, perhaps under another path
                 chosen[name] = getattr(before, name)
         config = dataclasses.replace(before, **chosen)
         config.check()
@@ -175,7 +180,7 @@ def _finetune(args: argparse.Namespace) -> int:
         with StopRequest() as stop:
             summary = _stages(args, config, reasons, found, begin, where, workers, session, stop)
     except Interrupted as stopped:
-        Console().say(f"         the same command with --out {shlex.quote(str(args.out))} --resume goes on")
+        Console().say(f"         to continue, run the same command with --out {shlex.quote(str(args.out))} --resume")
         return 128 + stopped.args[0]
     for line in table(summary["test_by_class"]):
         Console().say(line)
@@ -184,7 +189,7 @@ def _finetune(args: argparse.Namespace) -> int:
 
 
 def _images(listing: folder.Listing | None, begin: Start, given: dict[str, Any], data_dir: Path | None) -> Dataset:
-    """The images as two splits; ``listing`` of those that do not come in memory."""
+    """Loads the images as two splits; ``listing`` is None for data sets in memory."""
     if listing is None:
         found = data.load(given["images"], data_dir)
         return folder.fewer(found, given.get("per_class"), given.get("split_seed", 0))
@@ -196,7 +201,7 @@ def _images(listing: folder.Listing | None, begin: Start, given: dict[str, Any],
         limit=given.get("per_class"),
         **chosen,
     )
-    Console().say(f"judged   by {loaded.validation}")
+    Console().say(f"validate on {loaded.validation}")
     return loaded.dataset
 
 
@@ -211,7 +216,7 @@ def _stages(
     session: Options,
     stop: StopRequest,
 ) -> dict[str, Any]:
-    """The head, then all layers; returns the summary of the last stage."""
+    """Trains the head, then all layers; returns the summary of the last stage."""
     out: Path = args.out
     Console().say(f"weights  {begin.spec}; images {begin.preprocessing}; {begin.origin}")
 
@@ -221,7 +226,7 @@ def _stages(
         return Trainer(config, found, out, stop, program, session).fit(resume)
 
     def probed(config: FinetuneConfig, out: Path, reasons: list[str], resume: bool) -> dict[str, Any]:
-        Console().say("embedded once: the images as the head sees them")
+        Console().say("computing the embeddings of all images")
         vectors = finetune.embed(begin, found, where, config.precision)
         return run(finetune.Probe(config, found, begin, vectors, where), config, out, reasons, resume)
 
@@ -236,7 +241,7 @@ def _stages(
                 begin, found, probe=True, seed=config.seed, precision=config.precision, weights=config.weights,
                 images=config.images,
             )  # fmt: skip
-            Console().say("stage    1 of 2: the head alone, on embeddings")
+            Console().say("stage    1 of 2: only the head, on embeddings")
             probed(first, path, why, args.resume)
         head = finetune.head_of(path / "last.safetensors")
         Console().say("stage    2 of 2: all layers")
@@ -245,12 +250,12 @@ def _stages(
 
 
 def table(scores: dict[str, dict[str, Any]]) -> list[str]:
-    """Precision and recall by class, in lines; of very many classes those with the lowest recall."""
+    """The lines of a table with precision and recall by class; with many classes only those with the lowest recall."""
     rows = list(scores.items())
     more = ""
     if len(rows) > SHOWN:
         rows = sorted(rows, key=lambda row: (row[1]["recall"] is None, row[1]["recall"] or 0.0))[:SHOWN]
-        more = f"the {SHOWN} of {len(scores):,} classes with the lowest recall; summary.json has all"
+        more = f"these are the {SHOWN} of {len(scores):,} classes with the lowest recall; summary.json has all classes"
     names = [printable(name)[:40] for name, _ in rows]
     width = max(len("class"), *map(len, names))
 

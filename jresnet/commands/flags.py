@@ -1,4 +1,4 @@
-"""What command lines share: a parser, flags made from the fields of a dataclass, errors that name them, outputs."""
+"""Helpers for command lines: a parser, flags made from the fields of a dataclass, and checks."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ from jresnet.files import shown
 from jresnet.training.fields import hints_of
 from jresnet.training.recipes import DATASETS, RECIPES, in_words, value_in_words
 
-MAX_PROCESSES = 1_000_000  # more than anybody has
+MAX_PROCESSES = 1_000_000
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, but its errors look as all others, with control codes escaped and long values cut."""
+    """An ``ArgumentParser`` whose errors are formatted like all others: control codes escaped, long values cut."""
 
     def error(self, message: str) -> NoReturn:
-        """Tells what is wrong with the arguments, and ends the process with code 2."""
+        """Prints usage and error, and ends the process with code 2."""
         self.print_usage(sys.stderr)
         self.exit(2, f"error: {shown(message)}\n")
 
 
 def folder(text: str) -> Path:
-    """An argument that names a folder; an empty one, as of an unset variable, is not the working directory."""
+    """Parses the path of a folder. An empty string, perhaps from an unset variable, is refused: Path reads it as '.'."""
     if not text:
         raise argparse.ArgumentTypeError("expected a folder, got ''")
     return Path(text)
 
 
 def check_output(path: Path, force: bool, flag: str = "--output") -> None:
-    """Raises :class:`InputError` where a file must not be written: nothing of the user's is lost unasked.
+    """Raises :class:`InputError` if a file may not be written, so that no existing file is lost without permission.
 
-    Called before anything is read, fetched or computed for it.
+    It is called before anything is read, downloaded or computed.
 
     Args:
         path: the file.
-        force: whether the user allowed it to be replaced.
-        flag: that names it.
+        force: whether the user allows replacing it.
+        flag: name of the flag, for messages.
     """
     try:
         kind = stat.S_IFMT(os.lstat(path).st_mode)
@@ -55,7 +55,7 @@ def check_output(path: Path, force: bool, flag: str = "--output") -> None:
         if not path.parent.is_dir():
             raise InputError(f"{flag} {path}: there is no folder {path.parent}") from None
         return
-    except (OSError, ValueError) as error:  # ValueError: a NUL
+    except (OSError, ValueError) as error:  # ValueError: the path contains a NUL
         raise InputError(f"{flag} {path} cannot be written: {getattr(error, 'strerror', None) or error}") from error
     if kind != stat.S_IFREG:
         raise InputError(f"{path} is a link, a folder, a device or a pipe: name another file with {flag}")
@@ -64,12 +64,12 @@ def check_output(path: Path, force: bool, flag: str = "--output") -> None:
 
 
 def add_flags(groups: Mapping[str, Any], record: type, defaults: Mapping[str, str] | None = None) -> None:
-    """Adds a flag for each field of ``record`` whose option names one of the ``groups``; what is not given is None.
+    """Adds a flag for each field of ``record`` whose option names one of the ``groups``. Omitted flags are None.
 
     Args:
-        groups: of the parser, by name.
+        groups: argument groups of the parser, by name.
         record: a dataclass whose fields are made by :func:`jresnet.training.fields.option`.
-        defaults: what holds where a flag is not given, in words, where that is not what training's recipes say.
+        defaults: descriptions of defaults by field, if they are not those of the training recipes.
     """
     for field in dataclasses.fields(record):
         if field.metadata["option"].group in groups:
@@ -77,7 +77,7 @@ def add_flags(groups: Mapping[str, Any], record: type, defaults: Mapping[str, st
 
 
 def add_flag(group: Any, record: type, name: str, default: str | None = None) -> None:
-    """Adds the flag of one field: --batch-size for ``batch_size``."""
+    """Adds the flag for one field: --batch-size for ``batch_size``."""
     (field,) = (field for field in dataclasses.fields(record) if field.name == name)
     option, hint = field.metadata["option"], hints_of(record)[name]
     text = f"{option.help} ({f'default: {default}' if default else _default(field, hint)})".replace("%", "%%")
@@ -95,40 +95,41 @@ def add_flag(group: Any, record: type, name: str, default: str | None = None) ->
 
 
 def add_process_flags(group: Any) -> None:
-    """The flags of a training command for devices and processes."""
+    """Adds the flags of a training command for devices and processes."""
     group.add_argument(
-        "--devices", type=int, metavar="N", help="how many of this machine's (each process's) (default: all)"
+        "--devices", type=int, metavar="N", help="number of devices of this machine (of each process) (default: all)"
     )
     group.add_argument(
-        "--coordinator", metavar="HOST:PORT", help="several processes: where process 0 listens; trusted networks only"
-    )
-    group.add_argument("--num-processes", type=int, metavar="N", help="several processes: how many")
-    group.add_argument("--process-id", type=int, metavar="N", help="several processes: which this one is, from 0")
+        "--coordinator", metavar="HOST:PORT",
+        help="with several processes: address of process 0; use only in trusted networks",
+    )  # fmt: skip
+    group.add_argument("--num-processes", type=int, metavar="N", help="with several processes: their number")
+    group.add_argument("--process-id", type=int, metavar="N", help="with several processes: index of this one, from 0")
     group.add_argument(
         "--distributed", choices=("auto",),
-        help="several processes, found by JAX: SLURM, Open MPI, Kubernetes, Cloud TPU",
+        help="let JAX find the processes: SLURM, Open MPI, Kubernetes, Cloud TPU",
     )  # fmt: skip
 
 
 def process_mistakes(args: argparse.Namespace) -> list[str]:
-    """What does not go together in the flags of :func:`add_process_flags`, and ``--out``."""
+    """Contradictions among the flags of :func:`add_process_flags` and ``--out``."""
     by_hand, found = (args.coordinator, args.num_processes, args.process_id), []
     if args.distributed and any(value is not None for value in by_hand):
-        found.append("--distributed auto finds --coordinator, --num-processes and --process-id by itself")
+        found.append("--distributed auto determines --coordinator, --num-processes and --process-id: leave these out")
     elif any(value is not None for value in by_hand) and any(value is None for value in by_hand):
-        found.append("--coordinator, --num-processes and --process-id belong together")
+        found.append("--coordinator, --num-processes and --process-id must be given together")
     elif args.coordinator is not None and not 0 <= args.process_id < args.num_processes <= MAX_PROCESSES:
         found.append(
-            f"--process-id must be from 0 to below --num-processes, and that at most {MAX_PROCESSES:,}: "
+            f"--process-id must be at least 0 and below --num-processes, which must be at most {MAX_PROCESSES:,}, "
             f"got {args.process_id} of {args.num_processes}"
         )
     if (args.distributed or args.coordinator is not None) and args.out is None:
-        found.append("several processes need --out: each would name a folder of its own")
+        found.append("--out is required with several processes, which would otherwise use different folders")
     return found
 
 
 def _default(field: dataclasses.Field[Any], hint: Any) -> str:
-    """What holds where the flag is not given, from the rows of the recipes and data sets."""
+    """Describes the default of a flag, from the tables of recipes and data sets."""
     if field.default is not dataclasses.MISSING:
         return f"default: {field.metadata['option'].none if field.default is None else in_words(field.default)}"
     if field.metadata["option"].automatic:
@@ -144,9 +145,9 @@ def _default(field: dataclasses.Field[Any], hint: Any) -> str:
 
 @contextlib.contextmanager
 def naming_flags(parser: argparse.ArgumentParser, **others: str) -> Iterator[None]:
-    """Lets errors that name a value, `batch_size` in backticks, name its flag where the parser has one.
+    """Replaces names of values in backticks, such as `batch_size`, by flags in the messages of exceptions.
 
-    ``others`` has the flags that are not called as their values are: ``images="data"``.
+    ``others`` gives the flags whose names differ from those of the values: ``images="data"``.
     """
 
     def flag(match: re.Match[str]) -> str:
@@ -161,9 +162,9 @@ def naming_flags(parser: argparse.ArgumentParser, **others: str) -> Iterator[Non
 
 
 def wandb_mistakes(project: str | None) -> list[str]:
-    """What is wrong with ``--wandb``, which else is told when all is compiled."""
+    """Problems with ``--wandb``, which would otherwise be reported only after compilation."""
     if project == "":
-        return ["--wandb needs a project's name, got ''"]
+        return ["--wandb must be the name of a project, got ''"]
     return ["--wandb needs the package wandb: pip install wandb"] if project and not find_spec("wandb") else []
 
 

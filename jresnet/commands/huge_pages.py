@@ -1,8 +1,8 @@
-"""Huge pages for the memory of a command and what it starts.
+"""Turns on huge pages for the memory of a command and its child processes.
 
-XLA asks for a step's temporary memory anew at every step, and the kernel hands it over page by page. Where Linux gives
-pages of 2 MiB only to those who ask ("madvise", Debian's and Ubuntu's setting), glibc's malloc asks from 2.35 on if its
-tunable says so. It is read when a process starts.
+XLA allocates temporary memory at every step, and the kernel maps it page by page. If Linux provides pages of 2 MiB only on
+request ("madvise", the setting of Debian and Ubuntu), glibc's malloc (2.35 or newer) requests them if a tunable says so. The
+tunable is read when a process starts.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def ask() -> None:
 
 
 def _setting() -> str:
-    """ "always", "madvise" or "never"; empty on a system that has no such pages."""
+    """ "always", "madvise" or "never"; empty on a system without huge pages."""
     try:
         found = re.search(r"\[(\w+)\]", SETTING.read_text())
     except OSError:

@@ -1,4 +1,4 @@
-"""``jresnet predict --weights W photo.jpg``: what is in images, with probabilities, and a picture of it."""
+"""``jresnet predict --weights W photo.jpg`` classifies images and prints or draws the most probable classes."""
 
 from __future__ import annotations
 
@@ -30,46 +30,48 @@ from jresnet.weights.preprocessing import Preprocessing, normalise
 
 STDIN = "-"
 MAX_STDIN = 2**28  # bytes
-SHOWN = 24  # images in a gallery, at most
-PIXELS = 300  # least height and width of an image in it
+SHOWN = 24  # largest number of images in a gallery
+PIXELS = 300  # least height and width of an image in a gallery
 
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What is said of an image."""
+    """The prediction for an image."""
 
     file: str
     source: Path | bytes
-    classes: list[tuple[int, str, float]]  # position, name and probability, the most probable first
+    classes: list[tuple[int, str, float]]  # index, name and probability, the most probable first
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
     """The command line's options."""
     parser = Parser(
         prog=prog,
-        description="Name what is in images: the most probable classes, as the weights name them.",
-        epilog="Photos are taken as a person sees them: upright, transparency over white. Exit code: 0; 1 for what cannot "
-        "be used, also for a single bad image unless --skip-bad; 2 for bad options.",
+        description="Classify images and print the most probable classes, with the names that the weights give.",
+        epilog="Photos are read as viewers display them: upright, with transparency over white. Exit code: 0 on success; 1 "
+        "on an error, also for a single bad image unless --skip-bad; 2 for invalid options.",
     )
     parser.add_argument(
         "images",
         nargs="+",
         metavar="IMAGE|FOLDER|-",
-        help="files, folders with all in and below, - for an image on stdin",
+        help="files, folders (searched recursively), or - for an image on stdin",
     )
     parser.add_argument(
         "--weights", required=True, metavar="W",
         help="as for evaluate: a file, a folder of jresnet push, resnet50, resnet50:IMAGENET1K_V1, or hf:ORG/REPO",
     )  # fmt: skip
-    parser.add_argument("--top", type=positive, default=5, metavar="N", help="classes of each image (default: 5)")
+    parser.add_argument("--top", type=positive, default=5, metavar="N", help="classes per image (default: 5)")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
     form.add_argument("--csv", action="store_true", help="print lines file,rank,class,index,probability")
     parser.add_argument("--gallery", type=Path, metavar="PNG", help=f"draw the first {SHOWN} images with their classes")
     parser.add_argument("--force", action="store_true", help="replace the file of --gallery")
-    parser.add_argument("--cam", action="store_true", help="with --gallery: where the first class is seen (Grad-CAM)")
-    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images (default: 32)")
-    parser.add_argument("--skip-bad", action="store_true", help="exit with 0 although bad images were skipped")
+    parser.add_argument(
+        "--cam", action="store_true", help="with --gallery: add heat maps of the most probable class (Grad-CAM)"
+    )
+    parser.add_argument("--batch-size", type=positive, default=32, metavar="N", help="images per batch (default: 32)")
+    parser.add_argument("--skip-bad", action="store_true", help="exit with code 0 even if bad images were skipped")
     return parser
 
 
@@ -78,9 +80,9 @@ def main(argv: Sequence[str] | None = None, prog: str = "jresnet predict") -> in
     options = parser(prog)
     args = options.parse_args(argv)
     if args.cam and not args.gallery:
-        options.error("--cam draws heat maps into the picture of --gallery")
+        options.error("--cam needs --gallery, into which it draws heat maps")
     if args.gallery and args.gallery.suffix.lower() != ".png":
-        options.error(f"--gallery writes PNG, so its file's name must end in .png, got {str(args.gallery)!r}")
+        options.error(f"--gallery must be a file name that ends in .png, got {str(args.gallery)!r}")
     with naming_flags(options):
         if args.gallery:
             check_output(args.gallery, args.force, "--gallery")
@@ -93,11 +95,11 @@ def _predict(args: argparse.Namespace) -> int:
     named = sources(args.images)  # before weights are downloaded
     resolved = evaluation.resolve(args.weights)
     preprocessing, origin = evaluation.choose_preprocessing(resolved)
-    if resolved.preprocessing is not None and preprocessing.resize is None:  # photos have sizes of their own
+    if resolved.preprocessing is not None and preprocessing.resize is None:  # photos may have any size
         preprocessing = replace(preprocessing, resize=preprocessing.crop)
     model, top = resolved.model, min(args.top, resolved.model.config.num_classes)
     if not top:
-        raise InputError(f"the weights {args.weights} have no head: they give features, not classes")
+        raise InputError(f"the weights {args.weights} have no head: use weights with classes")
     names = resolved.categories or tuple(f"class {i}" for i in range(model.config.num_classes))
 
     def say(text: str) -> None:
@@ -136,7 +138,7 @@ def _predict(args: argparse.Namespace) -> int:
         print(f"bad image {printable(file)}: {printable(reason)}", file=sys.stderr)
     if bad:
         count = f"{len(bad):,} of {len(named):,} images are bad and were skipped"
-        print(count if args.skip_bad else f"error: {count}; --skip-bad accepts that", file=sys.stderr)
+        print(count if args.skip_bad else f"error: {count}; use --skip-bad to accept this", file=sys.stderr)
     return 1 if bad and not args.skip_bad else 0
 
 
@@ -165,10 +167,10 @@ def _report(
 
 
 def sources(named: Sequence[str]) -> list[tuple[str, Path | bytes]]:
-    """The images that a command line names, by the names to show: files, all in folders and below, and stdin's.
+    """The images of a command line with the names to print: files, images in folders (recursively), and stdin.
 
     Raises:
-        DataError: there is no such file, or a folder holds no image.
+        DataError: a file does not exist, or a folder contains no image.
     """
     found: list[tuple[str, Path | bytes]] = []
     for name in named:
@@ -176,17 +178,17 @@ def sources(named: Sequence[str]) -> list[tuple[str, Path | bytes]]:
         if name == STDIN:
             content = sys.stdin.buffer.read(MAX_STDIN + 1)
             if len(content) > MAX_STDIN:
-                raise DataError(f"the image on stdin has more than {MAX_STDIN:,} bytes")
+                raise DataError(f"the image on stdin must have at most {MAX_STDIN:,} bytes")
             found.append(("stdin", content))
         elif path.is_dir():
             seen = [p for p in path.rglob("*") if not any(map(images.is_aside, p.relative_to(path).parts))]
             inside = sorted(p for p in seen if p.suffix.lower() in images.EXTENSIONS)
             if not inside:
-                raise DataError(f"{path} holds no image; images end in {', '.join(images.EXTENSIONS)}")
+                raise DataError(f"{path} contains no image; images end in {', '.join(images.EXTENSIONS)}")
             found += [(str(p), p) for p in inside]
             if others := sum(p.suffix.lower() not in images.EXTENSIONS and p.is_file() for p in seen):
                 print(
-                    f"note: {others:,} other files in {printable(str(path))} are passed over; images end in "
+                    f"note: {others:,} other files in {printable(str(path))} are ignored; images end in "
                     f"{', '.join(images.EXTENSIONS)}",
                     file=sys.stderr,
                 )
@@ -208,7 +210,7 @@ def predict(
     batch_size: int,
     bad: list[tuple[str, str]],
 ) -> Iterator[Prediction]:
-    """The most probable classes of each image, in order, decoded ahead; what cannot be decoded is added to ``bad``."""
+    """Yields the predictions of all images in order; images that cannot be decoded are added to ``bad``."""
     graph, state = nnx.split(model)
 
     def classify(state: Any, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -218,13 +220,13 @@ def predict(
 
     compute = jax.jit(classify, compiler_options=compiler_options())
     batch_size = min(batch_size, len(named))
-    with jax.default_matmul_precision("highest"):  # not TF32, where the device would take it
+    with jax.default_matmul_precision("highest"):  # avoids TF32
         for batch in images.batches([source for _, source in named], preprocessing, batch_size, images.photo):
             bad += [(named[position][0], reason) for position, reason in batch.bad]
             shares, indices = map(np.asarray, compute(state, batch.images))
             for row, position in enumerate(batch.positions):
                 if not np.isfinite(shares[row]).all():
-                    raise InputError(f"the probabilities of {named[position][0]} are NaN: the weights are unfit")
+                    raise InputError(f"the probabilities of {named[position][0]} are NaN: the weights are unusable")
                 classes = [(int(i), names[i], float(p)) for i, p in zip(indices[row], shares[row], strict=True)]
                 yield Prediction(named[position][0], named[position][1], classes)
 
@@ -232,8 +234,8 @@ def predict(
 def draw(
     kept: Sequence[Prediction], model: ResNet, preprocessing: Preprocessing, path: Path, title: str, cam: bool
 ) -> None:
-    """Writes the gallery: images as the network sees them, but in more pixels where it sees few."""
-    # The same part of the image, larger.
+    """Draws the gallery with the part of each image that the network sees, in higher resolution if that is low."""
+    # The same part of the image with more pixels.
     factor = -(-PIXELS // preprocessing.crop)
     resize = preprocessing.resize * factor if preprocessing.resize else None
     larger = replace(preprocessing, crop=min(preprocessing.crop * factor, 4096), resize=resize)
@@ -250,5 +252,5 @@ def draw(
             heat = np.asarray(maps[0])
         pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
         shown.append(gallery.Shown(Path(found.file).name, pixels, [(name, p) for _, name, p in found.classes], heat))
-    note = "right: where the first class is seen (Grad-CAM)" if cam else ""
+    note = "right: heat map of the most probable class (Grad-CAM)" if cam else ""
     gallery.draw(shown, path, title, note)

@@ -1,4 +1,4 @@
-"""Compare training runs in a table and a plot: ``jresnet report RUN [RUN ...]``."""
+"""``jresnet report RUN [RUN ...]`` compares training runs in a table and a plot."""
 
 from __future__ import annotations
 
@@ -16,23 +16,25 @@ from jresnet.reports.compare import cells, figures, read_entries, text_table
 
 
 def parser(prog: str = "jresnet report") -> argparse.ArgumentParser:
-    """The command line's options; ``prog`` is what the command calls itself."""
+    """The command line's options; ``prog`` is the name of the program."""
     parser = Parser(
         prog=prog,
         description="Compare training runs in a table and a plot.",
-        epilog="Figures are those of the last epoch; of several seeds mean ± sample standard deviation over the finished "
-        "ones (over all at the same epoch where none is finished), images/s and time the mean of a seed. Exit code: 0; 1 "
-        "for folders that are no run's or have a damaged file; 2 for bad options.",
+        epilog="Figures are those of the last epoch. For several seeds they are mean ± sample standard deviation over the "
+        "finished runs (if none is finished, over all at the same epoch); images/s and time are means. Exit code: 0 on "
+        "success; 1 if a folder is not that of a run or has a damaged file; 2 for invalid options.",
     )
     parser.add_argument(
-        "runs", nargs="+", type=folder, metavar="RUN", help="folder of a run, finished or not, or of a run's seeds"
+        "runs", nargs="+", type=folder, metavar="RUN", help="folder of a run, finished or not, or of several seeds"
     )
     parser.add_argument(
         "--plot", type=Path, metavar="FILE.png",
-        help="training loss and accuracy by epoch (default: comparison.png, where there is none yet)",
+        help="plot of training loss and accuracy by epoch (default: comparison.png, if it does not exist yet)",
     )  # fmt: skip
-    parser.add_argument("--force", action="store_true", help="replace the plot where it exists")
-    parser.add_argument("--format", choices=("text", "json"), default="text", help="of the table (text)")
+    parser.add_argument("--force", action="store_true", help="replace the plot if it exists")
+    parser.add_argument(
+        "--format", choices=("text", "json"), default="text", help="format of the table (default: text)"
+    )
     return parser
 
 
@@ -42,14 +44,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "jresnet report") -> int
     args = options.parse_args(argv)
     plot, refused = args.plot or Path("comparison.png"), ""
     if plot.suffix.lower() != ".png":
-        options.error(f"--plot writes PNG, so its file's name must end in .png, got {str(plot)!r}")
+        options.error(f"--plot must be a file name that ends in .png, got {str(plot)!r}")
     try:
         try:
             check_output(plot, args.force, "--plot")
         except InputError as error:
             if args.plot:
                 raise
-            refused = str(error)  # the table is what was asked for
+            refused = str(error)  # not an error, because the user did not request a plot
         entries = read_entries(args.runs)
         found = [figures(entry) for entry in entries]
         if args.format == "json":
@@ -59,18 +61,18 @@ def main(argv: Sequence[str] | None = None, prog: str = "jresnet report") -> int
         if sys.stdout is not None:
             sys.stdout.flush()
         if not any(run.rows for entry in entries for run in entry.runs):
-            print("no plot: no run has an epoch behind it yet", file=sys.stderr)
+            print("no plot: no run has finished an epoch yet", file=sys.stderr)
             return 0
         if refused:
             print(f"no plot: {refused}", file=sys.stderr)
             return 0
         plots.plot_runs({entry.name: [run.rows for run in entry.runs] for entry in entries}, plot)
-        print(f"plot     {plot}", file=sys.stderr)  # not among the lines of a table that goes to a file
+        print(f"plot     {plot}", file=sys.stderr)  # not on stdout, which may be redirected to a file
     except InputError as error:
         for line in str(error).splitlines():
             print(f"error: {shown(line)}", file=sys.stderr)
         return 1
     except ImportError as error:
-        print(f"error: {error}: install what plots need with pip install 'jresnet[train]'", file=sys.stderr)
+        print(f"error: {error}: install the packages for plots with pip install 'jresnet[train]'", file=sys.stderr)
         return 1
     return 0

@@ -16,17 +16,17 @@ def push_parser(prog: str) -> argparse.ArgumentParser:
     """The options of ``push``."""
     parser = Parser(
         prog=prog,
-        description="Write weights, their configuration and a model card into a repository of the Hugging Face Hub, or a "
-        "folder of the same layout, from which jresnet and timm load them.",
+        description="Write weights, their configuration and a model card to a repository on the Hugging Face Hub, or to a "
+        "folder of the same layout, from which jresnet and timm can load them.",
     )
-    parser.add_argument("weights", metavar="WEIGHTS", help="such as run/last.safetensors, or whatever evaluate takes")
     parser.add_argument(
-        "target", metavar="hf:ORG/REPO|FOLDER", help="a repository, made where it is missing, or a folder"
+        "weights", metavar="WEIGHTS", help="a file such as run/last.safetensors, or any weights that evaluate accepts"
     )
-    parser.add_argument("--title", help="of the model card (default: the architecture)")
-    parser.add_argument("--license", metavar="ID", help="an identifier of the Hub's, such as apache-2.0")
-    parser.add_argument("--private", action="store_true", help="make the repository a private one")
-    parser.add_argument("--force", action="store_true", help="write over the model that the folder holds")
+    parser.add_argument("target", metavar="hf:ORG/REPO|FOLDER", help="a repository, created if missing, or a folder")
+    parser.add_argument("--title", help="title of the model card (default: the architecture)")
+    parser.add_argument("--license", metavar="ID", help="licence identifier of the Hub, such as apache-2.0")
+    parser.add_argument("--private", action="store_true", help="create a private repository")
+    parser.add_argument("--force", action="store_true", help="overwrite a model in the folder")
     return parser
 
 
@@ -48,9 +48,9 @@ def pull_parser(prog: str) -> argparse.ArgumentParser:
         prog=prog,
         description="Fetch weights from the Hugging Face Hub, or a folder of jresnet push, into a native file.",
     )
-    parser.add_argument("source", metavar="hf:ORG/REPO[@REVISION]|FOLDER", help="where they are")
+    parser.add_argument("source", metavar="hf:ORG/REPO[@REVISION]|FOLDER", help="location of the weights")
     parser.add_argument("out", metavar="FILE", type=Path, help="file to write, *.safetensors")
-    parser.add_argument("--force", action="store_true", help="write over the file")
+    parser.add_argument("--force", action="store_true", help="overwrite the file")
     return parser
 
 
@@ -61,14 +61,14 @@ def pull(argv: Sequence[str] | None = None, prog: str = "jresnet pull") -> int:
     with naming_flags(options):
         found = sharing.pull(args.source, args.out, force=args.force)
     classes = f"{found.config.num_classes:,} classes{', named' if found.categories else ''}"
-    print(f"pulled   {args.out}: {found.arch or 'a network of no name'}, {classes}")
-    print(f"images   {found.preprocessing or 'the weights do not say how they are prepared'}")
+    print(f"pulled   {args.out}: {found.arch or 'a network without a name'}, {classes}")
+    print(f"images   {found.preprocessing or 'the weights do not specify their preprocessing'}")
     return 0
 
 
 def main(arguments: Sequence[str], prog: str = "python -m jresnet.hub") -> int:
-    """Runs either of them, the first argument; returns its exit code."""
+    """Runs ``push`` or ``pull``, the first argument; returns its exit code."""
     if arguments[:1] not in (["push"], ["pull"]):
-        print(f"usage: {prog} {{push,pull}} ...; push --help and pull --help say more", file=sys.stderr)
+        print(f"usage: {prog} {{push,pull}} ...; see push --help and pull --help", file=sys.stderr)
         return 0 if list(arguments) in (["-h"], ["--help"]) else 2
     return run(arguments[0], arguments[1:], f"{prog} {arguments[0]}")

@@ -1,4 +1,4 @@
-"""``jresnet train --depth 34``: train a ResNet on CIFAR-10, CIFAR-100 or digits."""
+"""``jresnet train --depth 34`` trains a ResNet on CIFAR-10, CIFAR-100 or digits."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ from jresnet.training.seeds import fit_seeds
 from jresnet.training.stop import Interrupted, StopRequest
 from jresnet.training.trainer import Options, Trainer
 
-# --depth to architecture: torchvision's family with the CIFAR stem, and the paper's own for CIFAR.
+# Architectures by --depth: torchvision's family with the CIFAR stem, and the paper's CIFAR family.
 DEPTHS = {depth: f"resnet{depth}" for depth in (18, 34, 50, 101, 152)} | {
     depth: f"resnet{depth}_cifar" for depth in (8, 20, 32, 44, 56, 110, 1202)
 }
 
-MAX_RUNS = 10_000  # more than anybody has
+MAX_RUNS = 10_000
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
-    """The command line's options. What is not given is None: the recipe's value, or the resumed run's."""
+    """The command line's options. Omitted options are None: the recipe's value, or that of the resumed run."""
     parser = Parser(
         prog=prog,
-        usage="%(prog)s [OPTION ...]",  # all of them would fill a screen before the first line that says something
+        usage="%(prog)s [OPTION ...]",  # the full list would fill a screen
         description="Train a ResNet on CIFAR-10, CIFAR-100 or digits.",
-        epilog="With neither --data-dir nor a prepared dataset, CIFAR-10 or CIFAR-100 (163 MiB) is downloaded.",
+        epilog="Without --data-dir and without a prepared data set, CIFAR-10 or CIFAR-100 (163 MiB) is downloaded.",
     )
     groups = {
         name: parser.add_argument_group(name, description)
         for name, description in {
             "network": None,
-            "recipe": "what is not given is the recipe's own",
+            "recipe": "options that are not given are those of the recipe",
             "data": None,
             "results": None,
             "when something is wrong": None,
@@ -63,8 +63,8 @@ def parser(prog: str) -> argparse.ArgumentParser:
     (standard,) = (depth for depth, arch in DEPTHS.items() if arch == recipes.ARCH)
     depth.add_argument(
         "--depth", type=int, metavar="N",
-        help="layers: 18 or 34 (basic blocks), 50, 101 or 152 (Bottleneck blocks), all with 64 to 512 channels and a 3x3 "
-        "stem; or the paper's CIFAR family with 16 to 64 channels: 8, 20, 32, 44, 56, 110, 1202 (basic blocks) "
+        help="number of layers: 18 or 34 (basic blocks), 50, 101 or 152 (Bottleneck blocks), all with 64 to 512 channels "
+        "and a 3x3 stem; or the paper's CIFAR family with 16 to 64 channels: 8, 20, 32, 44, 56, 110, 1202 (basic blocks) "
         f"(default: {standard})",
     )  # fmt: skip
     add_flag(depth, RunConfig, "arch")
@@ -74,19 +74,20 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "--runs",
         type=int,
         metavar="N",
-        help="runs of N seeds, from --seed on, into OUT/seed-*, with mean and deviation",
+        help="train with N seeds, from --seed on, into OUT/seed-*, and report means and standard deviations",
     )
     groups["data"].add_argument(
         "--data-dir", type=folder, metavar="DIR",
-        help="folder with a TFDS store, or CIFAR's archive or extracted folder, python or binary; the download goes "
-        "there (default: TFDS_DATA_DIR, else ~/tensorflow_datasets, else ./data)",
+        help="folder with a TFDS store, or with CIFAR's archive or extracted folder, python or binary version; also the "
+        "destination of the download (default: TFDS_DATA_DIR, else ~/tensorflow_datasets, else ./data)",
     )  # fmt: skip
     groups["results"].add_argument(
         "--out", type=folder, metavar="DIR", help="folder for the results (default: runs/ARCH-DATASET-DATE-TIME)"
     )
     groups["results"].add_argument(
         "--resume", action="store_true",
-        help="go on with the run in --out from its last whole checkpoint, or begin it; options not given are the run's",
+        help="continue the run in --out from its last intact checkpoint, or start it if there is none; options that are not "
+        "given are those of the run",
     )  # fmt: skip
     add_flags(groups, Options)
     add_process_flags(groups["devices"])
@@ -94,7 +95,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "jresnet train") -> int:
-    """Runs the command; returns its exit code: 0, 1 for what cannot be used or NaN, 2 for bad options, 128 + signal."""
+    """Runs the command; returns its exit code: 0, 1 on an error or NaN, 2 for invalid options, 128 + N after signal N."""
     options = parser(prog)
     args = options.parse_args(argv)
     if found := mistakes(args):
@@ -104,13 +105,13 @@ def main(argv: Sequence[str] | None = None, prog: str = "jresnet train") -> int:
 
 
 def among_processes(run: Callable[[], int]) -> int:
-    """What ``run`` returns; 1 where this process of several lost another one, which JAX tells by a RuntimeError."""
+    """Calls ``run`` and returns its exit code; 1 if another process was lost, which JAX reports as a RuntimeError."""
     try:
         return run()
     except RuntimeError as error:
         if jax.process_count() == 1:
             raise
-        return failed(f"the processes lost each other: start all again with --resume\n{error}")
+        return failed(f"the connection between the processes was lost: start all of them again with --resume\n{error}")
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -122,8 +123,8 @@ def _train(args: argparse.Namespace) -> int:
         given["arch"] = DEPTHS[args.depth]
     before = read_config(args.out) if args.resume else None
     begin = None
-    if "weights" in given and not before:  # they say which network it is
-        default_config(**given)  # other values that are wrong are told before weights are downloaded
+    if "weights" in given and not before:  # the weights determine the architecture
+        default_config(**given)  # reports other errors before weights are downloaded
         begin = initial.load(given["weights"], given.get("arch"))
         given |= {"arch": begin.arch, "stem": begin.config.stem}
     config = dataclasses.replace(before, **given) if before else default_config(**given)
@@ -135,7 +136,7 @@ def _train(args: argparse.Namespace) -> int:
         outputs.check(config, out, args.resume, runs)
     where = devices.find(args.devices)
     Console(quiet=not devices.is_first()).say(f"reading  the data set {config.dataset}")
-    data = program.load_data(config, args.data_dir)  # before signals are only noted: it may take an hour
+    data = program.load_data(config, args.data_dir)  # before StopRequest, since a download may take an hour
     try:
         with StopRequest() as stop:
             if runs:
@@ -145,18 +146,18 @@ def _train(args: argparse.Namespace) -> int:
                 Trainer(config, data, out, stop, made, session).fit(args.resume)
     except Interrupted as stopped:
         if devices.is_first():
-            Console().say(f"         the same command with --out {shlex.quote(str(out))} --resume goes on")
+            Console().say(f"         to continue, run the same command with --out {shlex.quote(str(out))} --resume")
         return 128 + stopped.args[0]
     return 0
 
 
 def start(args: argparse.Namespace, session: Options) -> None:
-    """Starts JAX as the options of a training command say, and joins the other processes of the run.
+    """Starts JAX with the options of a training command, and connects to the other processes of the run.
 
     Raises:
-        InputError: there is no device, or the processes do not come together.
+        InputError: there is no device, or the processes cannot be connected.
     """
-    if session.deterministic:  # XLA reads it once, when its first device is asked for
+    if session.deterministic:  # XLA reads this once, when its first device is used
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_deterministic_ops=true".strip()
     cache.keep_compiled()
     if args.coordinator is not None or args.distributed:
@@ -165,10 +166,10 @@ def start(args: argparse.Namespace, session: Options) -> None:
 
 
 def mistakes(args: argparse.Namespace) -> list[str]:
-    """What does not go together in the options."""
+    """Contradictions among the options."""
     found = []
     if args.resume and args.out is None:
-        found.append("--resume needs --out, the folder of the run to go on with")
+        found.append("--resume needs --out, the folder of the run to continue")
     if args.depth is not None and args.depth not in DEPTHS:
         found.append(f"unknown --depth {args.depth}: there are {', '.join(map(str, sorted(DEPTHS)))}")
     if args.runs is not None and not 1 <= args.runs <= MAX_RUNS:

@@ -1,4 +1,4 @@
-"""``jresnet train-imagenet --data imagenet --recipe a3 --out run``: train on a folder of any size, from scratch."""
+"""``jresnet train-imagenet --data imagenet --recipe a3 --out run`` trains from scratch on a folder of any size."""
 
 from __future__ import annotations
 
@@ -34,30 +34,30 @@ MAX_WORKERS = 256
 
 
 def parser(prog: str) -> argparse.ArgumentParser:
-    """The command line's options. What is not given is None: the recipe's value, or the resumed run's."""
+    """The command line's options. Omitted options are None: the recipe's value, or that of the resumed run."""
     parser = Parser(
         prog=prog,
         usage="%(prog)s --data DATA --out RUN [OPTION ...]",
-        description="Train a ResNet from scratch on ImageNet or any images by class, decoded ahead of the device.",
-        epilog="docs/howto/imagenet.md has launch lines for one and several hosts, and what a run costs.",
+        description="Train a ResNet from scratch on ImageNet or any images sorted by class, which are streamed from disk.",
+        epilog="docs/howto/imagenet.md has command lines for one and several hosts, and estimates the cost of a run.",
     )
     names = ("network", "recipe", "data", "results", "when something is wrong", "devices")
     groups = {name: parser.add_argument_group(name) for name in names}
     groups["data"].add_argument(
         "--data", metavar="DATA",
-        help="a folder with CLASS/*.jpg in train/ and val/; a folder of tar files with KEY.jpg and KEY.cls, train or val in "
-        "their names; or tfds:imagenet2012, a prepared store",
+        help="a folder with train/CLASS/*.jpg and val/CLASS/*.jpg; a folder of tar files with KEY.jpg and KEY.cls, and "
+        "train or val in their names; or tfds:imagenet2012, a prepared TFDS store",
     )  # fmt: skip
-    groups["data"].add_argument("--data-dir", type=a_folder, metavar="DIR", help="where TFDS's stores lie")
+    groups["data"].add_argument("--data-dir", type=a_folder, metavar="DIR", help="location of the TFDS stores")
     groups["data"].add_argument(
         "--workers", type=int, metavar="N",
-        help="processes that decode images; 0: threads (default: 0 on a CPU, else as many as cores, 32 at most)",
+        help="processes that decode images; 0: threads (default: 0 on a CPU, else the number of cores, at most 32)",
     )  # fmt: skip
     groups["results"].add_argument("--out", type=a_folder, metavar="RUN", help="folder for the results (required)")
     groups["results"].add_argument(
         "--resume", action="store_true",
-        help="go on with the run in --out from its last whole checkpoint, on any number of hosts, or begin it; options not "
-        "given are the run's",
+        help="continue the run in --out from its last intact checkpoint, on any number of hosts, or start it if there is "
+        "none; options that are not given are those of the run",
     )  # fmt: skip
     add_flags(groups, ImageNetConfig, defaults())
     add_flags(groups, Options)
@@ -66,7 +66,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
 
 
 def defaults() -> dict[str, str]:
-    """What holds where a flag is not given, by recipe."""
+    """Descriptions of the defaults by recipe."""
     found = {"recipe": next(iter(RECIPES)), "arch": imagenet.ARCH}
     fields = {field.name for field in dataclasses.fields(next(iter(RECIPES.values())))}
     for name in (
@@ -80,7 +80,7 @@ def defaults() -> dict[str, str]:
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "jresnet train-imagenet") -> int:
-    """Runs the command; returns its exit code: 0, 1 for what cannot be used or NaN, 2 for bad options, 128 + signal."""
+    """Runs the command; returns its exit code: 0, 1 on an error or NaN, 2 for invalid options, 128 + N after signal N."""
     options = parser(prog)
     args = options.parse_args(argv)
     if found := mistakes(args):
@@ -90,14 +90,14 @@ def main(argv: Sequence[str] | None = None, prog: str = "jresnet train-imagenet"
 
 
 def mistakes(args: argparse.Namespace) -> list[str]:
-    """What does not go together in the options."""
+    """Contradictions among the options."""
     found = []
     if args.out is None:
         found.append("--out is required: the folder for the results")
     if not args.data and not args.resume:
         found.append("--data is required: the images")
     if args.data_dir and args.data and not args.data.startswith("tfds:"):
-        found.append("--data-dir says where a TFDS store lies, but --data names a folder")
+        found.append("--data-dir is the location of TFDS stores, but --data is a folder: leave out --data-dir")
     if args.workers is not None and not 0 <= args.workers <= MAX_WORKERS:
         found.append(f"--workers must be from 0 to {MAX_WORKERS}, got {args.workers}")
     return found + process_mistakes(args) + wandb_mistakes(args.wandb)
@@ -109,12 +109,12 @@ def _train(args: argparse.Namespace) -> int:
     given = given_for(args, ImageNetConfig)
     if args.data:
         given["images"] = args.data
-    imagenet.choose(**{"precision": "float32"} | given)  # what can be told before JAX starts, which "auto" would start
+    imagenet.choose(**{"precision": "float32"} | given)  # reports errors before JAX starts; "auto" would start it
     start(args, session)
     before = read_config(args.out, ImageNetConfig) if args.resume else None
     notes: list[str] = []
     begin = None
-    if "weights" in given and not before:  # they say which network it is
+    if "weights" in given and not before:  # the weights determine the architecture
         begin = initial.load(given["weights"], given.get("arch"))
         given |= {"arch": begin.arch, "stem": begin.config.stem}
     if before:
@@ -122,7 +122,7 @@ def _train(args: argparse.Namespace) -> int:
     elif "images" in given:
         config, notes = imagenet.choose(**given)
     else:
-        raise InputError(f"there is no run in {args.out} to resume yet: give --data, too")
+        raise InputError(f"there is no run in {args.out} to resume: give --data to start one")
     config.check()
     if why := outputs.unusable(args.out):
         raise InputError(f"cannot use `out` {args.out}: {why}; choose another folder")
@@ -130,7 +130,7 @@ def _train(args: argparse.Namespace) -> int:
     console.say(f"listing  the images of {config.images}")
     data = imagenet.dataset(folder.find(config.images, args.data_dir), config)
     config = dataclasses.replace(config, data_digest=data.digest)
-    if before and data.digest == before.data_digest:  # the same images, under whatever path
+    if before and data.digest == before.data_digest:  # the same images, perhaps under another path
         config = dataclasses.replace(config, images=before.images)
     if devices.is_first():
         outputs.check(config, args.out, args.resume)
@@ -144,6 +144,6 @@ def _train(args: argparse.Namespace) -> int:
             program = Program(config, data, where, begin, workers)
             Trainer(config, data, args.out, stop, program, session).fit(args.resume)
     except Interrupted as stopped:
-        console.say(f"         the same command with --out {shlex.quote(str(args.out))} --resume goes on")
+        console.say(f"         to continue, run the same command with --out {shlex.quote(str(args.out))} --resume")
         return 128 + stopped.args[0]
     return 0

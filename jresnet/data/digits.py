@@ -1,4 +1,4 @@
-"""The digits inside scikit-learn, as CIFAR-shaped images: data for a machine without network."""
+"""scikit-learn's handwritten digits as CIFAR-shaped images: a data set that needs no network."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ CLASSES = tuple("0123456789")
 
 
 def load_digits() -> Dataset:
-    """The 1,797 handwritten digits inside scikit-learn, as CIFAR-shaped images: data for a machine without network.
+    """Loads the 1,797 handwritten digits in scikit-learn as CIFAR-shaped images; needs no network.
 
-    8x8 pixels of 0 to 16 are scaled to 32x32 of 0 to 255, bilinearly with half-pixel centres, in integers so that each
-    machine gets the same bytes; three equal channels. 36 images of each class (360) are for testing, 1,437 to train on.
+    Images of 8x8 pixels with values from 0 to 16 are enlarged to 32x32 with values from 0 to 255, bilinearly with
+    half-pixel centres and in integer arithmetic, so that every machine gets the same bytes. The three channels are equal. 36
+    images of each class (360) are for testing, the other 1,437 for training.
 
     Raises:
         DataError: scikit-learn cannot be imported.
@@ -25,14 +26,14 @@ def load_digits() -> Dataset:
     pixels, labels = sklearn_digits(return_X_y=True)
     pixels = pixels.reshape(-1, 8, 8).astype(np.int64)
 
-    # The centre of output pixel i lies at (i + 1/2) / 4 - 1/2 in the input, which beyond the edges repeats them.
+    # The centre of output pixel i is at (i + 1/2) / 4 - 1/2 in the input; edges are repeated.
     eighths = np.clip(2 * np.arange(32) - 3, 0, 7 * 8)
-    weights = np.maximum(8 - abs(eighths[:, None] - 8 * np.arange(8)), 0)  # [32, 8]; a row's sum is 8
+    weights = np.maximum(8 - abs(eighths[:, None] - 8 * np.arange(8)), 0)  # [32, 8]; each row sums to 8
     scaled = (weights @ pixels @ weights.T * 255 + 512) // 1024  # 1024 is 8 * 8 * 16; rounded to nearest
     planes = np.repeat(scaled.reshape(-1, 1024), 3, axis=0).reshape(-1, 3072)
     records = np.concatenate([labels[:, None], planes], axis=1).astype(np.uint8)
 
-    order = np.random.RandomState(0).permutation(len(labels))  # its stream is frozen for good (NEP 19)
+    order = np.random.RandomState(0).permutation(len(labels))  # its stream never changes (NEP 19)
     test = np.concatenate([order[labels[order] == digit][:36] for digit in range(10)])
     train = order[~np.isin(order, test)]
     source = "scikit-learn's digits (1,797 images, 8x8 scaled to 32x32)"

@@ -1,6 +1,6 @@
-"""Photos on disk: listed, checked and split; :mod:`jresnet.data.stream` decodes them.
+"""Lists, checks and splits image files on disk; :mod:`jresnet.data.stream` decodes them.
 
-find: folder, shards, table or TFDS store -> Listing -> check: damaged ones named -> split -> Files (lazy) or pixels in
+find: folder, shards, table or TFDS store -> Listing -> split -> check: report damaged images -> Files (lazy) or pixels in
 memory
 """
 
@@ -30,15 +30,15 @@ from jresnet.errors import DataError
 from jresnet.files import few, printable
 from jresnet.weights.preprocessing import Preprocessing
 
-TRAIN, HELD = ("train", "training"), ("val", "valid", "validation", "test")  # folders of a data set that comes in parts
-SMALL = 64  # pixels up to which a network's images are kept in memory, decoded
+TRAIN, HELD = ("train", "training"), ("val", "valid", "validation", "test")  # folder names of the parts of a data set
+SMALL = 64  # images up to this size in pixels are kept in memory, decoded
 
 
 @dataclass(frozen=True, eq=False)
 class Listing:
-    """Images by class, not opened yet; ``held`` are those that the data set itself keeps for validation."""
+    """Images by class, not opened yet; ``held`` is the data set's own validation part."""
 
-    name: str  # where they are, for people
+    name: str  # describes their location, to print
     classes: tuple[str, ...]
     train: Part
     held: Part | None
@@ -47,13 +47,13 @@ class Listing:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Images in an order, with the positions of their classes."""
+    """Images in order, with the indices of their classes."""
 
     sources: Sources
     labels: Int[np.ndarray, " n"]
 
     def take(self, positions: Sequence[int] | np.ndarray) -> Part:
-        """Those at ``positions``."""
+        """The images at ``positions``."""
         return Part(self.sources.take(positions), self.labels[np.asarray(positions, int)])
 
 
@@ -65,16 +65,16 @@ class Skipped(NamedTuple):
 
 
 def find(data: str | os.PathLike[str], data_dir: str | Path | None = None) -> Listing:
-    """Lists images by class without opening one.
+    """Lists images by class without opening them.
 
     Args:
-        data: a folder ``CLASS/**/*.jpg``, or one of those for each of ``train`` and ``val``; a folder of tar files
-            (:mod:`jresnet.data.shards`); a table ``*.csv`` of lines ``path,label``, paths relative to it; or
+        data: a folder ``CLASS/**/*.jpg``, or a folder with such folders ``train`` and ``val``; a folder of tar files
+            (:mod:`jresnet.data.shards`); a table ``*.csv`` of lines ``path,label`` with paths relative to its folder; or
             ``"tfds:NAME"``, a prepared store of TensorFlow Datasets.
-        data_dir: where TFDS's stores are; ``None``: ``TFDS_DATA_DIR``, else ``~/tensorflow_datasets``.
+        data_dir: folder of the TFDS stores; ``None``: ``TFDS_DATA_DIR``, else ``~/tensorflow_datasets``.
 
     Raises:
-        DataError: there is no such thing, a class has no image, or there are fewer than two classes.
+        DataError: the data does not exist, a class has no image, or there are fewer than two classes.
     """
     text = os.fspath(data)
     if text.startswith("tfds:"):
@@ -90,7 +90,7 @@ def find(data: str | os.PathLike[str], data_dir: str | Path | None = None) -> Li
 
 
 def _check_classes(listing: Listing, labels: np.ndarray, what: str) -> None:
-    """Raises DataError where a class has none of the images of ``labels``, or where there is nothing to tell apart."""
+    """Raises DataError if a class does not occur in ``labels``, or if there are fewer than two classes."""
     counts = np.bincount(labels, minlength=len(listing.classes))
     if empty := [listing.classes[i] for i in np.flatnonzero(counts == 0)]:
         raise DataError(
@@ -98,9 +98,7 @@ def _check_classes(listing: Listing, labels: np.ndarray, what: str) -> None:
             f"{what if len(empty) == 1 else what.replace('has', 'have')}: {few(empty)}. Add images, or remove the class"
         )
     if len(listing.classes) < 2:
-        raise DataError(
-            f"{listing.name} has one class, {printable(listing.classes[0])}: at least two are needed to tell apart"
-        )
+        raise DataError(f"{listing.name} has only one class, {printable(listing.classes[0])}: at least two are needed")
 
 
 def _folder(root: Path) -> Listing:
@@ -108,9 +106,11 @@ def _folder(root: Path) -> Listing:
     parts = {name: next((n for n in names if n in entries and (root / n).is_dir()), None) for name, names in
              (("train", TRAIN), ("held", HELD))}  # fmt: skip
     if parts["held"] and not parts["train"]:
-        # Perhaps classes of those names: then there is more than one folder.
+        # If there are several folders, they may be classes with such names.
         if sum((root / entry).is_dir() for entry in entries) == 1:
-            raise DataError(f"{root} has a folder {parts['held']} but none of {' or '.join(TRAIN)} to learn from")
+            raise DataError(
+                f"{root} has a folder {parts['held']} but no folder for training: expected {' or '.join(TRAIN)}"
+            )
         parts["held"] = None
     if not parts["train"] or not any(
         (root / parts["train"] / name).is_dir() for name in os.listdir(root / parts["train"])
@@ -123,8 +123,8 @@ def _folder(root: Path) -> Listing:
         own, held, more = _listed(root / parts["held"])
         if unknown := [name for name in own if name not in classes]:
             raise DataError(
-                f"{root / parts['held']} has {len(unknown):,} classes that {top} has not ({few(unknown)}): a network can "
-                "only be judged on classes that it learns"
+                f"{root / parts['held']} has {len(unknown):,} classes that {top} does not have ({few(unknown)}): validation "
+                "classes must be training classes"
             )
         held = Part(held.sources, np.array([classes.index(own[label]) for label in held.labels], np.int32))
         notes += more
@@ -135,14 +135,14 @@ def _listed(root: Path) -> tuple[tuple[str, ...], Part, tuple[str, ...]]:
     """The classes, images and notes of ``root/CLASS/**``."""
     found = kept(f"folder {os.path.abspath(root)}", lambda: _walked(root))
     ignored = found.about["ignored"]
-    notes = (f"{ignored:,} files of other kinds in {root} are passed over",) if ignored else ()
+    notes = (f"{ignored:,} files of other kinds in {root} are ignored",) if ignored else ()
     sources = Sources(str(root), found.arrays["text"], found.arrays["ends"])
     return tuple(found.about["classes"]), Part(sources, found.arrays["labels"]), notes
 
 
 def _walked(root: Path) -> Found:
     walked = images.walk(root)
-    # macOS leaves a file ._NAME beside each on other systems' disks.
+    # macOS creates a file ._NAME beside each file on disks with other file systems.
     seen = [(path, label) for path, label in walked.files if not os.path.basename(path).startswith(".")]
     sources = Sources.of(path for path, _ in seen)
     labels = np.array([label for _, label in seen], np.int32)
@@ -156,12 +156,12 @@ def _walked(root: Path) -> Found:
 def _shards(root: Path) -> Listing:
     classes, parts = shards.find(root)
     train, held = (Part(*parts[name]) if name in parts else None for name in ("train", "held"))
-    assert train is not None, "shards.find looks for it"
+    assert train is not None, "shards.find guarantees it"
     return Listing(str(root), classes, train, held)
 
 
 def _table(path: Path) -> Listing:
-    """The images of a table; a first line "path,label" is a heading."""
+    """The images of a table; a first line "path,label" is a header."""
     try:
         if not path.is_file():
             raise DataError(f"there is no table {path}: expected a file of lines path,label")
@@ -173,7 +173,7 @@ def _table(path: Path) -> Listing:
         del rows[0]
     bad = [number for number, row in rows if len(row) != 2 or not row[0].strip() or not row[1].strip()]
     if bad or not rows:
-        what = f"line {bad[0]} is not" if bad else "it has no line of the form"
+        what = f"line {bad[0]} is not of the form" if bad else "it has no line of the form"
         raise DataError(f"{path} cannot be used: {what} path,label ({len(bad):,} such lines in {len(rows):,})")
     names = [row[1].strip() for _, row in rows]
     classes = tuple(sorted(set(names)))
@@ -185,20 +185,24 @@ def _table(path: Path) -> Listing:
 def _store(name: str, data_dir: str | Path | None) -> Listing:
     found = records.find(name, data_dir)
     train, held = (None if part is None else Part(*part) for part in (found.parts.get("train"), found.held))
-    assert train is not None, "records.find looks for it"
+    assert train is not None, "records.find guarantees it"
     return Listing(f"tfds:{name} in {found.folder}", found.classes, train, held)
 
 
 def split(listing: Listing, share: float = 0.2, seed: int = 0) -> tuple[Part, Part, str]:
-    """Training and validation images, and where the latter are from; of each class ``share``, at least one of two.
+    """Splits a listing into training and validation images.
 
     Args:
-        listing: of :func:`find`; where it has images held for validation, those are taken.
-        share: of each class's images; above 0 and below 1.
-        seed: of the draw.
+        listing: the result of :func:`find`. If it has its own validation images, these are used.
+        share: fraction of each class's images for validation, above 0 and below 1; at least one image of a class with two
+            or more is used.
+        seed: seed of the random choice.
+
+    Returns:
+        Training images, validation images, and a phrase that says where the validation images come from.
     """
     if listing.held is not None:
-        return listing.train, listing.held, "the images that come apart for validation"
+        return listing.train, listing.held, "the data set's own validation images"
     labels, held = listing.train.labels, np.zeros(len(listing.train.labels), bool)
     draws = np.random.Generator(np.random.Philox(seed))
     for label in range(len(listing.classes)):
@@ -212,10 +216,10 @@ def split(listing: Listing, share: float = 0.2, seed: int = 0) -> tuple[Part, Pa
 
 
 def check(part: Part, title: str) -> tuple[list[Skipped | None], list[bytes]]:
-    """Decodes every image once, at the smallest scale that its format has; a bar on stderr where that is a terminal.
+    """Checks images by decoding each once, at the smallest scale of its format; a bar on stderr if that is a terminal.
 
     Returns:
-        For each image what is wrong with it, None for a sound one; and its file's SHA-256, empty for an unsound one.
+        For each image its problem, or None if it has none; and the SHA-256 of its file, empty if it has a problem.
     """
     return _each(part, title, lambda content: _sound(content))
 
@@ -223,7 +227,7 @@ def check(part: Part, title: str) -> tuple[list[Skipped | None], list[bytes]]:
 def decode(
     part: Part, preprocessing: Preprocessing, title: str
 ) -> tuple[np.ndarray, list[Skipped | None], list[bytes]]:
-    """The evaluation views of all images, uint8 ``[n, crop, crop, c]``, and the same as :func:`check`."""
+    """Decodes the evaluation views of all images, uint8 ``[n, crop, crop, c]``; also returns the result of :func:`check`."""
     views = np.zeros((len(part.sources), *shape(preprocessing)), np.uint8)
     position = iter(range(len(part.sources)))
 
@@ -241,7 +245,7 @@ def decode(
 
 def _sound(content: bytes) -> None:
     with images.opened(content) as image:
-        image.draft(None, (1, 1))  # a JPEG at an eighth of its size: all of it is read, less is computed
+        image.draft(None, (1, 1))  # decodes a JPEG at 1/8 of its size: reads all of it with less computation
         if image.mode == "F":
             images.seen(image)
         image.load()
@@ -256,7 +260,7 @@ def _each(
     def attempt(source: Source) -> tuple[Any, bytes, Skipped | None]:
         try:
             if isinstance(source, str):
-                with images.opened(source):  # the right kind of file, before all of it is read
+                with images.opened(source):  # checks the kind of file before all of it is read
                     pass
             content = _content(source)
             return use(content), hashlib.sha256(content).digest(), None
@@ -266,7 +270,7 @@ def _each(
     with quiet(), ThreadPoolExecutor(os.cpu_count()) as pool:
         bar = tqdm(total=len(part.sources), desc=title, unit="image", disable=not sys.stderr.isatty(), leave=False)
         with bar:
-            for start in range(0, len(part.sources), 256):  # so that little waits in memory
+            for start in range(0, len(part.sources), 256):  # limits the results in memory
                 for found, digest, problem in pool.map(attempt, part.sources[start : start + 256]):
                     store(found)
                     contents.append(digest)
@@ -291,8 +295,8 @@ def _content(source: Source) -> bytes:
 class Loaded:
     """A data set, and how it was split."""
 
-    dataset: Dataset  # the images of its splits are Files, or pixels in memory where they are small
-    validation: str  # where the validation images are from
+    dataset: Dataset  # the images of its splits are Files, or pixels in memory if they are small
+    validation: str  # where the validation images come from
 
 
 def load(
@@ -303,16 +307,16 @@ def load(
     seed: int = 0,
     limit: int | None = None,
 ) -> Loaded:
-    """Images by class as two splits: every file is opened once, damaged ones are left out and named.
+    """Loads images by class as two splits. Every file is checked once; damaged ones are left out and reported.
 
     Args:
-        listing: of :func:`find`.
-        preprocessing: of the evaluation views; up to ``SMALL`` pixels the views themselves are kept in memory.
-        share: as :func:`split`; seed likewise.
-        limit: only so many training images of each class, drawn with the seed.
+        listing: the result of :func:`find`.
+        preprocessing: preprocessing of the evaluation views; views of up to ``SMALL`` pixels are kept in memory.
+        share, seed: as in :func:`split`.
+        limit: number of training images per class, drawn with the seed; ``None``: all.
 
     Raises:
-        DataError: a class is left without an image.
+        DataError: a class has no usable training image, or there is no validation image.
     """
     train, held, where = split(listing, share, seed)
     if limit is not None:
@@ -331,17 +335,19 @@ def load(
         contents.append(found)
         kept = part.take(good)
         splits.append(Split(pixels[good] if small else Files(kept.sources, preprocessing), kept.labels))  # type: ignore[arg-type]
-    lost = f"has no usable training image ({len(skipped):,} damaged ones were passed over)"
+    lost = f"has no usable training image ({len(skipped):,} damaged ones were skipped)"
     _check_classes(listing, splits[0].labels, lost)
     if not len(splits[1].labels):
-        raise DataError(f"{listing.name} has no image to judge by: each class needs at least two, or give a folder val")
+        raise DataError(
+            f"{listing.name} has no validation image: provide at least two images of each class, or a folder val"
+        )
     notes = list(listing.notes)
     counts = Counter(splits[1].labels.tolist())
     if unjudged := [name for i, name in enumerate(listing.classes) if not counts[i]]:
         notes.append(f"{len(unjudged):,} classes have no validation image: {few(unjudged)}")
     if skipped:
         named = few(f"{file} ({reason})" for file, reason in skipped)
-        notes.append(f"{len(skipped):,} damaged image{'s are' if len(skipped) > 1 else ' is'} passed over: {named}")
+        notes.append(f"{len(skipped):,} damaged image{'s are' if len(skipped) > 1 else ' is'} skipped: {named}")
     notes += _twice(*contents)
     digest = hashlib.sha256("".join(map(_digest, contents, (train.labels, held.labels))).encode()).hexdigest()
     dataset = Dataset(
@@ -355,16 +361,16 @@ def _digest(contents: Sequence[bytes], labels: np.ndarray) -> str:
 
 
 def _twice(train: Sequence[bytes], held: Sequence[bytes]) -> list[str]:
-    """A note where files to judge by are training images too, byte for byte, under another name or class."""
+    """A note if some validation files have the same bytes as training files, under another name or class."""
     learnt = set(train) - {b""}
     if not (count := sum(content in learnt for content in held)):
         return []
-    return [f"{count:,} of {len(held):,} images to judge by are training images too (the same bytes), which flatters "
-            "the accuracy or, where the classes differ, spoils it: remove the copies"]  # fmt: skip
+    return [f"{count:,} of {len(held):,} validation images are also training images (the same bytes), which makes the "
+            "accuracy too high or, if their classes differ, too low: remove the copies"]  # fmt: skip
 
 
 def fewer(dataset: Dataset, limit: int | None, seed: int = 0) -> Dataset:
-    """A data set with ``limit`` training images of each class, drawn with a seed; all with None."""
+    """A data set with at most ``limit`` training images per class, drawn with a seed; ``None`` keeps all."""
     if limit is None:
         return dataset
     chosen = _some(dataset.train.labels, limit, seed)
@@ -374,7 +380,7 @@ def fewer(dataset: Dataset, limit: int | None, seed: int = 0) -> Dataset:
 
 
 def _some(labels: np.ndarray, limit: int, seed: int) -> np.ndarray:
-    """Positions of ``limit`` images of each class, ascending."""
+    """Indices of ``limit`` images of each class, ascending."""
     draws = np.random.Generator(np.random.Philox(seed + 1))
     chosen = [draws.permutation(np.flatnonzero(labels == label))[:limit] for label in np.unique(labels)]
     return np.sort(np.concatenate(chosen))

@@ -1,12 +1,12 @@
-"""Image files to what a network sees, by Pillow: listing, decoding, resizing, cropping and batching.
+"""Lists, decodes, resizes, crops and batches image files with Pillow.
 
-The same as torchvision's ``ImageFolder`` with ``Resize`` and ``CenterCrop`` on PIL images, to the last grey level:
-pixels as stored (EXIF's orientation is not looked at), converted to RGB, shorter side resized with antialiasing, centre
-cut out. Normalisation is left to the device (:func:`jresnet.weights.preprocessing.normalise`). :func:`photo` reads a file
-as a person sees it instead: upright, transparency over white, 16 bits as 8.
+Results equal those of torchvision's ``ImageFolder`` with ``Resize`` and ``CenterCrop`` on PIL images, bit by bit: pixels are
+read as stored (the EXIF orientation is ignored) and converted to RGB, the shorter side is resized with antialiasing, and the
+centre is cropped. Normalisation is done on the device (:func:`jresnet.weights.preprocessing.normalise`). :func:`photo` reads
+a file as viewers display it instead: upright, with transparency over white and 16 bits reduced to 8.
 
-Files may come from anyone. Only the formats below are decoded (Pillow would hand PostScript to a program), and an image
-of more than Pillow's ``MAX_IMAGE_PIXELS`` is refused, as read and as resized.
+Files are untrusted. Only the formats below are decoded (Pillow would pass PostScript to a program), and images of more than
+Pillow's ``MAX_IMAGE_PIXELS`` are refused, as read and as resized.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from jresnet.weights.preprocessing import Preprocessing
 
 # torchvision/datasets/folder.py's IMG_EXTENSIONS, in any case.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # by content: some of ImageNet's .JPEG files are PNG
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")  # detected from content: some .JPEG of ImageNet are PNG
 FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
 Reader = Callable[[Any], Image.Image]  # a file's path to its image in mode RGB
-_TURNS = {  # by EXIF's orientation (EXIF 2.32, table 4, tag 274)
+_TURNS = {  # by EXIF orientation (EXIF 2.32, table 4, tag 274)
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -48,7 +48,7 @@ _TURNS = {  # by EXIF's orientation (EXIF 2.32, table 4, tag 274)
 
 
 class BadImage(DataError):
-    """A file that cannot be decoded; the message is the reason, without the file's name."""
+    """An image file cannot be decoded; the message is the reason, without the file's name."""
 
 
 @dataclass(frozen=True)
@@ -58,44 +58,43 @@ class Folder:
     root: Path
     classes: tuple[str, ...]  # folder names, sorted
     paths: tuple[Path, ...]
-    labels: tuple[int, ...]  # positions in classes
-    ignored: int  # files of other kinds
+    labels: tuple[int, ...]  # indices into classes
+    ignored: int  # number of other files
 
 
 class Bad(NamedTuple):
     """An image that was skipped."""
 
-    position: int  # among the sources
+    position: int  # index into the sources
     reason: str
 
 
 class Batch(NamedTuple):
     """Images ready for the device."""
 
-    images: UInt8[np.ndarray, "b s s c"]  # the last batch is filled up with zeros
-    positions: np.ndarray  # int [n], n <= b: which sources the first n images are
-    bad: list[Bad]  # skipped since the batch before
+    images: UInt8[np.ndarray, "b s s c"]  # the last batch is padded with zeros
+    positions: np.ndarray  # int [n], n <= b: indices of the first n images into the sources
+    bad: list[Bad]  # images skipped since the previous batch
 
 
 @dataclass(frozen=True)
 class Walked:
-    """Image files by class as texts, and the folders that were looked into."""
+    """Image files by class as strings, and the folders that were searched."""
 
     classes: tuple[str, ...]
-    files: list[tuple[str, int]]  # path below the root, position in classes
+    files: list[tuple[str, int]]  # (path below the root, index into classes)
     folders: list[str]
-    ignored: int  # files of other kinds
+    ignored: int  # number of other files
 
 
 def list_folder(root: str | Path) -> Folder:
-    """The images in ``root/CLASS/`` and the folders below, as ``torchvision.datasets.ImageFolder`` lists them.
+    """Lists the images in ``root/CLASS/`` and the folders below, in the order of ``torchvision.datasets.ImageFolder``.
 
-    Not so hidden folders, ``__pycache__`` and ``__MACOSX``: they are no classes.
-
-    Links to files and to class folders are followed, links to folders further down are not: they may form circles.
+    Unlike torchvision, it ignores hidden folders, ``__pycache__`` and ``__MACOSX``. Links to files and to class folders are
+    followed; links to folders further down are not, because they may form cycles.
 
     Raises:
-        DataError: there is no such folder, it cannot be read, or it holds no image in a class folder.
+        DataError: the folder does not exist or cannot be read, or contains no image in a class folder.
     """
     found = walk(root)
     root = Path(root).expanduser()
@@ -104,10 +103,10 @@ def list_folder(root: str | Path) -> Folder:
 
 
 def walk(root: str | Path) -> Walked:
-    """As :func:`list_folder`, in texts: of a million paths Python's own objects take a gigabyte."""
-    layout = "expected FOLDER/CLASS/*.JPEG, one folder a class"
-    if not os.fspath(root):  # as of an unset variable; for Path it is the working directory
-        raise DataError(f"the folder of images is an empty text: {layout}")
+    """As :func:`list_folder`, with strings instead of ``Path`` objects, a million of which take a gigabyte."""
+    layout = "expected FOLDER/CLASS/*.JPEG, one folder per class"
+    if not os.fspath(root):  # perhaps an unset variable; Path would take it for the working directory
+        raise DataError(f"the folder of images is an empty string: {layout}")
     root = Path(root).expanduser()
     if not root.is_dir():
         raise DataError(f"there is no folder {root}: {layout}")
@@ -133,26 +132,26 @@ def walk(root: str | Path) -> Walked:
         raise DataError(f"cannot list the images in {root}: {error}") from error
     if not found:
         what = f"{len(classes):,} folders without an image" if classes else f"no folder, and {ignored:,} files"
-        raise DataError(f"{root} holds {what}: {layout}; images end in {', '.join(EXTENSIONS)}")
+        raise DataError(f"{root} contains {what}: {layout}; images end in {', '.join(EXTENSIONS)}")
     return Walked(classes, found, looked, ignored)
 
 
 def is_aside(name: str) -> bool:
-    """Whether a folder holds what programs leave beside images: copies of notebooks, caches, macOS's attributes."""
+    """Whether a folder was created by a program beside the images: notebook checkpoints, caches, macOS's attributes."""
     return name.startswith(".") or name in ("__pycache__", "__MACOSX")
 
 
 def _walk(root: Path, fail: Callable[[OSError], None]) -> Iterator[tuple[str, list[str]]]:
-    """The folders in and below ``root``, without those that are no part of the data, and their files."""
+    """Yields ``root`` and the folders below with their files, except folders that do not belong to the data."""
     for folder, below, files in os.walk(root, onerror=fail):
         below[:] = [name for name in below if not is_aside(name)]
         yield folder, files
 
 
 def in_turn(labels: Sequence[int]) -> list[int]:
-    """An order that takes the first image of every class, then the second of every class, and so on.
+    """An order of images: the first of every class, then the second of every class, and so on.
 
-    Its first N images are spread evenly over the classes, whatever N is.
+    For any N, the first N images are evenly distributed over the classes.
     """
     seen: Counter[int] = Counter()
     turns = []
@@ -163,32 +162,32 @@ def in_turn(labels: Sequence[int]) -> list[int]:
 
 
 def read(path: str | Path) -> Image.Image:
-    """An image file as RGB, as ``ImageFolder`` reads it: the first frame, EXIF's orientation not looked at.
+    """Reads an image file as RGB, as ``ImageFolder`` does: the first frame, ignoring the EXIF orientation.
 
     Raises:
-        BadImage: it is missing, empty, cut short, too large, or of none of ``FORMATS``.
+        BadImage: the file is missing, empty, truncated, too large, or not in one of ``FORMATS``.
     """
     with opened(path) as image:
         return as_rgb(image)
 
 
 def photo(source: str | Path | bytes) -> Image.Image:
-    """An image as RGB, as a person sees it; the arguments and errors are those of :func:`opened`, the image :func:`seen`."""
+    """Reads an image as RGB, as viewers display it (:func:`seen`); arguments and errors as in :func:`opened`."""
     with opened(source) as image:
         return seen(image)
 
 
 @contextlib.contextmanager
 def opened(source: str | Path | bytes) -> Iterator[Image.Image]:
-    """The image in a file, or in a file's content, not decoded yet; what goes wrong with it in the block is BadImage.
+    """Opens an image file, or the content of one, without decoding it; exceptions in the block become BadImage.
 
     Raises:
-        BadImage: it is missing, empty, cut short, too large, or of none of ``FORMATS``.
+        BadImage: the file is missing, empty, truncated, too large, or not in one of ``FORMATS``.
     """
     try:
         if not isinstance(source, bytes):
-            if not os.path.isfile(source):  # a pipe would never end
-                raise BadImage("no ordinary file" if os.path.exists(source) else "missing")
+            if not os.path.isfile(source):  # reading a pipe may never end
+                raise BadImage("not a regular file" if os.path.exists(source) else "missing")
             if os.path.getsize(source) == 0:
                 raise BadImage("empty")
         elif not source:
@@ -197,22 +196,22 @@ def opened(source: str | Path | bytes) -> Iterator[Image.Image]:
             io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb") as file,
             Image.open(file, formats=FORMATS) as image,
         ):
-            if image.width * image.height > _limit():  # Pillow warns here, and raises only beyond twice that
+            if image.width * image.height > _limit():  # Pillow itself only warns up to twice the limit
                 raise BadImage(f"{image.width} x {image.height} pixels are more than {_limit():,}")
             yield image
     except BadImage:
         raise
     except UnidentifiedImageError as error:
-        raise BadImage(f"no image: expected one of {', '.join(FORMATS)}") from error
-    except Exception as error:  # Pillow's decoders fail in ways of their own
+        raise BadImage(f"not an image: expected one of {', '.join(FORMATS)}") from error
+    except Exception as error:  # Pillow's decoders raise many kinds of errors
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error) or type(error).__name__
         raise BadImage(" ".join(reason.split())) from error
 
 
 def seen(image: Image.Image) -> Image.Image:
-    """An open image as RGB, as a person sees it: its first frame, turned as EXIF says, transparent parts over white.
+    """Converts an open image to RGB as viewers display it: first frame, EXIF orientation applied, transparency over white.
 
-    Grey levels and errors as :func:`as_rgb`.
+    Grey levels and errors as in :func:`as_rgb`.
     """
     turn = _TURNS.get(orientation(image))
     image.load()
@@ -226,19 +225,19 @@ def seen(image: Image.Image) -> Image.Image:
 
 
 def orientation(image: Image.Image) -> int:
-    """EXIF's orientation of an open image, 1 to 8; 1, as it is stored, where EXIF is damaged or does not say."""
+    """The EXIF orientation of an open image, 1 to 8; 1 (as stored) if EXIF is damaged or does not state it."""
     try:
         return int(image.getexif().get(0x0112, 1))
-    except Exception:  # Pillow's parser fails in ways of its own
+    except Exception:  # Pillow's parser raises many kinds of errors
         return 1
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """A picture of any mode in RGB, as a person sees it.
+    """Converts an image of any mode to RGB, as viewers display it.
 
-    Pillow's own conversion cuts off what is above 255. Grey levels of 16 bits are scaled instead; floating-point ones are
-    taken as from 0 to 1 or from 0 to 255 where they lie within, and otherwise, as wider integers, from the least to the
-    greatest of the picture.
+    Pillow's conversion clips values above 255. Instead, 16-bit grey levels are scaled to 8 bits. Floating-point values are
+    taken as a range of 0 to 1 or 0 to 255 if they lie within it. Otherwise, and for wider integers, the range between the
+    image's smallest and largest value is scaled.
 
     Raises:
         BadImage: a value is NaN or infinite.
@@ -247,7 +246,7 @@ def as_rgb(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     levels = np.asarray(image).astype(np.float64)
     if not np.isfinite(levels).all():
-        raise BadImage("there are NaN or infinite values in it")
+        raise BadImage("it contains NaN or infinite values")
     least, most = float(levels.min()), float(levels.max())
     sixteen = image.mode != "F" and (image.mode != "I" or image.format in ("PNG", "PPM") or 255 < most <= 65535)
     if least >= 0 and sixteen and most <= 65535:
@@ -263,21 +262,21 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _limit() -> float:
-    return Image.MAX_IMAGE_PIXELS or float("inf")  # None is Pillow's way to say that there is none
+    return Image.MAX_IMAGE_PIXELS or float("inf")  # None means no limit
 
 
 def preprocess(image: Image.Image, preprocessing: Preprocessing) -> UInt8[np.ndarray, "s s c"]:
-    """Resizes and cuts as torchvision's ``Resize(resize)`` and ``CenterCrop(crop)``.
+    """Resizes and crops like torchvision's ``Resize(resize)`` and ``CenterCrop(crop)``.
 
     Args:
-        image: in mode RGB.
-        preprocessing: one value of ``mean`` asks for grey, as ``Grayscale()`` makes it; three for RGB.
+        image: an image in mode RGB.
+        preprocessing: if ``mean`` has one value, the image is converted to grey like torchvision's ``Grayscale()``.
 
     Returns:
         uint8 ``[crop, crop, 1 or 3]``; black where the resized image is smaller than the crop.
 
     Raises:
-        BadImage: so long and narrow that it would not fit into memory once resized.
+        BadImage: the image is so narrow that the resized image would exceed Pillow's limit of pixels.
     """
     if len(preprocessing.mean) == 1:
         image = image.convert("L")
@@ -285,7 +284,9 @@ def preprocess(image: Image.Image, preprocessing: Preprocessing) -> UInt8[np.nda
         width, height = image.size
         longer = int(preprocessing.resize * max(width, height) / min(width, height))
         if preprocessing.resize * longer > _limit():
-            raise BadImage(f"{width} x {height} pixels are too narrow to be resized to {preprocessing.resize}")
+            raise BadImage(
+                f"{width} x {height} pixels are too narrow to resize the shorter side to {preprocessing.resize}"
+            )
         size = (preprocessing.resize, longer) if width <= height else (longer, preprocessing.resize)
         image = image.resize(size, FILTERS[preprocessing.interpolation])
     pixels = np.asarray(image)
@@ -301,17 +302,17 @@ def preprocess(image: Image.Image, preprocessing: Preprocessing) -> UInt8[np.nda
 def load(
     source: Path | bytes | UInt8[np.ndarray, "h w 3"], preprocessing: Preprocessing, reader: Reader = read
 ) -> UInt8[np.ndarray, "s s c"]:
-    """:func:`preprocess` of a file, as ``reader`` reads it, or of RGB pixels."""
+    """Applies :func:`preprocess` to a file, read by ``reader``, or to RGB pixels."""
     return preprocess(Image.fromarray(source) if isinstance(source, np.ndarray) else reader(source), preprocessing)
 
 
 def batches(
     sources: Iterable[Path | bytes | np.ndarray], preprocessing: Preprocessing, batch_size: int, reader: Reader = read
 ) -> Iterator[Batch]:
-    """Every source once and in order, decoded by a pool of threads a batch ahead; bad images are left out.
+    """Yields batches of all sources in order, decoded by a pool of threads one batch ahead.
 
-    Files are read by ``reader``, :func:`read` or :func:`photo`. Each batch has ``batch_size`` images, the last one filled up
-    with zeros. Nothing is raised for a bad image.
+    Bad images are left out and listed in the batch; they raise nothing. Each batch has ``batch_size`` images; the last one
+    is padded with zeros. Files are read by ``reader``: :func:`read` or :func:`photo`.
     """
     shape = (batch_size, preprocessing.crop, preprocessing.crop, len(preprocessing.mean))
     positions: list[int] = []
@@ -333,7 +334,7 @@ def batches(
 def _in_threads(
     sources: Iterable[Path | bytes | np.ndarray], preprocessing: Preprocessing, ahead: int, reader: Reader
 ) -> Iterator[np.ndarray | BadImage]:
-    """:func:`load` of each source in order, begun up to ``ahead`` sources early; Pillow decodes outside Python's lock."""
+    """Yields the result of :func:`load` for each source in order, with up to ``ahead`` sources started in advance."""
 
     def attempt(source: Path | bytes | np.ndarray) -> np.ndarray | BadImage:
         try:
@@ -342,8 +343,8 @@ def _in_threads(
             return error
 
     waiting: deque[Future[np.ndarray | BadImage]] = deque()
-    # Pillow warns of damaged EXIF data and the like, on which no pixel depends. Filters are the process's, not a
-    # thread's, so they are set once and not around each image.
+    # Pillow warns about damaged EXIF data and similar problems that do not affect pixels. Warning filters are global to the
+    # process, so they are set once and not in each thread.
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
         warnings.filterwarnings("ignore", module=r"PIL\.")
         try:

@@ -1,12 +1,12 @@
-"""Where a million images are: their names in one text instead of a million objects, and a listing that is made once.
+"""Compact lists of up to millions of images, and a cache of such lists.
 
-Every process that decodes holds the list. As Python's strings the names of ImageNet take some 200 MB in each; as one text
-with the ends of its lines, 50 MB.
+Every process that decodes images holds the list. The names of ImageNet take about 200 MB per process as Python strings, and
+50 MB as one byte array with end positions.
 
-**Kept listings.** To list 1.3 million files takes a minute, on a network's disk many. A listing is kept in
-``jresnet/listings`` of ``XDG_CACHE_HOME`` or ``~/.cache`` beside the state of every folder or file that it came from (its
-times of change, size and number). It is used again where all of these are the same: a file added, removed or renamed
-changes its folder. It is a safetensors file with a digest, which holds names and numbers; nothing in it is run.
+**Cached listings.** Listing 1.3 million files takes a minute, and many minutes on a network disk. So a listing is stored in
+``jresnet/listings`` of ``XDG_CACHE_HOME`` or ``~/.cache``, together with the state (times of change, size, inode) of every
+folder or file that it depends on. It is reused if none of these states changed; adding, removing or renaming a file changes
+its folder. The stored file is a safetensors file with a digest that contains only names and numbers, no code.
 """
 
 from __future__ import annotations
@@ -28,33 +28,34 @@ import safetensors.numpy
 from jresnet.errors import InputError
 from jresnet.files import write_atomically
 
-RECENT = 2 * 10**9  # ns: a folder that was changed so shortly before may change again within one tick of its clock
-VERSION = 1  # of the kept form
+# ns; a folder that changed so recently may change again without a new time stamp, so it is not cached
+RECENT = 2 * 10**9
+VERSION = 1  # version of the file format
 
 
 class Record(NamedTuple):
-    """Where an image is inside a larger file: a record of a TFDS store, or a member of a tar file."""
+    """The location of an image inside a larger file: a record of a TFDS store, or a member of a tar file."""
 
     path: str
-    position: int  # of the record in an array_record file; elsewhere of its first byte
+    position: int  # index of the record in an array_record file; otherwise offset of its first byte
     length: int  # bytes; -1 in an array_record file
 
     def __str__(self) -> str:
         return f"{self.path}, record at {self.position:,}"
 
 
-Source = str | Record  # where an image's bytes are: a path, or a part of a file
+Source = str | Record  # location of an image: a path, or a part of a file
 
 
 @dataclass(frozen=True, eq=False)
 class Sources(Sequence[Source]):
-    """Many sources in few arrays: the names of files below a folder, or parts of some files.
+    """A compact sequence of sources: files below a folder, or parts of some files.
 
     Args:
-        root: what every path begins with.
-        text: uint8, the paths one after the other, in UTF-8 with what is no UTF-8 escaped as Python does.
-        ends: int64 ``[paths]``, where each ends in ``text``.
-        parts: int64 ``[n, 3]``: which path, position and length of each record; None: the sources are the paths.
+        root: folder of all paths.
+        text: uint8, all paths concatenated, in UTF-8 with Python's surrogateescape.
+        ends: int64 ``[paths]``, the end of each path in ``text``.
+        parts: int64 ``[n, 3]``: index of the path, position and length of each record; None: the sources are the paths.
     """
 
     root: str
@@ -64,7 +65,7 @@ class Sources(Sequence[Source]):
 
     @staticmethod
     def of(sources: Iterable[Source], root: str = "") -> Sources:
-        """Those of a list, all of one kind; paths are relative to ``root``."""
+        """Builds the sequence from sources of one kind; paths are relative to ``root``."""
         found = list(sources)
         if found and isinstance(found[0], Record):
             records = [source for source in found if isinstance(source, Record)]
@@ -77,7 +78,7 @@ class Sources(Sequence[Source]):
         return len(self.ends if self.parts is None else self.parts)
 
     def __getitem__(self, which: Any) -> Any:
-        """One source, or with a slice fewer of them."""
+        """One source, or for a slice a shorter sequence."""
         if isinstance(which, slice):
             return self.take(np.arange(len(self))[which])
         if self.parts is None:
@@ -91,19 +92,19 @@ class Sources(Sequence[Source]):
     __hash__ = None  # type: ignore[assignment]
 
     def take(self, positions: Sequence[int] | np.ndarray) -> Sources:
-        """Those at ``positions``."""
+        """The sources at ``positions``."""
         positions = np.asarray(positions, np.int64)
         if self.parts is not None:
             return Sources(self.root, self.text, self.ends, self.parts[positions])
         starts = np.concatenate([[0], self.ends])[positions]
         lengths = self.ends[positions] - starts
         ends = np.cumsum(lengths)
-        # Each byte of the new text is as far behind the old start of its path as behind the new one.
+        # Each byte has the same offset from the start of its path in the old and in the new text.
         shift = np.repeat(starts - (ends - lengths), lengths)
         return Sources(self.root, self.text[np.arange(len(shift)) + shift], ends)
 
     def digest(self) -> bytes:
-        """SHA-256 of the sources as they are named below ``root``, in their order."""
+        """SHA-256 over the sources in order, without ``root``."""
         total = hashlib.sha256()
         for array in (self.text, self.ends, *([] if self.parts is None else [self.parts])):
             total.update(np.ascontiguousarray(array).data)
@@ -117,7 +118,7 @@ class Sources(Sequence[Source]):
 
 
 def compact(sources: Sequence[Source]) -> Sources:
-    """Sources as :class:`Sources`."""
+    """Converts any sequence of sources to :class:`Sources`."""
     return sources if isinstance(sources, Sources) else Sources.of(sources)
 
 
@@ -133,24 +134,24 @@ def _same(one: Any, other: Any) -> bool:
     return one == other
 
 
-# Listings that are kept.
+# Cached listings.
 
 
 @dataclass
 class Found:
-    """What a listing found."""
+    """The result of a listing."""
 
     arrays: dict[str, np.ndarray]
     about: dict[str, Any]  # JSON values
-    guards: list[str] = field(default_factory=list)  # the folders and files whose state it depends on
+    guards: list[str] = field(default_factory=list)  # folders and files that the result depends on
 
 
 def kept(name: str, make: Callable[[], Found]) -> Found:
-    """What ``make`` finds, or what it found before where nothing it depends on has changed since.
+    """The result of ``make``, from the cache if nothing that it depends on has changed.
 
     Args:
-        name: what is listed and how, such as ``folder /data/train``.
-        make: lists; its errors pass.
+        name: identifies the listing, such as ``folder /data/train``.
+        make: creates the listing; its exceptions are passed on.
     """
     path = (
         _folder()
@@ -166,7 +167,7 @@ def kept(name: str, make: Callable[[], Found]) -> Found:
         text = json.dumps(about)
         arrays = {key: np.ascontiguousarray(value) for key, value in found.arrays.items()}
         metadata = {"about": text, "digest": _digest(text, arrays)}
-        with contextlib.suppress(InputError, OSError):  # a disk that is full or read-only: listed anew the next time
+        with contextlib.suppress(InputError, OSError):  # disk full or read-only: not cached
             path.parent.mkdir(0o700, parents=True, exist_ok=True)
             write_atomically(path, safetensors.numpy.save(arrays, metadata))
     return found
@@ -178,7 +179,7 @@ def _folder() -> Path:
 
 
 def _states(guards: Iterable[str]) -> list[list[int]] | None:
-    """The state of each file or folder; None where one of them is gone."""
+    """The state of each file or folder; None if one of them does not exist."""
     try:
         found = [os.stat(guard) for guard in guards]
     except OSError:
@@ -187,7 +188,7 @@ def _states(guards: Iterable[str]) -> list[list[int]] | None:
 
 
 def _read(path: Path, name: str) -> Found | None:
-    """A kept listing; None where there is none, it is damaged, or out of date."""
+    """A cached listing; None if there is none, or it is damaged or out of date."""
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}

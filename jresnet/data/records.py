@@ -1,7 +1,7 @@
-"""Labelled images of any prepared store of TensorFlow Datasets, read one by one, without TensorFlow.
+"""Reads labelled images of any prepared TensorFlow Datasets (TFDS) store one by one, without TensorFlow.
 
-A store may come from anyone: as in :mod:`jresnet.data.tfds`, its files are opened by the names that a store has, and nothing
-in it names code that is run.
+Stores are untrusted: as in :mod:`jresnet.data.tfds`, files are opened by the usual names of a store, and nothing in a store
+can select code to run.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from jresnet.data.tfds import MAX_INFO, TEMPLATE
 from jresnet.errors import DataError
 from jresnet.files import few, printable
 
-MAX_RECORD = 2**28  # bytes; a photo has some millions
-MAX_IMAGES = 100_000_000  # of a split
-HELD = ("validation", "val", "test")  # splits to judge by, the first that a store has
+MAX_RECORD = 2**28  # bytes; a photo has a few million
+MAX_IMAGES = 100_000_000  # largest number of images in a split
+HELD = ("validation", "val", "test")  # names of validation splits; the first one that exists is used
 
 
 class Store(NamedTuple):
-    """What a store holds: the records of its splits with their labels, int32 ``[n]``."""
+    """The content of a store: the records of its splits with their labels, int32 ``[n]``."""
 
     folder: Path
     classes: tuple[str, ...]
@@ -37,26 +37,26 @@ class Store(NamedTuple):
 
     @property
     def held(self) -> tuple[Sources, np.ndarray] | None:
-        """Those to judge by, where the store has some."""
+        """The validation split; None if there is none."""
         return next((self.parts[name] for name in HELD if name in self.parts), None)
 
 
 def find(name: str, data_dir: str | Path | None = None) -> Store:
-    """A prepared store by its name, ``NAME[/CONFIG][:VERSION]``; every record is parsed once for its label.
+    """Finds a prepared store by its name ``NAME[/CONFIG][:VERSION]``.
 
-    What is found is kept (:func:`jresnet.data.index.kept`).
+    Every record is parsed once for its label. The result is cached (:func:`jresnet.data.index.kept`).
 
     Args:
-        name: of the data set, with features "image" and "label", and a split "train".
-        data_dir: where the stores are; ``None``: ``TFDS_DATA_DIR``, else ``~/tensorflow_datasets``.
+        name: name of a data set with features "image" and "label" and a split "train".
+        data_dir: folder of the stores; ``None``: ``TFDS_DATA_DIR``, else ``~/tensorflow_datasets``.
 
     Raises:
-        DataError: there is none, or it is damaged or of another form.
+        DataError: the store does not exist, is damaged, or has another format.
     """
     root = Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     if not re.fullmatch(r"\w+(/[\w.+-]+)?(:\d+\.\d+\.\d+)?", name, re.ASCII) or ".." in name:
         raise DataError(
-            f"a TFDS store is named tfds:NAME, tfds:NAME/CONFIG or tfds:NAME:1.0.0, not tfds:{printable(name)}"
+            f"expected a TFDS store as tfds:NAME, tfds:NAME/CONFIG or tfds:NAME:1.0.0, got tfds:{printable(name)}"
         )
     path, _, version = name.partition(":")
     versions = [
@@ -67,7 +67,7 @@ def find(name: str, data_dir: str | Path | None = None) -> Store:
     if not versions:
         raise DataError(
             f"there is no prepared store {root / path}/VERSION: prepare it with "
-            f"tfds.builder({path!r}).download_and_prepare(), or name the folder of stores as data_dir"
+            f"tfds.builder({path!r}).download_and_prepare(), or give the folder of stores as data_dir"
         )
     store = max(versions, key=lambda folder: [int(part) for part in folder.name.split(".")])
     try:
@@ -81,7 +81,7 @@ def find(name: str, data_dir: str | Path | None = None) -> Store:
 def _read(store: Path, name: str) -> Store:
     info = store / "dataset_info.json"
     if info.stat().st_size > MAX_INFO:
-        raise DataError(f"{info.name} has {info.stat().st_size:,} bytes; expected some thousands")
+        raise DataError(f"{info.name} has {info.stat().st_size:,} bytes; expected a few thousand")
     described = json.loads(info.read_bytes())
     kind = described.get("fileFormat", "tfrecord")
     if kind not in ("array_record", "tfrecord"):
@@ -94,7 +94,7 @@ def _read(store: Path, name: str) -> Store:
             raise DataError(f"its files are named {str(split['filepathTemplate'])[:80]!r}; expected {TEMPLATE!r}")
         lengths = [int(length) for length in split["shardLengths"]]
         if min(lengths, default=-1) < 0 or not 0 < sum(lengths) <= MAX_IMAGES or len(lengths) > 100_000:
-            raise DataError(f"{info.name} says nothing that can be true about the images of {split['name']}")
+            raise DataError(f"{info.name} states an impossible number of images of {split['name']}")
         files = [
             store / f"{name}-{split['name']}.{kind}-{number:05d}-of-{len(lengths):05d}"
             for number in range(len(lengths))
@@ -116,14 +116,14 @@ def _read(store: Path, name: str) -> Store:
 
 
 def _listed(files: list[Path], lengths: list[int], kind: str) -> Found:
-    """The records of a split's files, of which each has so many, and their labels."""
+    """The records and labels of a split's files; ``lengths`` are the expected numbers of records."""
     records: list[Record] = []
     for path, length in zip(files, lengths, strict=True):
-        if not path.is_file():  # a pipe would never end
-            raise DataError(f"{path.name} is {'no ordinary file' if path.exists() else 'missing'}")
+        if not path.is_file():  # reading a pipe may never end
+            raise DataError(f"{path.name} is {'not a regular file' if path.exists() else 'missing'}")
         own = list(_records(path, kind))
         if len(own) != length:
-            raise DataError(f"{path.name} has {len(own):,} of {length:,} records")
+            raise DataError(f"{path.name} has {len(own):,} records; expected {length:,}")
         records += own
     labels = np.array([_label(record) for record in records], np.int64)
     sources = Sources.of(record._replace(path=os.path.basename(record.path)) for record in records)
@@ -133,13 +133,13 @@ def _listed(files: list[Path], lengths: list[int], kind: str) -> Found:
 
 
 def _classes(store: Path, most: int) -> tuple[str, ...]:
-    """The classes' names, of the file that TFDS writes beside ``features.json``; else numbers."""
+    """The names of the classes, from the file that TFDS writes beside ``features.json``; numbers if there is none."""
     path = store / "label.labels.txt"
     if not path.is_file():
         return tuple(map(str, range(most + 1)))
     names = tuple(path.read_text("utf-8").splitlines()) if path.stat().st_size <= 2**26 else ()
     if len(names) <= most or len(set(names)) != len(names) or not all(name and name.isprintable() for name in names):
-        raise DataError(f"{path.name} does not give {most + 1:,} names or more, each once")
+        raise DataError(f"{path.name} must contain at least {most + 1:,} names, all different")
     return names
 
 
@@ -154,7 +154,7 @@ def _records(path: Path, kind: str) -> Iterator[Record]:
         while head := file.read(12):  # uint64 length, its CRC, the record, its CRC
             length = struct.unpack("<Q4x", head)[0] if len(head) == 12 else MAX_RECORD + 1
             if length > MAX_RECORD or position + 12 + length + 4 > size:
-                raise DataError(f"{path.name} is cut short or damaged")
+                raise DataError(f"{path.name} is truncated or damaged")
             yield Record(str(path), position + 12, length)
             position += 12 + length + 4
             file.seek(position)
@@ -182,19 +182,19 @@ def _features(record: Record) -> Any:
             content = file.read(record.length)
     try:
         return tf_example_pb2.Example.FromString(content).features.feature
-    except Exception as error:  # protobuf's own
-        raise DataError(f"{record} is no tf.train.Example") from error
+    except Exception as error:  # of protobuf
+        raise DataError(f"{record} is not a tf.train.Example") from error
 
 
 def _label(record: Record) -> int:
     features = _features(record)
     if "image" not in features or "label" not in features:
-        raise DataError(f"its records hold {few(features)}: expected image and label")
+        raise DataError(f"its records have the features {few(features)}: expected image and label")
     (label,) = features["label"].int64_list.value
     return label
 
 
 def read(record: Record) -> bytes:
-    """A record's encoded image."""
+    """The encoded image in a record."""
     (content,) = _features(record)["image"].bytes_list.value
     return content

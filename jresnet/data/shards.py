@@ -1,9 +1,9 @@
-"""Tar files of images with their classes, as webdataset makes them: ``KEY.jpg`` and ``KEY.cls`` one after the other.
+"""Reads tar files of images with their classes in webdataset's format: ``KEY.jpg`` followed by ``KEY.cls``.
 
-The form in which ImageNet lies on the Hugging Face Hub (``timm/imagenet-1k-wds``), which any language's tar writes and
-reads. Of the headers an index is made once (:func:`jresnet.data.index.kept`); from then on an image is read by its
-position, so the order of an epoch is as free as with files, and nothing is unpacked. array_record would need its own
-library on both sides and says nothing about the form of its records.
+ImageNet is available in this format on the Hugging Face Hub (``timm/imagenet-1k-wds``), and any tar program can write and
+read it. An index of the headers is created once and cached (:func:`jresnet.data.index.kept`). Images are then read by their
+offsets, so that an epoch can have any order and nothing is unpacked. (array_record would need its own library to write and
+read, and does not define the content of records.)
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from jresnet.data.index import Found, Record, Sources, kept
 from jresnet.errors import DataError
 from jresnet.files import few
 
-TRAIN, HELD = r"train", r"val|test"  # what a shard's file, or its folder, has in its name
+TRAIN, HELD = r"train", r"val|test"  # patterns in the name of a shard or of its folder
 MAX_LABEL = 1_000_000
-CLASSES = "classes.txt"  # the classes' names, a line each; without it they are called by their numbers
-MAX_CLASSES = 2**26  # bytes of that file
+CLASSES = "classes.txt"  # names of the classes, one per line; without this file their numbers are used
+MAX_CLASSES = 2**26  # largest size of that file in bytes
 
 
 def are_in(root: Path) -> bool:
-    """Whether a folder holds tar files, itself or in its folders of training and validation images."""
+    """Whether there are tar files in a folder, or in its folders of training and validation images."""
     return bool(_shards(root))
 
 
@@ -50,7 +50,7 @@ def find(root: Path) -> tuple[tuple[str, ...], dict[str, tuple[Sources, np.ndarr
     """
     shards = _shards(root)
     if "train" not in shards:
-        raise DataError(f"{root} has tar files, but none with train in its name or its folder's")
+        raise DataError(f"{root} has tar files, but none with train in its name or in its folder's name")
     parts = {}
     for part, paths in shards.items():
         found = kept(f"tar {os.path.abspath(root)} {part}", lambda paths=paths: _listed(root, paths))  # type: ignore[misc]
@@ -66,7 +66,7 @@ def _classes(root: Path, most: int) -> tuple[str, ...]:
         return tuple(map(str, range(most + 1)))
     names = tuple(path.read_text("utf-8", "replace").splitlines()) if path.stat().st_size <= MAX_CLASSES else ()
     if len(names) <= most or len(set(names)) != len(names) or not all(name and name.isprintable() for name in names):
-        raise DataError(f"{path} does not give {most + 1:,} names or more, each once")
+        raise DataError(f"{path} must contain at least {most + 1:,} names, all different")
     return names
 
 
@@ -88,9 +88,9 @@ def _listed(root: Path, paths: list[Path]) -> Found:
 
 
 def _members(path: Path) -> list[tuple[Record, int]]:
-    """The images of a shard with their classes, in its order."""
-    if not path.is_file():  # a pipe would never end
-        raise ValueError("it is no ordinary file")
+    """The images of a shard with their classes, in order."""
+    if not path.is_file():  # reading a pipe may never end
+        raise ValueError("it is not a regular file")
     images: dict[str, Record] = {}
     labels: dict[str, int] = {}
     size = path.stat().st_size
@@ -102,24 +102,24 @@ def _members(path: Path) -> list[tuple[Record, int]]:
             key, dot, end = member.name.rpartition("/")[2].partition(".")
             key = member.name.removesuffix(dot + end)
             if member.offset_data + member.size > size:
-                raise ValueError("it is cut short")
+                raise ValueError("it is truncated")
             if f".{end.lower()}" in EXTENSIONS:
                 images[key] = Record(str(path), member.offset_data, member.size)
             elif end == "cls":
                 file = tar.extractfile(member)
                 text = file.read(32) if file else b""
                 if not text.strip().isdigit() or int(text) > MAX_LABEL:
-                    raise ValueError(f"{member.name[:80]} holds no class's number, but {text[:32]!r}")
+                    raise ValueError(f"{member.name[:80]} must contain the number of a class, found {text[:32]!r}")
                 labels[key] = int(text)
     if without := [key for key in images if key not in labels]:
         raise ValueError(f"{len(without):,} images have no class beside them (KEY.cls): {few(without)}")
     if not images:
-        raise ValueError("there is no image in it")
+        raise ValueError("it contains no image")
     return [(record, labels[key]) for key, record in images.items()]
 
 
 def read(record: Record) -> bytes:
-    """The bytes of a member."""
+    """Reads the bytes of a member."""
     with open(record.path, "rb") as file:
         file.seek(record.position)
         return file.read(record.length)

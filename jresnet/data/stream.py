@@ -1,12 +1,12 @@
-"""Image files decoded ahead of the device by grain's workers, in an order that the seed decides.
+"""Streams batches of image files, decoded in advance by grain's workers, in an order determined by the seed.
 
-A training view is torchvision's ``RandomResizedCrop``, drawn on the host from (seed, number of the view); the flip and
-whatever follows run on the device. An evaluation view is :func:`jresnet.data.images.preprocess`, what
-:meth:`jresnet.get_weights` does. Files are read as a person sees them (:func:`jresnet.data.images.seen`).
+A training view is torchvision's ``RandomResizedCrop``, drawn on the host from (seed, number of the view); flips and later
+augmentations run on the device. An evaluation view is :func:`jresnet.data.images.preprocess`, as in
+:func:`jresnet.get_weights`. Files are read as viewers display them (:func:`jresnet.data.images.seen`).
 
-**Order and position.** The order of an epoch and every crop follow from the seed and the place in the run alone, never from
-the number of workers or of processes that share a batch. A batch has a number, counted over all epochs, by which it can be
-asked for: a run that is resumed in the middle of an epoch, on one host or on many, asks for the next one.
+**Order and position.** The order of an epoch and every crop depend only on the seed and the position in the run, not on the
+number of workers or of processes that share a batch. Batches are numbered over all epochs and can be requested by number:
+a run that is resumed in the middle of an epoch, on any number of hosts, requests the next one.
 """
 
 from __future__ import annotations
@@ -36,29 +36,29 @@ from jresnet.weights.preprocessing import Preprocessing
 
 
 def read(source: Source) -> bytes | str:
-    """What :func:`jresnet.data.images.opened` takes for a source."""
+    """Converts a source to an argument of :func:`jresnet.data.images.opened`: a path or bytes."""
     if isinstance(source, str):
         return source
     return shards.read(source) if source.path.endswith(".tar") else records.read(source)
 
 
 def said(source: Source) -> str:
-    """A source's name in messages."""
+    """The name of a source in messages."""
     return source if isinstance(source, str) else str(source)
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Pillow warns of damaged EXIF data and the like, on which no pixel depends."""
+    """Silences Pillow's warnings, which concern damaged EXIF data and similar problems that do not affect pixels."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")
         yield
 
 
 class Files:
-    """Images that are decoded when they are asked for: as an array uint8 ``[n, crop, crop, c]`` of evaluation views.
+    """Images that are decoded on access, like an array uint8 ``[n, crop, crop, c]`` of evaluation views.
 
-    ``files[3]`` is an image; ``files[2:9]``, a mask or positions give fewer of them, undecoded.
+    ``files[3]`` is an image. Indexing with a slice, a mask or positions returns another ``Files`` without decoding.
     """
 
     def __init__(self, sources: Sequence[Source], preprocessing: Preprocessing):
@@ -66,7 +66,7 @@ class Files:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """As an array's."""
+        """The shape of the corresponding array."""
         return (len(self.sources), *shape(self.preprocessing))
 
     def __len__(self) -> int:
@@ -82,14 +82,14 @@ class Files:
         return Files(self.sources.take(positions), self.preprocessing)
 
     def batches(self, batch_size: int, rows: slice | None = None) -> Iterator[np.ndarray]:
-        """Every image once and in order, decoded ahead by threads; the last batch is filled up with its last image.
+        """Yields batches of all images in order, decoded in advance by threads; the last batch repeats its last image.
 
         Args:
-            batch_size: images.
-            rows: only these of every batch, where other processes have the rest.
+            batch_size: number of images per batch.
+            rows: the rows of every batch that this process decodes, if other processes have the rest; ``None``: all.
 
         Raises:
-            DataError: an image that was sound when it was checked is so no more.
+            DataError: an image can no longer be decoded.
         """
         n = len(self.sources)
         positions = np.minimum(np.arange(-(-n // batch_size) * batch_size), n - 1)
@@ -109,7 +109,7 @@ class Files:
 
 
 def shape(preprocessing: Preprocessing) -> tuple[int, int, int]:
-    """Of an evaluation view."""
+    """The shape of an evaluation view."""
     return (preprocessing.crop, preprocessing.crop, len(preprocessing.mean))
 
 
@@ -118,10 +118,10 @@ def _evaluated(files: Files, position: int) -> np.ndarray:
 
 
 def view(source: Source, preprocessing: Preprocessing) -> UInt8[np.ndarray, "s s c"]:
-    """An image's evaluation view.
+    """Decodes an image's evaluation view.
 
     Raises:
-        DataError: it cannot be decoded; the message names it.
+        DataError: the image cannot be decoded; the message names it.
     """
     try:
         return images.preprocess(images.photo(read(source)), preprocessing)
@@ -130,20 +130,20 @@ def view(source: Source, preprocessing: Preprocessing) -> UInt8[np.ndarray, "s s
 
 
 class Stream:
-    """Batches of training views without end, in an order that the seed decides, decoded ahead of their use.
+    """Batches of training views, decoded in advance, in an order determined by the seed.
 
     Args:
         files: the images.
-        batch_size: images, over all processes.
-        epochs: how often each is seen; of every epoch the remainder of less than a batch sits out.
-        seed: a whole number from 0; decides order and crops.
-        size: pixels, height and width of the views.
-        min_area: the smallest share of an image's area that a crop keeps; torchvision's is 0.08.
-        workers: processes that decode; 0: threads of this one, which is enough on few cores, as the decoders work outside
-            Python's lock. The batches are the same.
-        rows: which rows of each batch this process decodes; None: all of them.
-        repeats: views of each image in its batch (repeated augmentation, arXiv:1902.05509); an epoch has as many batches
-            as with 1, so only one in ``repeats`` of the images. A divisor of the batch size.
+        batch_size: number of images per batch, over all processes.
+        epochs: number of epochs; in every epoch the images that do not fill a whole batch are left out.
+        seed: an integer of at least 0, which determines order and crops.
+        size: height and width of the views in pixels.
+        min_area: smallest fraction of an image's area that a crop covers; torchvision's default is 0.08.
+        workers: number of decoding processes. 0: threads of this process, which suffice for few cores, as the decoders
+            release Python's global lock. The batches do not depend on this number.
+        rows: the rows of each batch that this process decodes; None: all of them.
+        repeats: views of each image in its batch (repeated augmentation, arXiv:1902.05509). The number of batches per epoch
+            does not change, so that an epoch covers 1 / ``repeats`` of the images. It must divide the batch size.
     """
 
     def __init__(
@@ -166,24 +166,27 @@ class Stream:
             files.sources, size, len(files.preprocessing.mean), min_area, files.preprocessing.interpolation, seed,
             len(files) // batch_size, batch_size, own, repeats,
         )  # fmt: skip
-        # One element of grain's is a batch: what it does for each costs a fifth of a millisecond.
+        # A grain element is a whole batch, because grain takes 0.2 ms per element.
         self._batches = grain.MapDataset.source(range(views.steps * epochs)).map(views)
         self._iterator: Any = None
-        self._others: list[Any] = []  # child processes that are no workers of this stream
+        self._others: list[Any] = []  # child processes that are not workers of this stream
         self._processes: list[Any] = []
         self._next = 0
 
     def __len__(self) -> int:
-        """Batches, over all epochs."""
+        """The number of batches over all epochs."""
         return len(self._batches)
 
     def batch(self, number: int) -> tuple[UInt8[np.ndarray, "b s s c"], Int[np.ndarray, " b"]]:
-        """This process's rows of batch ``number``, counted from 0 over all epochs: the views, and which images they are of.
+        """Returns this process's rows of batch ``number``, counted from 0 over all epochs.
 
-        The batches after it are begun at once. Any number may be asked for, the next one is had soonest.
+        Decoding of the following batches starts at once, so that requesting consecutive numbers is fastest.
+
+        Returns:
+            The views, and the indices of their images.
 
         Raises:
-            DataError: an image can no longer be decoded, or a worker has died.
+            DataError: an image can no longer be decoded, or a worker process died.
         """
         if self._iterator is None or number != self._next:
             self._begin(number)
@@ -191,15 +194,15 @@ class Stream:
             with _named_failures(self._processes):
                 found = next(self._iterator)
         except BaseException:
-            self.close()  # grain would go on behind the batch that failed
+            self.close()  # grain would continue after the failed batch
             raise
         self._next = number + 1
-        if len(self._processes) < self.workers:  # grain starts them one after the other
+        if len(self._processes) < self.workers:  # grain starts workers one after the other
             self._processes = [child for child in multiprocessing.active_children() if child not in self._others]
         return found["image"], found["index"]
 
     def again(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """As :meth:`batch`, once more and on the side: what is decoded ahead stays."""
+        """As :meth:`batch`, without affecting the batches that are decoded in advance."""
         found = self._batches[number]
         return found["image"], found["index"]
 
@@ -216,7 +219,7 @@ class Stream:
         self._iterator, self._next = iter(pipeline), number
 
     def close(self) -> None:
-        """Ends the workers; :meth:`batch` begins anew."""
+        """Stops the workers; calling :meth:`batch` starts them again."""
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
@@ -224,7 +227,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class _Views:
-    """A batch's number -> this process's rows of it; a value, so that it can go to other processes."""
+    """Maps the number of a batch to this process's rows of it. It can be pickled, to be sent to worker processes."""
 
     sources: Sources
     size: int
@@ -232,7 +235,7 @@ class _Views:
     min_area: float
     interpolation: str
     seed: int
-    steps: int  # batches an epoch
+    steps: int  # batches per epoch
     batch_size: int
     rows: range
     repeats: int
@@ -240,12 +243,12 @@ class _Views:
     def __call__(self, number: int) -> dict[str, np.ndarray]:
         epoch, step = divmod(int(number), self.steps)
         distinct = self.batch_size // self.repeats
-        # The views of an image stand far apart: mixup and cutmix take partners from the other end of the batch.
+        # The views of one image are far apart, because mixup and cutmix pair images from opposite ends of the batch.
         places = step * distinct + np.array(self.rows) % distinct
         positions = _shuffled(self.seed, epoch, len(self.sources))[places]
         views = np.empty((len(positions), self.size, self.size, self.channels), np.uint8)
         for view, position, row in zip(views, positions.tolist(), self.rows, strict=True):
-            # Drawn from the view's number among all of the run. Python's generator: numpy's take thrice as long to begin.
+            # Seeded by the view's number in the whole run. Python's generator: creating numpy's takes three times as long.
             self._crop(view, position, Random(self.seed << 64 | int(number) * self.batch_size + row))
         return {"image": views, "index": positions}
 
@@ -258,12 +261,12 @@ class _Views:
         view[...] = pixels if self.channels == 3 else np.asarray(Image.fromarray(pixels).convert("L"))[..., None]
 
 
-@functools.lru_cache(2)  # a worker may be at the end of an epoch when another one begins the next
+@functools.lru_cache(2)  # a worker may still be in one epoch when another starts the next
 def _shuffled(seed: int, epoch: int, images: int) -> Int[np.ndarray, " n"]:
-    """The positions of all images in an epoch's order.
+    """The indices of all images in the order of an epoch.
 
-    Not by grain's shuffle: without a list, it tries numbers until one is small enough, which takes a millisecond an image
-    where there are 64 of them. Of numpy it is raw bits whose stream no version changes.
+    grain's shuffle is not used: it draws numbers until one is in range, which takes 1 ms per image for 64 images. Of numpy
+    only raw random bits are used, because their stream is the same in all versions.
     """
     draws = np.random.Philox(key=[seed, epoch]).random_raw(images)
     return np.argsort(draws, kind="stable").astype(np.int32)
@@ -275,7 +278,7 @@ def _threads(grain: Any) -> Any:
 
 
 def _in_worker(index: int, count: int) -> None:
-    """Ctrl-C reaches every process of a terminal: the run's first one hears it and ends the others."""
+    """Prepares a worker: it ignores Ctrl-C, which every process of a terminal receives; the main process stops it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.filterwarnings("ignore", module=r"PIL\.")
     crops.one_thread()
@@ -287,14 +290,14 @@ def _grain() -> Any:
         from absl import flags
     except ImportError as error:
         raise not_importable("grain", error) from error
-    if not flags.FLAGS.is_parsed():  # grain asks for flags of absl's, which only absl's own programs parse
+    if not flags.FLAGS.is_parsed():  # grain reads absl flags, which are parsed only in absl programs
         flags.FLAGS.mark_as_parsed()
     return grain
 
 
 @contextlib.contextmanager
 def _named_failures(processes: Sequence[Any] = ()) -> Iterator[None]:
-    """Turns what grain says of a worker that died into a DataError which names it; one of an image passes as it is."""
+    """Converts grain's error about a worker that died to a DataError that names the process; other DataErrors pass."""
     try:
         with quiet():
             yield
@@ -304,6 +307,6 @@ def _named_failures(processes: Sequence[Any] = ()) -> Iterator[None]:
         dead = [f"process {child.pid}, exit code {child.exitcode}" for child in processes if not child.is_alive()]
         reason = "; ".join(dead) or " ".join(str(error).split())[:300]
         raise DataError(
-            f"a process that decodes images has died ({reason}): -9 is what a system does that is short of memory, for "
-            "which fewer `workers` help; resume"
+            f"a process that decodes images died ({reason}): exit code -9 usually means that memory ran out; use fewer "
+            "`workers` and resume"
         ) from error

@@ -1,13 +1,13 @@
-"""How a platform computes the layers: the one place that asks for the platform, and it asks when a program is lowered.
+"""Platform-specific implementations of the layers, chosen when a program is lowered.
 
-Every function here is one of arrays whose result and derivatives are those of a line of ``jax.lax``, to rounding. On a CPU
-they are computed in another way, which XLA's compiler runs faster; every other platform gets the line itself. Eager calls,
-``jit``, ``grad``, ``jvp`` of any order, ``vmap``, ``remat`` and ``jax.export`` know nothing of it. Outside this folder
-nothing names a platform or a compiler.
+Every function here equals a simple ``jax.lax`` expression in its result and derivatives, to rounding. On a CPU it is lowered
+to an implementation that XLA's compiler runs faster; on other platforms to the expression itself. This is transparent to
+eager calls, ``jit``, ``grad``, ``jvp`` of any order, ``vmap``, ``remat`` and ``jax.export``. Code outside this folder does
+not depend on the platform or the compiler.
 
-``conv`` has the convolutions and a table of their gradients, ``dilated`` the dilated ones, ``norm`` batch normalisation,
-``pool`` the max-pool and the global average, ``scheduling`` the order in which things are computed, ``compiler`` the options
-that ``jax.jit`` is given.
+``conv`` contains convolutions and a table of their gradients, ``dilated`` the dilated ones, ``norm`` batch normalisation,
+``pool`` max-pooling and averages, ``scheduling`` controls the order of computation, ``compiler`` chooses compiler options
+for ``jax.jit``.
 """
 
 from jresnet.kernels.conv import convolve

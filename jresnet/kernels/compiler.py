@@ -1,10 +1,10 @@
-"""The options with which XLA's CPU compiler makes the fastest programs of these networks, by jax's version.
+"""Options of XLA's CPU compiler that make these networks fastest, by version of jax.
 
-Each row was faster than XLA's own choice in training and in inference, with AVX2 and with AVX-512
-(docs/explanation/speed.md). A version
-between two rows gets the older one's options, a version newer than all the newest one's. There a small computation is
-compared with the default compiler's before the options are used, once a process. On the measured versions the test suite
-compares whole networks instead; the check would take a twentieth of a network's first step.
+The options in each row were faster than XLA's defaults in training and inference, with AVX2 and AVX-512
+(docs/explanation/speed.md). A version between two rows uses the options of the older row, and a version newer than all rows
+those of the newest. On such versions, the result of a small computation is compared with that of the default compiler, once
+per process, before the options are used. On the measured versions the test suite compares whole networks instead; the check
+would take a twentieth of the time of a network's first step.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ from jresnet.errors import InputError
 Options = dict[str, str | bool]
 _log = logging.getLogger(__name__)
 
-# Which library XLA hands convolutions and matrix products to: YNN, Eigen (where YNN gets nothing), or oneDNN.
+# Options that choose XLA's library for convolutions and matrix products: YNN, Eigen (if YNN is off), or oneDNN.
 YNN = "xla_cpu_experimental_ynn_fusion_type"
 ONEDNN = "xla_cpu_experimental_onednn_custom_call"
 SOME_YNN: Options = {YNN: "LIBRARY_FUSION_TYPE_DOT,LIBRARY_FUSION_TYPE_ELTWISE,LIBRARY_FUSION_TYPE_REDUCE"}
-# XLA's CPU compiler drops optimization barriers and then merges what comes twice, so that it keeps what remat would compute
-# again. Without this pass it keeps them. 0.10.1 drops those behind the blocks, too, and always has this; 0.12.0.1 does not.
+# XLA's CPU compiler removes optimization barriers and then merges duplicate computations, which undoes remat. Disabling this
+# pass keeps the barriers. jax 0.10.1 would also remove the barriers after blocks, so it is always disabled there; 0.12.0.1
+# does not.
 BARRIERS: Options = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
 class Row(NamedTuple):
-    """Options, and the version of jax that they were measured with."""
+    """Options, and the version of jax with which they were measured."""
 
     since: tuple[int, ...]
     options: Options
@@ -49,34 +50,34 @@ ROWS = (  # oldest first
 
 
 class Choice(NamedTuple):
-    """Options, and why it is these."""
+    """Options, and the reason for them."""
 
     options: Options
     reason: str
 
 
 def compiler_options(remat: bool = False) -> Options:
-    """The options with which XLA's CPU compiler makes the fastest programs of these networks, for ``jax.jit``.
+    """Returns options for ``jax.jit`` with which XLA's CPU compiler makes these networks fastest.
 
     >>> import jax, jresnet
     >>> model = jresnet.fuse(jresnet.create("resnet20_cifar"))
     >>> predict = jax.jit(model, compiler_options=jresnet.compiler_options())
 
-    (So the weights are constants of the program, which oneDNN need not pack in every call.)
+    (In this example the weights are constants of the program, so that oneDNN does not pack them in every call.)
 
-    They choose among XLA's implementations of the same operations: results differ by rounding. Programs with oneDNN's, which
-    are those of jax 0.12.0.1, do not outlive their process in JAX's compilation cache, which warns of each and goes on.
-    ``JRESNET_COMPILER_OPTIONS=off`` switches them off, but for ``remat``'s, without which it saves nothing.
+    The options choose among XLA's implementations of the same operations, so that results differ by rounding. With jax
+    0.12.0.1 programs contain oneDNN calls, which JAX's compilation cache cannot store; it warns about each and continues.
+    ``JRESNET_COMPILER_OPTIONS=off`` turns them off, except the one for ``remat``, which would save nothing without it.
 
     Args:
-        remat: for training a model that was created with ``remat=True``.
+        remat: whether to train a model that was created with ``remat=True``.
 
     Returns:
-        What ``jax.jit`` takes. Nothing where JAX's default device is no CPU; those for ``remat`` alone where the CPU lacks
-        AVX2 or the options failed their check. ``jresnet info`` prints what is in force, and why.
+        Options for ``jax.jit``: empty if JAX's default device is not a CPU; only those for ``remat`` if the CPU lacks AVX2
+        or the options failed their check. ``jresnet info`` prints the active options and the reason.
 
     Raises:
-        InputError: for another value of ``JRESNET_COMPILER_OPTIONS`` than ``on`` and ``off``.
+        InputError: ``JRESNET_COMPILER_OPTIONS`` is neither ``on`` nor ``off``.
     """
     if jax.default_backend() != "cpu":
         _switched_on()
@@ -85,7 +86,7 @@ def compiler_options(remat: bool = False) -> Options:
 
 
 def explain() -> list[str]:
-    """The options in force and the reason, in lines for people."""
+    """The lines that ``jresnet info`` prints on the active options and the reason for them."""
     if jax.default_backend() != "cpu":
         return [f"compiler none: the options are for a CPU, and JAX's default device is a {jax.default_backend()}"]
     choice = _choice()
@@ -107,7 +108,7 @@ def _switched_on() -> bool:
 
 def _choice() -> Choice:
     if not _switched_on():
-        return Choice({}, "XLA's own, since JRESNET_COMPILER_OPTIONS is off")
+        return Choice({}, "XLA's defaults, because JRESNET_COMPILER_OPTIONS is off")
     return _chosen(jax.__version__)
 
 
@@ -115,17 +116,20 @@ def _choice() -> Choice:
 def _chosen(version: str) -> Choice:
     if not _has_avx2():
         return Choice(
-            {}, f"XLA's own, since this CPU ({platform.machine()}) has no AVX2, with which ours were measured"
+            {},
+            f"XLA's defaults, because this CPU ({platform.machine()}) lacks AVX2, with which jresnet's were measured",
         )
     number = tuple(map(int, re.findall(r"\d+", version)[:4]))
     row = max((row for row in ROWS if row.since <= number), default=None)
     if row is None:
-        return Choice({}, f"XLA's own, since jax {version} is older than those that ours were measured with")
+        return Choice(
+            {}, f"XLA's defaults, because jax {version} is older than the versions jresnet's were measured with"
+        )
     measured = ".".join(map(str, row.since))
     if row.since == number:
         return Choice(row.options, f"those measured on jax {measured}")
     if failure := _check(row.options):
-        choice = Choice({}, f"XLA's own, since with those measured on jax {measured} {failure}")
+        choice = Choice({}, f"XLA's defaults, because with those measured on jax {measured} {failure}")
         _log.warning("jax %s: %s", version, choice.reason)
         return choice
     choice = Choice(row.options, f"those measured on jax {measured}, the nearest to {version}, after a check")
@@ -134,7 +138,7 @@ def _chosen(version: str) -> Choice:
 
 
 def _has_avx2() -> bool:
-    """What Linux says of the CPU; elsewhere whether it is an x86-64."""
+    """Whether the CPU has AVX2, according to Linux; on other systems, whether it is an x86-64."""
     try:
         return " avx2 " in Path("/proc/cpuinfo").read_text().replace("\n", " ")
     except OSError:
@@ -142,7 +146,7 @@ def _has_avx2() -> bool:
 
 
 def _check(options: Options) -> str | None:
-    """Why the options are unfit: the layers of a small network with them are not what they are without; None if they are."""
+    """Compares a small network with and without the options; returns the problem, or None if the results agree."""
     draw = np.random.default_rng(0)
     x, kernel, head = (draw.standard_normal(s, np.float32) for s in ((2, 8, 8, 16), (3, 3, 16, 16), (16, 10)))
 
@@ -155,7 +159,7 @@ def _check(options: Options) -> str | None:
         ours, plain = (
             np.asarray(jax.jit(network, compiler_options=chosen)(x, kernel, head)) for chosen in (options, None)
         )
-    except Exception as error:  # an option that this version does not know, or a compiler that fails
+    except Exception as error:  # an option that this version does not know, or a failure of the compiler
         return f"a program cannot be compiled: {str(error).splitlines()[0][:200]}"
     distance = np.linalg.norm(ours - plain) / np.linalg.norm(plain)
     return None if distance < 1e-5 else f"a small network's result is off by {distance:.0e}"

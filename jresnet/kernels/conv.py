@@ -1,38 +1,39 @@
-"""Convolution and its two gradients: what they are, and how a CPU computes them, all in plain JAX.
+"""Convolution and its two gradients: definitions, and implementations for a CPU, all in plain JAX.
 
-A convolution is linear in the images and in the kernel, and so is each of its gradients: :data:`convolution`,
-:data:`input_gradient` and :data:`kernel_gradient` are three kernels (:mod:`jresnet.kernels.platforms`), each the others'
-transpose. So derivatives of every order, forward and reverse, stay among the three.
+A convolution is linear in the images and in the kernel, and so are its gradients. :data:`convolution`,
+:data:`input_gradient` and :data:`kernel_gradient` are three kernels (:mod:`jresnet.kernels.platforms`), each with the
+other two as transposes. So derivatives of every order, forward and reverse, consist of these three.
 
-**3x3 convolutions at stride 1** of 64 channels or more, in float32, take 16 products a channel for four pixels instead of 36
-by Winograd's algorithm (:mod:`jresnet.kernels.winograd`), and so do their gradients.
+**3x3 convolutions at stride 1** with 64 or more channels in float32, and their gradients, use Winograd's algorithm
+(:mod:`jresnet.kernels.winograd`), which needs 16 products per channel for four pixels instead of 36.
 
-**Convolutions' other gradients.** XLA's CPU compiler runs a forward convolution near the speed of a matrix product, but
-turns its gradients into convolutions that fit that code badly: the kernel's gradient has the whole image as its window and
-the whole batch as its channels, and a strided convolution's input gradient multiplies by the zeros between the pixels. What
-is done instead:
+**Other gradients of convolutions.** XLA's CPU compiler runs a forward convolution near the speed of a matrix product, but
+expresses its gradients as convolutions for which that code is slow: the kernel's gradient has the whole image as its window
+and the whole batch as its channels, and the input gradient of a strided convolution multiplies by the zeros between the
+pixels. The implementations instead:
 
 ===============  ==============================  ==========================================================================
 gradient         of                              computed as
 ===============  ==============================  ==========================================================================
 either           3x3 at stride 1, 64 channels    by Winograd's algorithm, in float32
-either           images of fewer pixels than     JAX's, of one matrix product of all the image's pixels
+either           images of fewer pixels than     JAX's gradient of one matrix product over all pixels of the image
                  the kernel has taps
-kernel           1x1                             one matrix product of pixels, after the stride's slice
-kernel           others to under 8x8 pixels      XLA's own: such a window fits, and nothing is copied
-kernel           others of 3x3 at stride 1       pieces of the batch: x shifted along the rows by a matrix product with dy
-                                                 shifted along the columns, so that neither is copied nine times
-kernel           above 3x3 (the stem)            pieces of the batch: x shifted along the rows by a matrix product for each
-                                                 row tap, for which whole rows are copied
-kernel           any other                       pieces of the batch: all shifts of x side by side by a matrix product
-input            any other                       one convolution for each phase of the stride, with the taps turned round
-either           groups above 1                  the kernel in up to eight pieces of the batch by XLA, the input by XLA
+kernel           1x1                             one matrix product of pixels, after slicing by the stride
+kernel           others to under 8x8 pixels      XLA's gradient, which is fast for such windows and copies nothing
+kernel           others of 3x3 at stride 1       per piece of the batch: a matrix product of x shifted along the rows and
+                                                 dy shifted along the columns, so that neither is copied nine times
+kernel           above 3x3 (the stem)            per piece of the batch: for each row tap a matrix product with x shifted
+                                                 along the rows, for which whole rows are copied
+kernel           any other                       per piece of the batch: a matrix product with all shifts of x
+input            any other                       one convolution for each phase of the stride, with flipped taps
+either           groups above 1                  kernel: XLA, in up to eight pieces of the batch; input: XLA
 ===============  ==============================  ==========================================================================
 
-A piece's shifted copies stay in the cache; the pieces run in a loop, so that compilation does not grow with their number.
-Pieces of a kernel's gradient are summed in float32 at least.
+The shifted copies of a piece stay in the cache. Pieces are processed in a loop, so compile time does not grow with their
+number. Pieces of a kernel's gradient are summed in float32 or wider.
 
-Arrays are NHWC and HWIO throughout, of one dtype. Sizes of an exported program may be symbols: then XLA's own is taken.
+Arrays are NHWC and HWIO throughout, of one dtype. If sizes are symbolic (in an exported program), XLA's implementation is
+used.
 """
 
 from __future__ import annotations
@@ -50,14 +51,14 @@ from jax import lax
 from jresnet.kernels import winograd
 from jresnet.kernels.platforms import Kernel, known
 
-PIECE = 2**22  # bytes of shifted copies at a time: beyond the second-level cache, well inside the third
-SMALL = 8  # pixels a side, under which XLA's own gradient of a kernel is the faster, by measurement
-# By Winograd's algorithm, which was the faster, by measurement, from so many channels and windows of two by two pixels on:
-# with fewer channels moving the pixels costs more than the products save, with fewer windows transforming the kernel does.
+PIECE = 2**22  # bytes of shifted copies at a time: larger than the L2 cache, well within the L3 cache
+SMALL = 8  # for images smaller than this height and width, XLA's gradient of the kernel was measured to be faster
+# Winograd's algorithm was measured to be faster from this number of channels and of 2x2 windows on. With fewer channels,
+# moving pixels costs more than the products save; with fewer windows, transforming the kernel does.
 WINOGRAD_CHANNELS, WINOGRAD_WINDOWS = 64, 48
 
 
-# What they are -------------------------------------------------------------------------------------------------------
+# Definitions ---------------------------------------------------------------------------------------------------------
 
 
 def convolve_plainly(
@@ -70,7 +71,7 @@ def convolve_plainly(
     precision: str | None = None,
     dilation: int = 1,
 ) -> jax.Array:
-    """NHWC by HWIO, with ``padding`` zeros on every side and ``dilation - 1`` pixels between the kernel's taps."""
+    """Convolves NHWC images with an HWIO kernel, with ``padding`` zeros on every side and the given dilation."""
     return lax.conv_general_dilated(
         x,
         kernel,
@@ -84,25 +85,25 @@ def convolve_plainly(
 
 
 def input_gradient_plainly(dy: jax.Array, kernel: jax.Array, *, shape: tuple[int, ...], **how: Any) -> jax.Array:
-    """The gradient in images of ``shape``."""
+    """The gradient with respect to images of ``shape``."""
     x = jax.ShapeDtypeStruct(shape, dy.dtype)
     return jax.linear_transpose(lambda x: convolve_plainly(x, kernel, **how), x)(dy)[0]
 
 
 def kernel_gradient_plainly(x: jax.Array, dy: jax.Array, *, shape: tuple[int, ...], **how: Any) -> jax.Array:
-    """The gradient in a kernel of ``shape``."""
+    """The gradient with respect to a kernel of ``shape``."""
     kernel = jax.ShapeDtypeStruct(shape, dy.dtype)
     return jax.linear_transpose(lambda kernel: convolve_plainly(x, kernel, **how), kernel)(dy)[0]
 
 
-# How a CPU computes them ---------------------------------------------------------------------------------------------
+# CPU implementations -------------------------------------------------------------------------------------------------
 
 
 def _convolve_on_cpu(
     x: jax.Array, kernel: Any, *, devices: int, stride: int, padding: int, groups: int, precision: str | None
 ) -> jax.Array:
-    """Rounding errors of Winograd's algorithm are of the size of a direct sum's, since for two pixels at a time it has no
-    factor but 1/2. What is not a number, or infinite, reaches up to two pixels further.
+    """Convolution on a CPU. Winograd's algorithm for two pixels at a time has no factors except 1/2, so that its rounding
+    errors are about as large as those of a direct sum. NaN and infinity spread up to two pixels further.
     """
     if _fewer_pixels_than_taps(x.shape, kernel.shape, groups):
         return _by_one_product(x, kernel, stride, padding)
@@ -113,7 +114,7 @@ def _convolve_on_cpu(
 
 
 def _wide(kernel: Any) -> Any:
-    """A kernel that is a constant is made ready now and in float64, not by XLA."""
+    """Converts a constant kernel to float64, so that it is transformed now with numpy instead of by XLA."""
     return np.asarray(kernel, np.float64) if isinstance(kernel, np.ndarray) else kernel
 
 
@@ -122,9 +123,9 @@ def _fewer_pixels_than_taps(shape: tuple[int, ...], kernel: tuple[int, ...], gro
 
 
 def _by_one_product(x: jax.Array, kernel: Any, stride: int, padding: int) -> jax.Array:
-    """Every pixel of the output from all pixels of a small image, by the tap that lies between them.
+    """Convolution of a small image as one matrix product of all its pixels with a matrix of taps.
 
-    XLA would have image and kernel change places, and run what that gives pixel by pixel.
+    XLA would swap image and kernel, and compute the result pixel by pixel.
     """
     n, height, width, channels = x.shape
     k, out, dtype = kernel.shape[0], kernel.shape[3], kernel.dtype
@@ -144,7 +145,7 @@ def _by_one_product(x: jax.Array, kernel: Any, stride: int, padding: int) -> jax
 def _winograd_pays(x: jax.Array, kernel: tuple[int, ...], stride: int, padding: int, groups: int, devices: int) -> bool:
     n, height, width, channels = x.shape
     same = kernel == (3, 3, channels, channels) and (stride, padding, groups) == (1, 1, 1)
-    # Over several devices XLA shares out its own convolutions, not a loop.
+    # With several devices, XLA partitions its own convolutions, but not a loop.
     if not (same and devices == 1 and known(n, height, width) and x.dtype == jnp.float32):
         return False
     if channels < WINOGRAD_CHANNELS or min(height, width) < 4:
@@ -163,7 +164,7 @@ def _input_gradient_on_cpu(
     groups: int,
     **how: Any,
 ) -> jax.Array:
-    """Pixels of one phase (row and column modulo the stride) meet every stride-th tap alone."""
+    """The input gradient on a CPU: pixels of one phase (row and column modulo the stride) use only every stride-th tap."""
     if _fewer_pixels_than_taps(shape, kernel.shape, groups):
         x = jax.ShapeDtypeStruct(shape, dy.dtype)
         return jax.linear_transpose(lambda x: _by_one_product(x, kernel, stride, padding), x)(dy)[0]
@@ -172,22 +173,22 @@ def _input_gradient_on_cpu(
     if _winograd_pays(dy, kernel.shape, stride, padding, groups, devices):
         return winograd.input_gradient(dy, kernel, PIECE)
     n, *size, channels = shape
-    taps = kernel[::-1, ::-1]  # turned round
+    taps = kernel[::-1, ::-1]  # flipped
     rows = []
     for row in range(stride):
         columns = []
         for column in range(stride):
             parts, pads = [], []
             for axis, phase in enumerate((row, column)):
-                first = (phase + padding) % stride  # the first tap that meets this phase
+                first = (phase + padding) % stride  # the first tap of this phase
                 count = -(-(kernel.shape[axis] - first) // stride)
                 shift = (phase + padding - first) // stride  # dx[a] = sum over m of dy[a + shift - m] tap[m]
                 length = -(-size[axis] // stride)
-                last = kernel.shape[axis] - 1 - first  # in the kernel turned round
+                last = kernel.shape[axis] - 1 - first  # in the flipped kernel
                 parts.append(slice(last % stride, last + 1, stride) if count > 0 else slice(0, 0))
                 pads.append((count - 1 - shift, length - 1 + shift - (dy.shape[1 + axis] - 1)))
-            # The transposed convolution's kernel. Transposed last: XLA gives oneDNN no kernel that is a reverse, and what is
-            # left of bfloat16 it converts to float32.
+            # The kernel of the transposed convolution. The transposition is last, because XLA does not pass a reversed
+            # kernel to oneDNN, and converts bfloat16 to float32 otherwise.
             sub = taps[parts[0], parts[1]].swapaxes(2, 3)
             if sub.size:
                 y = lax.conv_general_dilated(dy, sub, (1, 1), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
@@ -219,14 +220,14 @@ def _kernel_gradient_on_cpu(
     if not known(*x.shape):
         return by_xla(x, dy)
     if groups > 1:
-        # Half a megabyte of input a piece; more than eight pieces cost more compilation than they save time.
+        # Half a megabyte of input per piece; with more than eight pieces, compilation costs more time than they save.
         size = max(2**19 // (4 * math.prod(x.shape[1:])), -(-len(x) // 8), 1)
         pieces = [by_xla(x[start : start + size], dy[start : start + size]) for start in range(0, len(x), size)]
         return sum(pieces[1:], pieces[0])
     k, _, channels, out = shape
     wide = jnp.promote_types(dy.dtype, jnp.float32)
     if k == 1 and padding == 0:
-        # Without the barrier XLA computes what it has, ReLU and all, once more in the product's shape.
+        # Without the barrier, XLA computes the operands (including ReLU) once more in the shape of the product.
         x, dy = lax.optimization_barrier((x[:, ::stride, ::stride], dy))
         return _product(x, dy, wide, devices).reshape(shape).astype(dy.dtype)
     if _winograd_pays(x, shape, stride, padding, groups, devices):
@@ -239,15 +240,15 @@ def _kernel_gradient_on_cpu(
         shifts, copies = _row_by_row, 2 * k * channels
     else:
         shifts, copies = _x_shifted, k * k * channels
-    batch, piece = len(x), max(PIECE, math.prod(shape) * wide.itemsize)  # each piece reads and writes the sum, too
+    batch, piece = len(x), max(PIECE, math.prod(shape) * wide.itemsize)  # each piece also reads and writes the sum
     images = _images_in_a_piece(batch, piece // (copies * math.prod(dy.shape[1:3]) * x.dtype.itemsize), devices)
-    if devices > 1:  # pieces are taken across the devices' stretches of the batch, so that each image stays where it is
+    if devices > 1:  # a piece takes images from every device's part of the batch, so that no image moves
         x, dy = (a.reshape(images, len(a) // images, *a.shape[1:]) for a in (x, dy))
 
     def add(i, total):
         if devices > 1:
             piece = [lax.dynamic_index_in_dim(a, i, 1, keepdims=False) for a in (x, dy)]
-        else:  # no reshape: XLA would compute x and dy anew in that shape
+        else:  # no reshape, because XLA would compute x and dy again in that shape
             piece = [lax.dynamic_slice_in_dim(a, i * images, images) for a in (x, dy)]
         return total + shifts(*piece, k, stride, padding, partial(_product, dtype=wide, devices=devices))
 
@@ -255,17 +256,17 @@ def _kernel_gradient_on_cpu(
 
 
 def _images_in_a_piece(batch: int, most: int, devices: int) -> int:
-    """The largest divisor of the batch up to ``most``, in whole numbers a device."""
+    """The largest divisor of the batch up to ``most`` that is a multiple of the number of devices."""
     devices = devices if batch % devices == 0 else 1
     return devices * winograd.largest_divisor(batch // devices, most // devices)
 
 
 def _product(a, b, dtype, devices):
-    """[images, ..., i] and [images, ..., j] -> [i, j], summed over all pixels.
+    """Multiplies [images, ..., i] and [images, ..., j] to [i, j], summed over all pixels.
 
-    Two products of half the images keep cores busier than one. Over several devices the images stay as they lie.
-    A product of bfloat16 is rounded to bfloat16, as PyTorch's gradients are: XLA asks oneDNN for no other, and a CPU with
-    units for it multiplies twice as fast.
+    Two products of half of the images use the cores better than one. With several devices the images are not moved.
+    A product of bfloat16 is rounded to bfloat16, like PyTorch's gradients: XLA requests only that from oneDNN, and CPUs with
+    bfloat16 units compute it twice as fast.
     """
     halves = 2 if len(a) % 2 == 0 and devices == 1 else 1
     a, b = (v.reshape(halves, -1, v.shape[-1]) for v in (a, b))
@@ -275,17 +276,17 @@ def _product(a, b, dtype, devices):
 
 
 def _x_shifted(x, dy, k, stride, padding, product):
-    """Every tap's view of x side by side, [pixels, k k channels], by dy, [pixels, out]."""
+    """Multiplies the views of x for all taps, [pixels, k k channels], with dy, [pixels, out]."""
     height, width = (stride * (size - 1) + 1 for size in dy.shape[1:3])
     x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     views = [x[:, i : i + height : stride, j : j + width : stride] for i in range(k) for j in range(k)]
-    # Without the barrier XLA computes the copies inside the product, element by element.
+    # Without the barrier, XLA computes the copies inside the product, element by element.
     views = lax.optimization_barrier(jnp.concatenate(views, -1))
     return product(views, dy).reshape(k, k, x.shape[-1], dy.shape[-1])
 
 
 def _row_by_row(x, dy, k, stride, padding, product):
-    """x shifted along its rows, k copies; the row taps one after the other, which copies whole rows."""
+    """Multiplies k copies of x, shifted along its rows, with dy, one row tap after the other; this copies whole rows."""
     height, width = (stride * (size - 1) + 1 for size in dy.shape[1:3])
     x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
     xs = lax.optimization_barrier(jnp.concatenate([x[:, :, j : j + width : stride] for j in range(k)], -1))
@@ -294,9 +295,9 @@ def _row_by_row(x, dy, k, stride, padding, product):
 
 
 def _both_shifted(x, dy, k, stride, padding, product):
-    """For 3x3 at stride 1: x shifted along its rows by dy shifted along its columns, and one product gives all nine taps.
+    """For 3x3 at stride 1: one product of x shifted along its rows and dy shifted along its columns gives all nine taps.
 
-    Tap (i, j) sums x[r, c + j - 1] dy[r - i + 1, c] over all rows r and columns c, both zero outside.
+    Tap (i, j) is the sum of x[r, c + j - 1] dy[r - i + 1, c] over all rows r and columns c; both are zero outside.
     """
     xs = jnp.concatenate([_shift(x, 2, 1 - j) for j in range(k)], -1)
     dys = jnp.concatenate([_shift(dy, 1, i - 1) for i in range(k)], -1)
@@ -306,7 +307,7 @@ def _both_shifted(x, dy, k, stride, padding, product):
 
 
 def _shift(x, axis, by):
-    """x moved on by so many places, with zeros in the gap."""
+    """Shifts x by ``by`` positions along an axis and fills with zeros."""
     return lax.pad(x, jnp.zeros((), x.dtype), [(by, -by, 0) if axis == i else (0, 0, 0) for i in range(x.ndim)])
 
 
@@ -320,12 +321,12 @@ def _of_a_larger_batch(how: dict[str, Any], size: int) -> dict[str, Any]:
 def each_others_transposes(
     prefix: str, forward: Sequence[Callable], by_input: Sequence[Callable], by_kernel: Sequence[Callable]
 ) -> tuple[Kernel, Kernel, Kernel]:
-    """A convolution and its gradients in the images and in the kernel; each of the three is bilinear, and so has the
+    """Builds a convolution and its gradients with respect to images and kernel. Each of the three is bilinear and has the
     other two as its transposes.
 
     Args:
-        prefix: of the primitives' names.
-        forward, by_input, by_kernel: how it is computed plainly, and on a CPU.
+        prefix: prefix of the primitives' names.
+        forward, by_input, by_kernel: for each the definition and the CPU implementation.
     """
     convolution = Kernel(f"{prefix}convolution", *forward, images=(0,))
     input_gradient = Kernel(f"{prefix}input_gradient", *by_input, images=(0,), resized=_of_a_larger_batch)
@@ -352,13 +353,13 @@ convolution, input_gradient, kernel_gradient = each_others_transposes(
 
 
 class Constant:
-    """A kernel that is known when a program is traced: a weight of a network that ``jax.jit`` closes over."""
+    """A kernel that is known at trace time: a weight of a network that ``jax.jit`` closes over."""
 
     def __init__(self, array: jax.Array):
         self.array, self.aval = array, jax.core.ShapedArray(array.shape, array.dtype)
 
 
-# A kernel of its own, since among a kernel's arguments no lowering can tell the constants.
+# A separate primitive, because a lowering rule cannot tell which arguments are constants.
 convolution_by_constant = Kernel(
     "convolution_by_constant",
     lambda x, *, kernel, **how: convolve_plainly(x, kernel.array, **how),
@@ -368,7 +369,7 @@ convolution_by_constant = Kernel(
 convolution_by_constant.multilinear(
     lambda dy, *, argument, kernel, **how: input_gradient(dy, kernel.array, shape=argument, **how)
 )
-# Where nothing is compiled, no program for each kernel.
+# Eager calls use `convolution`, so that no program is compiled for each constant kernel.
 convolution_by_constant.primitive.def_impl(lambda x, *, kernel, **how: convolution(x, kernel.array, **how))
 convolution_by_constant.primitive.def_abstract_eval(
     lambda x, *, kernel, **how: convolution.shape(x, kernel.aval, **how)
@@ -376,9 +377,9 @@ convolution_by_constant.primitive.def_abstract_eval(
 
 
 def convolve(x: jax.Array, kernel: jax.Array, stride: int = 1, padding: int = 0, groups: int = 1) -> jax.Array:
-    """``[N, H, W, C]`` by ``[k, k, C // groups, D]`` -> ``[N, H', W', D]``, with ``padding`` zeros on every side.
+    """Convolves ``[N, H, W, C]`` with ``[k, k, C // groups, D]`` to ``[N, H', W', D]``, with ``padding`` zeros per side.
 
-    Both are of one dtype, and so is the result. As PyTorch's ``conv2d``, a cross-correlation.
+    Both arguments and the result have the same dtype. Like PyTorch's ``conv2d``, it is a cross-correlation.
     """
     how = {
         "stride": stride, "padding": padding, "groups": groups,

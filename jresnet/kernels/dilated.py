@@ -1,9 +1,9 @@
 """Dilated convolution at stride 1, and its two gradients.
 
-A CPU computes one of dilation d, padded by a multiple of d, as d x d ordinary ones: each of the pixels of one phase (row and
-column modulo d), since these meet no others. The phases lie side by side as images of one batch, so that all that
-:mod:`jresnet.kernels.conv` does is done for them and for their gradients. XLA's CPU compiler runs a dilated convolution's
-gradient of the kernel pixel by pixel. Every other platform gets XLA's own.
+On a CPU, a convolution of dilation d, padded by a multiple of d, is computed as d x d ordinary ones, each on the pixels of
+one phase (row and column modulo d), because pixels of different phases do not interact. The phases are stacked as images of
+one batch and use :mod:`jresnet.kernels.conv`, also for their gradients. XLA's CPU compiler would compute the kernel's
+gradient of a dilated convolution pixel by pixel. Other platforms use XLA's implementation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ input_gradient_plainly = partial(conv.input_gradient_plainly, stride=1)
 kernel_gradient_plainly = partial(conv.kernel_gradient_plainly, stride=1)
 
 
-# By phases -----------------------------------------------------------------------------------------------------------
+# CPU implementations by phases ---------------------------------------------------------------------------------------
 
 
 def _convolve_on_cpu(x: jax.Array, kernel: jax.Array, *, devices: int, **how: Any) -> jax.Array:
@@ -56,10 +56,10 @@ def _kernel_gradient_on_cpu(
 def _by_phases(
     shape: tuple[int, ...], kernel: tuple[int, ...], devices: int, *, dilation: int, padding: int, **_: Any
 ) -> bool:
-    # Over several devices XLA shares out the batch as it lies.
+    # With several devices, XLA partitions the batch.
     if devices > 1 or not known(*shape) or padding % dilation:
         return False
-    # A phase's output has at least a pixel, also that of a phase whose pixels are all of the filling.
+    # The output of each phase must have at least one pixel, even if all pixels of the phase are padding.
     return all(-(-size // dilation) + 2 * (padding // dilation) >= kernel[0] for size in shape[1:3])
 
 
@@ -68,12 +68,12 @@ def _of_a_phase(*, dilation: int, padding: int, **how: Any) -> dict[str, Any]:
 
 
 def _output(shape: tuple[int, ...], kernel: tuple[int, ...], how: dict[str, Any]) -> tuple[int, ...]:
-    """Height and width of the output."""
+    """The height and width of the output."""
     return tuple(size + 2 * how["padding"] - how["dilation"] * (kernel[0] - 1) for size in shape[1:3])
 
 
 def _phases(x: jax.Array, d: int) -> jax.Array:
-    """[N, H, W, C] -> [d d N, ceil(H / d), ceil(W / d), C], filled up by zeros, one phase's images after the other's."""
+    """Splits [N, H, W, C] into phases [d d N, ceil(H / d), ceil(W / d), C], padded with zeros, one phase after the other."""
     n, height, width, channels = x.shape
     x = jnp.pad(x, ((0, 0), (0, -height % d), (0, -width % d), (0, 0)))
     x = x.reshape(n, x.shape[1] // d, d, x.shape[2] // d, d, channels)
@@ -81,14 +81,14 @@ def _phases(x: jax.Array, d: int) -> jax.Array:
 
 
 def _together(x: jax.Array, d: int, size: tuple[int, ...]) -> jax.Array:
-    """:func:`_phases` undone, and cut to ``size``."""
+    """The inverse of :func:`_phases`, cropped to ``size``."""
     n, height, width, channels = x.shape
     x = x.reshape(d, d, n // d**2, height, width, channels).transpose(2, 3, 0, 4, 1, 5)
     return x.reshape(n // d**2, height * d, width * d, channels)[:, : size[0], : size[1]]
 
 
 def _gradients(dy: jax.Array, shape: tuple[int, ...], kernel: tuple[int, ...], how: dict[str, Any]) -> jax.Array:
-    """The output's gradients by phases, as many a phase as :func:`_convolve_on_cpu` has pixels before it cuts."""
+    """Splits the output's gradients into phases, padded to the size that :func:`_convolve_on_cpu` has before cropping."""
     d = how["dilation"]
     whole = [d * (-(-size // d) + 2 * (how["padding"] // d) - kernel[0] + 1) for size in shape[1:3]]
     lacking = [length - size for length, size in zip(whole, dy.shape[1:3], strict=True)]
@@ -102,9 +102,10 @@ convolution, input_gradient, kernel_gradient = conv.each_others_transposes(
 
 
 def convolve_dilated(x: jax.Array, kernel: jax.Array, dilation: int, padding: int, groups: int = 1) -> jax.Array:
-    """``[N, H, W, C]`` by ``[k, k, C // groups, D]`` -> ``[N, H', W', D]`` with ``H' = H + 2 padding - dilation (k - 1)``.
+    """Convolves ``[N, H, W, C]`` with ``[k, k, C // groups, D]`` at stride 1 to ``[N, H', W', D]``.
 
-    Both are of one dtype, and so is the result. As PyTorch's ``conv2d`` with ``dilation`` at stride 1.
+    ``H' = H + 2 padding - dilation (k - 1)``. Both arguments and the result have the same dtype. As PyTorch's ``conv2d``
+    with ``dilation``.
     """
     precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     return convolution(x, kernel, dilation=dilation, padding=padding, groups=groups, precision=precision)

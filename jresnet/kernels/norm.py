@@ -1,10 +1,9 @@
-"""Batch normalisation of a batch in training, and sums over its pixels.
+"""Batch normalisation in training, and sums over pixels.
 
-A sum over N, H and W of something computed on the way runs on one core of a CPU and pixel by pixel, since XLA gives each
-core a part of the result and the result is one row of channels. Summed over H first, everything is read in order by all
-cores. :func:`normalise` and its gradient need two such sums each. The derivative is written in operations that are linear in
-the tangents, of which :data:`channel_sum` and :data:`spread` are each the other's transpose; so forward mode and higher
-orders have it, too.
+On a CPU, XLA runs a fused sum over N, H and W on one core and pixel by pixel, because it distributes the result over the
+cores, and the result is a single row of channels. If H is summed first, all cores read memory in order. :func:`normalise`
+and its gradient need two such sums each. The derivative is written in operations linear in the tangents, among which
+:data:`channel_sum` and :data:`spread` are transposes of each other, so that forward mode and higher orders use them, too.
 """
 
 from __future__ import annotations
@@ -20,21 +19,21 @@ from jresnet.kernels.platforms import Kernel, known
 
 
 def inverse_sqrt(x: jax.Array) -> jax.Array:
-    """1 / sqrt(x) to rounding.
+    """Computes 1 / sqrt(x), accurate to rounding.
 
-    XLA turns that, however it is written, into an approximation that is off by 1e-7 on the CPU: the same way for every
-    pixel of a channel, so that nothing averages it out, and the logits of resnet56_cifar are twice as far from float64's
-    as PyTorch's. One Newton step (f(r) = 1/r² - x) brings it back to rounding.
+    On the CPU, XLA uses an approximation with a relative error of 1e-7, however the expression is written. The error is the
+    same for all pixels of a channel and does not average out: the logits of resnet56_cifar would be twice as far from the
+    float64 result as PyTorch's. One Newton step (f(r) = 1/r² - x) reduces the error to rounding.
     """
     r = lax.rsqrt(x)
-    return r + lax.stop_gradient(0.5 * r * (1 - x * r * r))  # the derivative is rsqrt's own
+    return r + lax.stop_gradient(0.5 * r * (1 - x * r * r))  # the derivative is that of rsqrt
 
 
 def _columns(x: jax.Array, narrow: bool) -> jax.Array:
-    """[N, H, W, C] -> [N, W, C], summed over H; the barriers keep XLA from joining sums that follow one another.
+    """Sums [N, H, W, C] over H to [N, W, C]; the barriers keep XLA from fusing consecutive sums.
 
-    XLA's sum goes number by number over what it computes of a ``narrow`` dtype, at a tenth of the speed, and window by
-    window over more than 32 rows, at half of it: there up to eight stretches of rows, as many as divide H, are added before.
+    XLA's sum is slow for values computed from a ``narrow`` dtype (a tenth of the speed) and for more than 32 rows (half of
+    the speed). In these cases up to eight stretches of rows, a number that divides H, are added first.
     """
     if narrow or x.shape[1] > 32:
         rows = x.shape[1] // max(d for d in range(1, 9) if x.shape[1] % d == 0)
@@ -44,7 +43,7 @@ def _columns(x: jax.Array, narrow: bool) -> jax.Array:
 
 
 def _total(columns: jax.Array) -> jax.Array:
-    """[N, W, C] -> [C], one axis after the other, which is faster and rounds less than both at once."""
+    """Sums [N, W, C] to [C], one axis after the other, which is faster and more accurate than both at once."""
     return lax.optimization_barrier(columns.sum(1)).sum(0)
 
 
@@ -61,8 +60,8 @@ def _mean(x: jax.Array, *, narrow: bool) -> jax.Array:
 
 
 def _mean_on_cpu(x: jax.Array, *, narrow: bool, devices: int) -> jax.Array:
-    """Rounding grows along a sum of thousands of numbers that are large against their deviation, as in PyTorch's
-    channels-last kernel: a second sum, of the columns less their own mean, takes that back.
+    """The mean on a CPU. Rounding errors accumulate in a sum of thousands of numbers that are large compared with their
+    deviation, as in PyTorch's channels-last kernel. A second sum, of the columns minus that mean, corrects this.
     """
     if not known(*x.shape):
         return _mean(x, narrow=narrow)
@@ -77,20 +76,21 @@ def _spread(y: jax.Array, *, shape: tuple[int, ...], narrow: bool) -> jax.Array:
 
 
 def _variance(x: jax.Array, centred: jax.Array, about: jax.Array, *, narrow: bool) -> jax.Array:
-    """In the same pass over ``x`` as its mean: E[d²] - E[d]² of d = x - about.
+    """The variance in the same pass over ``x`` as the mean: E[d²] - E[d]² with d = x - about.
 
-    That cancels where the mean is far from ``about`` against the deviation, which BatchNorm's running mean is not.
+    It suffers from cancellation if ``about`` is far from the mean compared with the deviation; BatchNorm's running mean is
+    close to it.
     """
     d = x - about[None, None, None]
     return jnp.maximum(jnp.square(d).mean((0, 1, 2)) - jnp.square(d.mean((0, 1, 2))), 0)
 
 
 def _variance_on_cpu(x: jax.Array, centred: jax.Array, about: jax.Array, *, narrow: bool, devices: int) -> jax.Array:
-    """In a second pass, of what is already centred: memory is not what a CPU waits for."""
+    """The variance in a second pass over the centred values: a CPU is not limited by memory bandwidth here."""
     return _sum_on_cpu(jnp.square(centred), narrow=narrow, devices=devices) / math.prod(x.shape[:-1])
 
 
-# [N, H, W, C] -> [C] and back; ``narrow``: the numbers are computed from ones of fewer bits.
+# [N, H, W, C] -> [C] and back; ``narrow``: the values are computed from a dtype of fewer bits.
 channel_sum = Kernel("channel_sum", _sum, _sum_on_cpu)
 channel_mean = Kernel("channel_mean", _mean, _mean_on_cpu)
 channel_variance = Kernel("channel_variance", _variance, _variance_on_cpu)
@@ -106,15 +106,15 @@ spread.multilinear(lambda dx, *, argument, shape, narrow: channel_sum(dx, narrow
 def normalise(
     x: jax.Array, scale: jax.Array, bias: jax.Array, about: jax.Array, eps: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``x [N, H, W, C]`` normalised over N, H and W; and the batch's mean and biased variance, ``[C]``.
+    """Normalises ``x [N, H, W, C]`` over N, H and W; also returns the batch's mean and biased variance, ``[C]``.
 
-    Sums and statistics are of the wider of the input's dtype and float32; the result has the input's dtype. ``about [C]``
-    is a guess at the mean, which an accelerator's sums are taken about; the result does not depend on it.
+    Sums and statistics use the wider of the input's dtype and float32; the result has the input's dtype. ``about [C]`` is an
+    estimate of the mean that improves the accuracy of an accelerator's sums; the exact result does not depend on it.
     """
     return _normalised(x, scale, bias, about, eps)
 
 
-@partial(jax.jit, static_argnums=4)  # here and below: traced once for each shape
+@partial(jax.jit, static_argnums=4)  # jit here and below, so that each shape is traced once
 def _normalised(x, scale, bias, about, eps):
     _, along, _, mean, var, inverse, centred = _statistics(x, about, eps)
     return (centred * along(inverse * scale) + along(bias)).astype(x.dtype), mean, var
@@ -139,7 +139,7 @@ def _derivative(eps, primals, tangents):
     dmean, dvar = add(dwide) / n, 2 * add(dwide * centred) / n
     factor = inverse * scale
     y = centred * along(factor) + along(bias)
-    # Of y = (x - mean) inverse scale + bias, where the derivative of inverse is -inverse³ dvar / 2.
+    # The derivative of y = (x - mean) inverse scale + bias, where that of inverse is -inverse³ dvar / 2.
     dy = dwide * along(factor) + centred * along(inverse * dscale - factor * inverse**2 * dvar / 2)
     dy = dy + along(dbias - factor * dmean)
     return (y.astype(x.dtype), mean, var), (dy.astype(x.dtype), dmean, dvar)

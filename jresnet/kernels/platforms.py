@@ -1,8 +1,8 @@
-"""A computation that one platform does in another way than the others, chosen when a program is lowered.
+"""Computations with a special implementation for one platform, chosen when a program is lowered.
 
-``jax.default_backend()`` at trace time would be the wrong question: a function may be traced on a host with a CPU and be
-lowered for a GPU (``jax.export``, ``jax.jit(f).trace(x).lower(lowering_platforms=("cuda",))``). A primitive of its own has
-one lowering for the CPU and one for all other platforms.
+Checking ``jax.default_backend()`` at trace time would be wrong: a function may be traced on a CPU host and lowered for
+a GPU (``jax.export``, ``jax.jit(f).trace(x).lower(lowering_platforms=("cuda",))``). Instead, each computation is a JAX
+primitive with one lowering rule for the CPU and one for all other platforms.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _plainly = contextvars.ContextVar("plainly", default=False)
 
 @contextlib.contextmanager
 def plainly() -> Iterator[None]:
-    """Within it a program is traced without primitives of jresnet's: for translators that know JAX's own alone."""
+    """A context in which programs are traced without jresnet's primitives, for translators that only know JAX's."""
     before = _plainly.set(True)
     try:
         yield
@@ -34,22 +34,22 @@ def plainly() -> Iterator[None]:
 
 
 class Kernel:
-    """A function of arrays and static keywords with one way to compute it for the CPU and one for the rest.
+    """A function of arrays and static keywords with one implementation for the CPU and one for other platforms.
 
-    Called on arrays whose axes are sharded explicitly (``jax.make_mesh``'s default) or vary over a mesh
-    (``jax.shard_map``'s), it is ``plain``: a primitive would need rules of its own for those types. So it is within
-    :func:`plainly`.
+    For arrays with explicitly sharded axes (``jax.make_mesh``'s default) or varying over a mesh (in ``jax.shard_map``), and
+    within :func:`plainly`, it calls ``plain`` directly: a primitive would need special rules for these types.
 
     Args:
-        name: of the primitive, as it shows in a jaxpr.
-        plain: ``plain(*arrays, **static) -> array``, what it computes, in operations of ``lax``.
-        on_cpu: the same by other means, with one more keyword, ``devices``: over how many the program is shared out.
-            ``None``: the same on every platform, for the sake of :meth:`multilinear`.
-        images: positions of the arguments whose leading axis is the batch, each image of which is computed by itself, as
-            the result's is. ``vmap`` over these alone then makes a larger batch; other ones are those of ``plain``.
-        resized: the static keywords for a batch that is larger by a factor.
+        name: name of the primitive in a jaxpr.
+        plain: ``plain(*arrays, **static) -> array``, the definition in operations of ``lax``.
+        on_cpu: the CPU implementation, with an additional keyword ``devices``, the number of devices of the program.
+            ``None``: ``plain`` on every platform; the kernel then only serves :meth:`multilinear`.
+        images: indices of the arguments whose leading axis is the batch; images are computed independently, and the
+            result's leading axis is the batch, too. ``vmap`` over exactly these arguments uses a larger batch; otherwise
+            it is that of ``plain``.
+        resized: returns the static keywords for a batch that is larger by a factor.
 
-    Its derivative is that of ``plain``, unless :meth:`multilinear` says another.
+    Its derivative is that of ``plain``, unless :meth:`multilinear` defines another.
     """
 
     def __init__(
@@ -67,24 +67,24 @@ class Kernel:
         self.primitive.def_abstract_eval(self.shape)
         mlir.register_lowering(self.primitive, mlir.lower_fun(plain, multiple_results=False))
         if on_cpu:
-            # Not inline: layers of the same shapes share a function of the program.
+            # Not inlined, so that layers of the same shapes share one function of the program.
             mlir.register_lowering(self.primitive, partial(_lower, on_cpu), platform="cpu", inline=False)
         batching.primitive_batchers[self.primitive] = self._batch
         ad.primitive_jvps[self.primitive] = self._differentiate
 
     def __call__(self, *arrays: jax.Array, **static: Any) -> jax.Array:
-        """``plain(*arrays, **static)``, as each platform does it."""
+        """Computes ``plain(*arrays, **static)`` with the platform's implementation."""
         if _plainly.get() or any(map(_has_mesh, arrays)):
             return self.plain(*arrays, **static)
         return self.primitive.bind(*arrays, **static)
 
     def shape(self, *avals: Any, **static: Any) -> jax.core.ShapedArray:
-        """What comes of arguments like these."""
+        """The abstract result for arguments of these shapes and dtypes."""
         found = _evaluated(self.plain, tuple((a.shape, a.dtype) for a in avals), tuple(sorted(static.items())))
         return jax.core.ShapedArray(found.shape, found.dtype)
 
     def _run(self, *arrays: jax.Array, **static: Any) -> jax.Array:
-        with jax.disable_jit(False):  # else this function would be called by itself
+        with jax.disable_jit(False):  # otherwise this function would call itself
             return _jitted(self.primitive, tuple(sorted(static.items())))(*arrays)
 
     def _batch(self, arrays: Sequence[Any], axes: Sequence[Any], **static: Any) -> tuple[jax.Array, int]:
@@ -104,10 +104,11 @@ class Kernel:
         return self(*primals, **static), jax.jvp(partial(self.plain, **static), tuple(primals), tuple(tangents))[1]
 
     def multilinear(self, *transposes: Callable[..., jax.Array]) -> None:
-        """Says that it is linear in its first arguments, one by one, and what it is transposed in each.
+        """Declares that the function is linear in each of its first arguments, and defines its transposes.
 
         Args:
-            transposes: for these arguments: ``(cotangent, *others, argument=its shape, **static) -> its cotangent``.
+            transposes: one for each of these arguments:
+                ``(cotangent, *others, argument=its shape, **static) -> its cotangent``.
         """
 
         def differentiate(primals: Sequence[Any], tangents: Sequence[Any], **static: Any) -> tuple[Any, Any]:
@@ -133,14 +134,14 @@ class Kernel:
 
 
 def _lower(on_cpu: Callable[..., jax.Array], ctx: Any, *values: Any, **static: Any) -> Any:
-    """Lowers for the CPU; :class:`jax.export` and ``jax.jit`` say in the context over how many devices."""
+    """The lowering rule for the CPU; the context of ``jax.export`` and ``jax.jit`` contains the number of devices."""
     context = ctx.module_context.axis_context
     devices = getattr(context, "num_devices", None) or math.prod(context.mesh.shape.values())
     return mlir.lower_fun(partial(on_cpu, devices=devices), multiple_results=False)(ctx, *values, **static)
 
 
 def known(*sizes: Any) -> bool:
-    """Whether sizes are numbers, as they are but in a program that is exported for any size."""
+    """Whether sizes are integers; in programs that are exported for any size they are symbolic."""
     return all(isinstance(size, int) for size in sizes)
 
 
@@ -149,7 +150,7 @@ def _jitted(primitive: Primitive, static: tuple[tuple[str, Any], ...]) -> Callab
     return jax.jit(partial(primitive.bind, **dict(static)))
 
 
-@functools.lru_cache(4096)  # JAX asks in every trace, for each of a network's layers
+@functools.lru_cache(4096)  # JAX calls it in every trace for each layer of a network
 def _evaluated(plain: Callable, avals: tuple[Any, ...], static: tuple[tuple[str, Any], ...]) -> jax.ShapeDtypeStruct:
     return jax.eval_shape(partial(plain, **dict(static)), *(jax.ShapeDtypeStruct(*aval) for aval in avals))
 
@@ -157,5 +158,5 @@ def _evaluated(plain: Callable, avals: tuple[Any, ...], static: tuple[tuple[str,
 def _has_mesh(array: Any) -> bool:
     aval = jax.typeof(array)
     spec = getattr(getattr(aval, "sharding", None), "spec", None) or ()
-    manual = getattr(aval, "mat", aval)  # jax 0.10.1 has it there
+    manual = getattr(aval, "mat", aval)  # the attribute's place in jax 0.10.1
     return any(axis is not None for axis in spec) or bool(getattr(manual, "varying", getattr(manual, "vma", None)))

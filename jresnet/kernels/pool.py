@@ -1,4 +1,4 @@
-"""The stem's max-pool, averages and blurs of neighbouring pixels, and the global average."""
+"""Pooling: the stem's max-pool, averages and blurs of neighbouring pixels, and the global average."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ def _max_pool(x: jax.Array) -> jax.Array:
 
 
 def _max_pool_on_cpu(x: jax.Array, *, devices: int) -> jax.Array:
-    """The maxima of rows, then those of columns, instead of XLA's of windows."""
+    """Max-pooling on a CPU: first over rows, then over columns, instead of XLA's windows."""
     if not known(*x.shape[1:3]):
         return _max_pool(x)
-    wide = jnp.promote_types(x.dtype, jnp.float32)  # of bfloat16 XLA would convert every maximum to and fro
+    wide = jnp.promote_types(x.dtype, jnp.float32)  # for bfloat16, XLA would convert every maximum back and forth
     rows = lax.optimization_barrier(_maxima(_even(x).astype(wide), 1))
     return _maxima(rows, 2).astype(x.dtype)
 
 
 def _maxima(x: jax.Array, axis: int) -> jax.Array:
-    """Of each pair along an axis and the number before it; half as long."""
+    """The maximum of each pair along an axis and the value before it; the result is half as long."""
     pairs = x.reshape(*x.shape[:axis], -1, 2, *x.shape[axis + 1 :])
     even, odd = (lax.index_in_dim(pairs, i, axis + 1, keepdims=False) for i in range(2))
     before = lax.pad(odd, jnp.array(-jnp.inf, x.dtype), [(int(i == axis), -int(i == axis), 0) for i in range(odd.ndim)])
@@ -33,7 +33,7 @@ def _maxima(x: jax.Array, axis: int) -> jax.Array:
 
 
 def _even(x: jax.Array, fill: float = -jnp.inf) -> jax.Array:
-    """Height and width made even."""
+    """Pads height and width to even numbers."""
     height, width = x.shape[1:3]
     return jnp.pad(x, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), constant_values=fill)
 
@@ -43,11 +43,11 @@ _maximum = Kernel("max_pool", _max_pool, _max_pool_on_cpu, images=(0,))
 
 @jax.custom_jvp
 def max_pool(x: jax.Array) -> jax.Array:
-    """``[N, H, W, C] -> [N, ceil(H / 2), ceil(W / 2), C]``: 3x3 maximum at stride 2, padded by one pixel of -inf.
+    """3x3 max-pool at stride 2, padded by one pixel of -inf: ``[N, H, W, C] -> [N, ceil(H / 2), ceil(W / 2), C]``.
 
-    The gradient goes to the first maximum of a window, row by row, as PyTorch's does. XLA would scatter it, pixel by pixel,
-    after a search for the maxima that it has already found: where it is differentiated each window remembers which of its
-    pixels won, and in the gradient a pixel asks the windows that see it, one to four by its phase of the stride.
+    The gradient goes to the first maximum of a window in row-major order, as in PyTorch. XLA would search the maxima again
+    and scatter the gradient pixel by pixel. Instead, if the function is differentiated, each window stores the index of its
+    maximum, and each pixel sums the gradients of the one to four windows that contain it.
     """
     return _maximum(x)
 
@@ -62,14 +62,14 @@ def _derivative(primals, tangents):
 
 
 def _taps(x: jax.Array, fill: float) -> list[jax.Array]:
-    """Every tap's view of pixels of an even height and width, row by row."""
+    """The views of an image of even height and width for all taps, in row-major order."""
     height, width = x.shape[1:3]
     x = jnp.pad(x, ((0, 0), (1, 0), (1, 0), (0, 0)), constant_values=fill)
     return [x[:, i : i + height : 2, j : j + width : 2] for i in range(3) for j in range(3)]
 
 
 def _with_winners(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The maxima, and which tap of its window each is."""
+    """The maxima, and for each the index of its tap in the window."""
     taps = _taps(x, -jnp.inf)
     y, winner = taps[0], jnp.zeros(taps[0].shape, jnp.int8)
     for number, tap in enumerate(taps[1:], 1):
@@ -79,17 +79,17 @@ def _with_winners(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _select(dx: jax.Array, winner: jax.Array) -> jax.Array:
-    """The numbers of ``dx [N, H, W, C]`` at the pixels that won: as ``winner``, [N, H / 2, W / 2, C]."""
+    """The values of ``dx [N, H, W, C]`` at the maxima's pixels: [N, H / 2, W / 2, C], like ``winner``."""
     parts = [jnp.where(winner == number, tap, 0) for number, tap in enumerate(_taps(_even(dx, 0.0), 0.0))]
     return sum(parts[1:], parts[0])
 
 
 def _give_back(dy: jax.Array, winner: jax.Array, *, shape: tuple[int, ...]) -> jax.Array:
-    """:func:`_select`'s transpose, to ``shape``: each pixel adds up what the windows that it won have."""
+    """The transpose of :func:`_select`, to ``shape``: each pixel sums the values of the windows whose maximum it is."""
     n, height, width, channels = dy.shape
     edge = ((0, 0), (0, 1), (0, 1), (0, 0))
     winner, dy = jnp.pad(winner, edge, constant_values=-1), jnp.pad(dy, edge)
-    # By a pixel's phase: the taps it is at, and of which window, its own or the next.
+    # For each phase of a pixel: its taps, and whether they are in its own window (0) or the next one (1).
     windows = ((1, 0),), ((2, 0), (0, 1))
     rows = []
     for row in windows:
@@ -119,18 +119,18 @@ _given_back.multilinear(lambda dx, winner, *, argument, shape: _selected(dx, win
 
 
 def _neighbours(x: jax.Array, axis: int, length: int, step: int, count: int) -> list[jax.Array]:
-    """Along an axis, the numbers at 0, step, 2 step, ..., ``length`` of them; those after each; up to ``count`` in all."""
+    """``count`` strided slices along an axis, each of ``length`` values at distance ``step``, which start at 0, 1, ..."""
     return [lax.slice_in_dim(x, i, i + step * (length - 1) + 1, step, axis) for i in range(count)]
 
 
 def _sums(x: jax.Array, step: int, padding: tuple[int, int] = (0, 0)) -> jax.Array:
-    """The sums of 2x2 pixels, for sizes without a number: written as a convolution is, so that JAX sees equal sizes."""
+    """The sums over windows of 2x2 pixels, for symbolic sizes; sizes as in convolutions, so JAX sees them as equal."""
     edges = ((0, 0), padding, padding, (0, 0))
     return lax.reduce_window(x, jnp.zeros((), x.dtype), lax.add, (1, 2, 2, 1), (1, step, step, 1), edges)
 
 
 def max_pool_dense(x: jax.Array) -> jax.Array:
-    """``[N, H, W, C]``, the same shape: 3x3 maximum at stride 1, padded by one pixel of -inf."""
+    """3x3 max-pool at stride 1, padded by one pixel of -inf; the shape ``[N, H, W, C]`` does not change."""
     if not known(*x.shape[1:3]):
         edges = ((0, 0), (1, 1), (1, 1), (0, 0))
         return lax.reduce_window(x, -jnp.inf, lax.max, (1, 3, 3, 1), (1, 1, 1, 1), edges)
@@ -142,16 +142,16 @@ def max_pool_dense(x: jax.Array) -> jax.Array:
 
 
 def _reflected(x: jax.Array, axis: int) -> jax.Array:
-    """With the pixels next to both ends once more beyond them."""
+    """Pads ``axis`` by one pixel at both ends, by reflection."""
     if known(size := x.shape[axis]):
         first, last = (lax.slice_in_dim(x, at, at + 1, axis=axis) for at in (min(1, size - 1), max(size - 2, 0)))
-    else:  # dynamic slices, as JAX does not know that there are two pixels
+    else:  # dynamic slices, because JAX cannot know that there are at least two pixels
         first, last = (lax.dynamic_slice_in_dim(values, 1, 1, axis) for values in (x, lax.rev(x, (axis,))))
     return lax.concatenate([first, x, last], axis)
 
 
 def _blurred(x: jax.Array, step: int) -> jax.Array:
-    """The binomial filter (1 2 1) / 4 along both axes at a stride of ``step``, reflected by a pixel at the edges."""
+    """The binomial filter (1 2 1) / 4 along both axes at stride ``step``, with reflection at the edges."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     wide = _reflected(_reflected(wide, 1), 2)
     if not known(*x.shape[1:3]):
@@ -163,10 +163,10 @@ def _blurred(x: jax.Array, step: int) -> jax.Array:
 
 
 def blur(x: jax.Array) -> jax.Array:
-    """``[N, H, W, C] -> [N, ceil(H / 2), ceil(W / 2), C]``: a 3x3 binomial filter at stride 2 (``timm.layers.BlurPool2d``).
+    """3x3 binomial filter at stride 2 (``timm.layers.BlurPool2d``): ``[N, H, W, C] -> [N, ceil(H / 2), ceil(W / 2), C]``.
 
-    Zhang 2019, arXiv:1904.11486. Sums of shifted pixels: as a convolution of each channel by itself it would be the slowest
-    of a network's on a CPU.
+    Zhang 2019, arXiv:1904.11486. It is computed as a sum of shifted pixels, because a depthwise convolution would be the
+    slowest layer of a network on a CPU.
     """
     return _blurred(x, 2)
 
@@ -177,30 +177,30 @@ def blur_dense(x: jax.Array) -> jax.Array:
 
 
 def average_halves(x: jax.Array) -> jax.Array:
-    """``[N, H, W, C] -> [N, H // 2, W // 2, C]``: the average of each 2x2 pixels; an odd last row or column is left out."""
+    """2x2 average pooling ``[N, H, W, C] -> [N, H // 2, W // 2, C]``; an odd last row or column is dropped."""
     return _averaged(x, 2)
 
 
 def average_pairs(x: jax.Array) -> jax.Array:
-    """``[N, H, W, C] -> [N, ceil(H / 2), ceil(W / 2), C]``: the average of each 2x2 pixels, of those that there are."""
+    """2x2 average pooling ``[N, H, W, C] -> [N, ceil(H / 2), ceil(W / 2), C]``; padding does not count in averages."""
     if not known(*x.shape[1:3]):
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         count = _sums(jnp.ones((1, *x.shape[1:3], 1), wide.dtype), 2, (0, 1))
         return (_sums(wide, 2, (0, 1)) / count).astype(x.dtype)
     for axis in (1, 2):
         size = x.shape[axis]
-        if size % 2:  # the last row once more gives the average of that row alone
+        if size % 2:  # repeating the last row gives the average of that row
             x = lax.concatenate([x, lax.slice_in_dim(x, size - 1, size, axis=axis)], axis)
     return _averaged(x, 2)
 
 
 def average_same(x: jax.Array) -> jax.Array:
-    """``[N, H, W, C]``, the same shape: the average of a pixel and its three next to the right and below, zeros outside."""
+    """The average of each pixel and its neighbours to the right and below, with zeros outside; the shape does not change."""
     return _averaged(jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0))), 1)
 
 
 def _averaged(x: jax.Array, step: int) -> jax.Array:
-    """Of each 2x2 pixels, ``step`` apart."""
+    """The averages of windows of 2x2 pixels at stride ``step``, without padding."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     if not known(*x.shape[1:3]):
         return (_sums(wide, step) / 4).astype(x.dtype)
@@ -211,10 +211,10 @@ def _averaged(x: jax.Array, step: int) -> jax.Array:
 
 
 def every_second(x: jax.Array) -> jax.Array:
-    """``[N, H, W, C] -> [N, ceil(H / 2), ceil(W / 2), C]``: the pixels at even rows and columns."""
+    """The pixels at even rows and columns: ``[N, H, W, C] -> [N, ceil(H / 2), ceil(W / 2), C]``."""
     if known(*x.shape[1:3]):
         return x[:, ::2, ::2]
-    # A size without a number is written as a convolution's is, so that JAX sees that both are the same.
+    # For a symbolic size the expression is that of a convolution, so that JAX recognises that both sizes are equal.
     return lax.reduce_window(x, -jnp.inf, lax.max, (1, 1, 1, 1), (1, 2, 2, 1), "VALID")
 
 
@@ -223,11 +223,11 @@ def _average(x: jax.Array, *, dtype: DTypeLike) -> jax.Array:
 
 
 def _average_on_cpu(x: jax.Array, *, dtype: DTypeLike, devices: int) -> jax.Array:
-    """XLA goes number by number over both axes at once (32 images of 7x7, 2,048 channels: 5.6 ms, one axis at a time 0.3).
+    """The global average on a CPU, one axis at a time: for 32 images of 7x7 pixels and 2,048 channels it takes 0.3 ms; XLA's
+    sum over both axes at once takes 5.6 ms.
 
-    What is narrower than ``dtype`` is a matrix product with ones: where jax 0.12.0.1 sums max(convolution(max(x, 0)), 0) of
-    bfloat16 in float32, some sums are not numbers (its YNN fusions; without them they are right), and a fused network ends
-    so.
+    Dtypes narrower than ``dtype`` are summed by a matrix product with ones. With jax 0.12.0.1, sums in float32 of
+    max(convolution(max(x, 0)), 0) in bfloat16, with which a fused network ends, are partly NaN (a fault of its YNN fusions).
     """
     if not known(*x.shape):
         return _average(x, dtype=dtype)
@@ -244,5 +244,5 @@ _global_average = Kernel("global_average", _average, _average_on_cpu, images=(0,
 
 
 def global_average_pool(x: jax.Array) -> jax.Array:
-    """``[N, H, W, C] -> [N, C]``, the mean over H and W, accumulated and returned in float32 at least."""
+    """The mean over H and W, ``[N, H, W, C] -> [N, C]``, accumulated and returned in float32 or wider."""
     return _global_average(x, dtype=jnp.promote_types(x.dtype, jnp.float32))

@@ -1,4 +1,4 @@
-"""When XLA's CPU compiler computes what: sums of residuals, ReLUs, and a batch in pieces."""
+"""Controls what XLA's CPU compiler fuses and in which order it computes: residual sums, ReLUs, batches in pieces."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from jax.typing import DTypeLike
 
 from jresnet.kernels.platforms import Kernel, known
 
-# Bytes of the first stage's output at a time in inference: 2 images of 224 pixels for ResNet-50, 64 of 32 for ResNet-20, by
-# measurement, so that a layer finds in the cache what the one before it left.
+# Bytes of the first stage's output at a time in inference, chosen by measurement so that each layer finds its input in the
+# cache: 2 images of 224 pixels for ResNet-50, 64 images of 32 pixels for ResNet-20.
 BATCH_PIECE = 7 * 2**20
 
 
 def _relu_on_cpu(x: jax.Array, *, devices: int) -> jax.Array:
-    """bfloat16 goes through float32, where XLA computes it so anyway: written so, XLA hands it to oneDNN together with the
-    convolution before it.
+    """ReLU on a CPU. bfloat16 is converted to float32 explicitly, as XLA does anyway: in this form, XLA passes it to oneDNN
+    together with the preceding convolution.
     """
     if x.dtype == jnp.bfloat16:
         return jnp.maximum(x.astype(jnp.float32), 0).astype(x.dtype)
@@ -34,7 +34,7 @@ _once.multilinear(lambda dy, *, argument: _once(dy))
 
 @jax.custom_jvp
 def relu(x: jax.Array) -> jax.Array:
-    """max(x, 0) as ``torch.relu``, whose derivative at 0 is 0."""
+    """max(x, 0) with derivative 0 at 0, as ``torch.relu``."""
     return _relu(x)
 
 
@@ -46,14 +46,14 @@ def _relu_derivative(primals, tangents):
 
 @jax.custom_jvp
 def add_relu(y: jax.Array, shortcut: jax.Array) -> jax.Array:
-    """relu(y + shortcut), a block's output.
+    """The output of a block: relu(y + shortcut).
 
-    On the CPU ``shortcut`` comes from behind a barrier: so XLA sees no other reader, and has oneDNN's convolution add to it
-    where it lies. Else the sum goes to memory of its own, which makes every such 1x1 convolution a tenth slower.
+    On the CPU there is a barrier after ``shortcut``. So XLA sees no other use of it, and oneDNN's convolution adds to it in
+    place. Otherwise the sum would need separate memory, which makes such 1x1 convolutions a tenth slower.
 
-    Where it is differentiated, it is the output that lies behind a barrier there, and so does its gradient. Without it XLA's
-    CPU compiler computes a block's output anew in every fusion that reads it, from the block's input, and that from the one
-    before: ResNet-110's step took 1.98 s instead of 1.29.
+    If it is differentiated, the barriers are after the output and after its gradient instead. Without them, XLA's CPU
+    compiler recomputes a block's output in every fusion that uses it, recursively from the inputs of earlier blocks: a step
+    of ResNet-110 took 1.98 s instead of 1.29 s.
     """
     return _relu(y + _once(shortcut))
 
@@ -81,7 +81,7 @@ def _by_pieces_on_cpu(
     batch, most = len(x), max(1, BATCH_PIECE // max(1, bytes_an_image))
     if batch <= most or devices > 1:
         return function(x, *weights)
-    # The size, of the larger half, that leaves the fewest to fill up.
+    # Among the sizes above half of the limit, the one that needs the least padding.
     images = min(range(most, most // 2, -1), key=lambda size: -batch % size)
     pieces = jnp.pad(x, [(0, -batch % images), *[(0, 0)] * (x.ndim - 1)]).reshape(-1, images, *x.shape[1:])
     y = lax.map(lambda piece: function(piece, *weights), pieces)
@@ -89,7 +89,7 @@ def _by_pieces_on_cpu(
 
 
 _by_pieces = Kernel("in_pieces", _whole, _by_pieces_on_cpu)
-# A network is traced when its program is lowered, once, and for images of the size that is then chosen.
+# The network is traced only once, when its program is lowered, for the number of images that is chosen then.
 _by_pieces.primitive.def_abstract_eval(
     lambda x, *weights, outputs, **_: jax.core.ShapedArray((x.shape[0], outputs[0]), outputs[1])
 )
@@ -103,16 +103,16 @@ def in_pieces(
     outputs: tuple[int, DTypeLike],
     bytes_an_image: int,
 ) -> jax.Array:
-    """``function(x, *weights)``, inside jit on a CPU some images at a time, the last ones filled up by zeros.
+    """Computes ``function(x, *weights)``; inside jit on a CPU a few images at a time, with zero padding at the end.
 
-    So each layer finds in the cache what the one before it left.
+    So each layer finds its input in the cache.
 
     Args:
-        function: of images, one by one, ``[n, ...] -> [n, classes]``; it closes over no array that jit traces.
-        x: ``[N, ...]``.
-        weights: arrays that jit traces.
-        outputs: number of classes, and the result's dtype.
-        bytes_an_image: of what ``function`` makes on the way, to be held against ``BATCH_PIECE``.
+        function: a function ``[n, ...] -> [n, classes]`` that treats images independently and closes over no traced array.
+        x: images ``[N, ...]``.
+        weights: traced arrays.
+        outputs: number of classes, and the dtype of the result.
+        bytes_an_image: size of the largest intermediate result per image, compared with ``BATCH_PIECE``.
     """
     if not isinstance(x, jax.core.Tracer):
         return function(x, *weights)

@@ -1,22 +1,23 @@
-"""3x3 convolutions at stride 1, and their gradients, with 16 products a channel for four pixels instead of 36.
+"""3x3 convolutions at stride 1 and their gradients by Winograd's algorithm.
 
-Winograd's minimal filtering (Lavin & Gray 2016, arXiv:1509.09308, section 4.1), two by two pixels of output at a time. In
-one direction, four pixels x and three taps k make two pixels of output y from four products instead of six::
+Winograd's minimal filtering (Lavin & Gray 2016, arXiv:1509.09308, section 4.1) computes 2x2 pixels of output at a time with
+16 products per channel instead of 36. In one dimension, two output pixels y are computed from four pixels x and three taps
+k with four products instead of six::
 
     m = (x0 - x2) k0,  (x1 + x2) (k0 + k1 + k2) / 2,  (x2 - x1) (k0 - k1 + k2) / 2,  (x1 - x3) k2
     y = m0 + m1 + m2,  m1 - m2 - m3
 
-and the taps' gradient, of three numbers, comes from the same four of x and two pixels of y's gradient d::
+and the gradient of the three taps is computed from the same four pixels x and two pixels of y's gradient d::
 
     m = (x0 - x2) d0,  (x1 + x2) (d0 + d1) / 2,  (x2 - x1) (d0 - d1) / 2,  (x3 - x1) d1
     k = m0 + m1 + m2,  m1 - m2,  m1 + m2 + m3
 
-Both directions one after the other make 16 products of 4 by 4 numbers, each of which is a matrix product over the channels.
-There is no factor but 1/2, so that rounding errors stay of the size of the direct sum's; those of larger windows do not.
+Both dimensions together give 16 products of 4x4 values, each of which is a matrix product over the channels. The only factor
+is 1/2, so that rounding errors are about as large as those of a direct sum, unlike with larger windows.
 
-Arrays are NHWC and HWIO, with one pixel of zeros around the images; as many channels come out as go in. ``piece`` is how
-many bytes of transformed pixels, which are four times the pixels, are made at a time, of a product's two operands together,
-so that they stay in the cache.
+Arrays are NHWC and HWIO, images are padded by one pixel of zeros, and the numbers of input and output channels are equal.
+``piece`` is the number of bytes of transformed pixels, which take four times the memory of the pixels, that are processed at
+a time so that they stay in the cache; it includes both operands of a product.
 """
 
 from __future__ import annotations
@@ -30,19 +31,19 @@ from jax import lax
 
 
 def convolve(x: jax.Array, taps: jax.Array | np.ndarray, piece: int) -> jax.Array:
-    """[N, H, W, C] by :func:`transformed` taps [16, C, C] -> [N, H, W, C]."""
+    """Convolves [N, H, W, C] with :func:`transformed` taps [16, C, C] to [N, H, W, C]."""
     return _convolve(x, taps, 1, piece)
 
 
 def input_gradient(dy: jax.Array, kernel: jax.Array, piece: int) -> jax.Array:
-    """:func:`convolve`'s gradient in x: dy [N, H, W, C] by [3, 3, C, C] -> [N, H, W, C]."""
-    return _convolve(dy, transformed(kernel, turned=True), 2, piece)  # over what were the outputs
+    """The gradient of :func:`convolve` with respect to x: from dy [N, H, W, C] and kernel [3, 3, C, C] to [N, H, W, C]."""
+    return _convolve(dy, transformed(kernel, turned=True), 2, piece)  # contracts over the output channels
 
 
 def kernel_gradient(x: jax.Array, dy: jax.Array, piece: int) -> jax.Array:
-    """:func:`convolve`'s gradient in the kernel: two of [N, H, W, C] -> [3, 3, C, C]."""
+    """The gradient of :func:`convolve` with respect to the kernel: from x and dy, [N, H, W, C] each, to [3, 3, C, C]."""
     zeros = jnp.zeros((16, x.shape[-1], dy.shape[-1]), x.dtype)
-    images = _images(x, piece // 2)  # of two operands
+    images = _images(x, piece // 2)  # half for each operand
 
     def add_piece(i, total):
         windows, pairs = (lax.dynamic_slice_in_dim(a, i * images, images) for a in (x, dy))
@@ -59,7 +60,7 @@ def kernel_gradient(x: jax.Array, dy: jax.Array, piece: int) -> jax.Array:
 
 
 def transformed(kernel: Any, turned: bool = False) -> Any:
-    """[3, 3, C, C], of JAX or of numpy -> [16, C, C], and of the kernel turned round."""
+    """Transforms a JAX or numpy kernel [3, 3, C, C] to [16, C, C]; flips it first if ``turned``."""
     numpy = isinstance(kernel, np.ndarray)
 
     def spread(a, b, c):
@@ -73,12 +74,12 @@ def transformed(kernel: Any, turned: bool = False) -> Any:
 
 
 def largest_divisor(number: int, most: int) -> int:
-    """The largest divisor up to ``most``, at least 1."""
+    """The largest divisor of ``number`` up to ``most``, at least 1."""
     return max(d for d in range(1, number + 1) if number % d == 0 and (d <= most or d == 1))
 
 
 def _images(x, piece):
-    """How many at a time: a divisor of the batch."""
+    """The number of images to process at a time, a divisor of the batch."""
     windows = -(-x.shape[1] // 2) * -(-x.shape[2] // 2)
     return largest_divisor(len(x), piece // (16 * windows * x.shape[3] * x.dtype.itemsize))
 
@@ -86,7 +87,7 @@ def _images(x, piece):
 def _convolve(x, taps, contracted, piece):
     images = _images(x, piece)
 
-    def add_piece(i, y):  # in the place of the pixels that it is made of: where these are done with, nothing is copied
+    def add_piece(i, y):  # overwrites its input pixels, so that nothing is copied if these are not used any more
         done = _convolve_piece(lax.dynamic_slice_in_dim(y, i * images, images), taps, contracted)
         return lax.dynamic_update_slice_in_dim(y, done, i * images, 0)
 
@@ -109,7 +110,7 @@ def _convolve_piece(x, taps, contracted):
 
 
 def _windows(x):
-    """[N, H, W, C] -> [16, windows, C]: four by four pixels for every two by two of output, transformed."""
+    """Transforms [N, H, W, C] to [16, windows, C]: 4x4 pixels for each 2x2 pixels of output."""
     height, width, channels = x.shape[1:]
     rows, columns = 2 * (-(-height // 2)), 2 * (-(-width // 2))
     x = jnp.pad(x, ((0, 0), (1, rows + 1 - height), (1, columns + 1 - width), (0, 0)))
@@ -117,13 +118,13 @@ def _windows(x):
     def spread(a, b, c, d):
         return jnp.stack([a - c, b + c, c - b, b - d])
 
-    # One direction after the other: without the barrier XLA computes the first anew, four times, inside the second.
+    # The barrier between the two dimensions keeps XLA from recomputing the first four times inside the second.
     x = lax.optimization_barrier(spread(*(x[:, i : i + rows - 1 : 2] for i in range(4))))
     return spread(*(x[:, :, :, j : j + columns - 1 : 2] for j in range(4))).reshape(16, -1, channels)
 
 
 def _pairs(dy):
-    """[N, H, W, C] -> [16, windows, C]: two by two pixels of the output's gradient, transformed."""
+    """Transforms [N, H, W, C] to [16, windows, C]: 2x2 pixels of the output's gradient."""
     height, width, channels = dy.shape[1:]
     dy = jnp.pad(dy, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)))
 

@@ -1,4 +1,4 @@
-"""What tells one ResNet from another: :class:`ResNetConfig`."""
+"""The configuration of a ResNet: :class:`ResNetConfig`."""
 
 from __future__ import annotations
 
@@ -9,44 +9,45 @@ from jresnet.errors import InputError
 
 Block = Literal["basic", "bottleneck"]
 Stem = Literal["imagenet", "cifar", "cifar_pool", "imagenet_no_pool", "deep", "deep_tiered", "deep_conv"]
-# What a block adds its output to. The letters are the paper's (section 3.3):
-#   "pad"              A: every second pixel, zero-padded channels; no parameters
-#   "projection"       B: 1x1 convolution and BN where the shape changes, else the input itself
-#   "projection_first" B, and also at the first block of a stage that keeps the shape
+# The kind of shortcut connection. A and B are the options of the paper (section 3.3):
+#   "pad"              A: subsampling (every second pixel) and zero-padded channels; no parameters
+#   "projection"       B: 1x1 convolution and BN where the shape changes, else the identity
+#   "projection_first" B, and a projection also in the first block of a stage that keeps the shape
 #   "conv"             B without the BN
-#   "average"          B, whose convolution follows a 2x2 average where the block has a stride (ResNet-D, arXiv:1812.01187)
-#   "projection_3x3"   B with a 3x3 convolution where the block has a stride (SENet-154)
+#   "average"          B, in strided blocks with 2x2 average pooling before the convolution (ResNet-D, arXiv:1812.01187)
+#   "projection_3x3"   B, in strided blocks with a 3x3 convolution (SENet-154)
 Shortcut = Literal["pad", "projection", "projection_first", "conv", "average", "projection_3x3"]
 
-# Which convolution of a Bottleneck carries the stride of a stage: the 3x3 ("v1.5", torchvision), or the first 1x1 (the
-# paper, Caffe's and detectron2's weights, transformers' downsample_in_bottleneck): two functions of the same tensors.
+# Which convolution of a Bottleneck has the stride of a stage: the 3x3 ("v1.5", torchvision), or the first 1x1 (the paper,
+# Caffe's and detectron2's weights, transformers' downsample_in_bottleneck). Both are valid for the same tensors.
 StrideIn = Literal["3x3", "1x1"]
 
-# What a block's output is multiplied by before the shortcut is added, one factor a channel:
+# Channel attention: a factor per channel that multiplies a block's output before the shortcut is added:
 #   "se"   squeeze-and-excitation (arXiv:1709.01507)
 #   "eca"  efficient channel attention (arXiv:1910.03151)
 Attention = Literal["se", "eca"]
 
-# What reduces the image where a network has a stride, its convolution being at stride 1, and behind the stem:
-#   "blur"     a 3x3 binomial filter (arXiv:1904.11486); the stem's max-pool stays, at stride 1
-#   "average"  the average of 2x2 pixels, also in place of the stem's max-pool
+# Anti-aliased downsampling: strided convolutions get stride 1, and a filter after them has the stride:
+#   "blur"     a 3x3 binomial filter (arXiv:1904.11486); also after the stem's max-pool, which gets stride 1
+#   "average"  2x2 average pooling; also replaces the stem's max-pool
 Antialias = Literal["blur", "average"]
 
-Norm = Literal["group"]  # what stands where BatchNorm usually does: GroupNorm of 32 groups (arXiv:1803.08494)
+Norm = Literal["group"]  # the layer that replaces BatchNorm: GroupNorm with 32 groups (arXiv:1803.08494)
 
 
 class StemKind(NamedTuple):
-    """What a stem is made of."""
+    """The layers of a stem."""
 
-    kernel: int  # of each of its convolutions
-    stride: int  # of the first one
-    pool: Literal["max", "conv"] | None  # at stride 2 behind it: a 3x3 max-pool, or a 3x3 convolution, BN and ReLU
-    inner: tuple[int, ...] = ()  # outputs of the convolutions before the last one, in eighths of the last one's
+    kernel: int  # kernel size of each convolution
+    stride: int  # stride of the first convolution
+    # layer of stride 2 at the end: a 3x3 max-pool, or a 3x3 convolution, BN and ReLU
+    pool: Literal["max", "conv"] | None
+    inner: tuple[int, ...] = ()  # output channels of all convolutions but the last, in eighths of the last one's
 
 
-# Those with a pool or without are two functions of the same tensors: small images are often given a 3x3 whose max-pool was
-# left in place, or a 7x7 whose max-pool was taken out. The deep ones are ResNet-C's and -D's (arXiv:1812.01187), timm's "t"
-# networks' and ResNet-RS's (arXiv:2103.07579).
+# Stems with and without a pool can have the same tensors: networks for small images are often a 3x3 stem that keeps the
+# max-pool, or a 7x7 stem without it. The deep stems are those of ResNet-C and -D (arXiv:1812.01187), of timm's "t" networks
+# and of ResNet-RS (arXiv:2103.07579).
 STEMS: dict[str, StemKind] = {
     "imagenet": StemKind(7, 2, "max"),
     "cifar": StemKind(3, 1, None),
@@ -57,46 +58,46 @@ STEMS: dict[str, StemKind] = {
     "deep_conv": StemKind(3, 2, "conv", (4, 4)),
 }
 
-EXPANSION: dict[Block, int] = {"basic": 1, "bottleneck": 4}  # a block's output channels by its stage's width
+EXPANSION: dict[Block, int] = {"basic": 1, "bottleneck": 4}  # a block's output channels divided by its stage's width
 
 
 @dataclass(frozen=True)
 class ResNetConfig:
-    """Everything that tells one ResNet from another."""
+    """All settings that define the architecture of a ResNet."""
 
-    block: Block | tuple[Block, ...]  # of all stages, or one for each
-    depths: tuple[int, ...]  # blocks in each stage
+    block: Block | tuple[Block, ...]  # block type of all stages, or one per stage
+    depths: tuple[int, ...]  # number of blocks in each stage
     widths: tuple[int, ...] = (64, 128, 256, 512)  # channels of each stage, before a Bottleneck's expansion
-    num_classes: int = 1000  # logits; 0: no head, the network gives pooled features
+    num_classes: int = 1000  # number of logits; 0: no head, the network returns pooled features
     in_channels: int = 3  # channels of the images
     stem: Stem = "imagenet"  # 7x7 at stride 2 and max-pool, or "cifar": 3x3 at stride 1 and no pool; see STEMS
     shortcut: Shortcut = "projection"
     groups: int = 1  # groups of a Bottleneck's 3x3 (ResNeXt, arXiv:1611.05431: cardinality)
     width_per_group: int = 64  # channels per group in the first stage (Wide ResNet, arXiv:1605.07146: 128)
-    conv_bias: bool = False  # biased convolutions: BN makes them redundant, but resnet18_d2l's weights hold them
-    # Pixels of an image, a side, for one pixel of the last stage: from where the strides would exceed it, convolutions are
-    # dilated instead (torchvision's replace_stride_with_dilation, timm's output_stride). None: as the strides make it.
+    conv_bias: bool = False  # convolutions with a bias: redundant before BN, but resnet18_d2l's weights contain them
+    # Ratio of the image's height and width to the last stage's. Where the strides would exceed it, convolutions are dilated
+    # instead (torchvision's replace_stride_with_dilation, timm's output_stride). None: no dilation.
     output_stride: int | None = None
-    stride_in: StrideIn = "3x3"  # a Bottleneck's; a basic block has its stride in its first 3x3
-    # From here on None is what most networks have, and what a file need not say.
-    stem_channels: int | None = None  # outputs of the stem; None: as many as the first stage's width
+    stride_in: StrideIn = "3x3"  # for Bottlenecks; a basic block has its stride in its first 3x3
+    # The remaining fields are None in most networks, and None is left out of files.
+    stem_channels: int | None = None  # output channels of the stem; None: the first stage's width
     attention: Attention | None = None
-    reduction: int | None = None  # "se" squeezes the channels to this fraction, in whole eights; None: to a sixteenth
+    reduction: int | None = None  # "se" reduces the channels by this factor, to a multiple of 8; None: by 16
     antialias: Antialias | None = None
     norm: Norm | None = None  # None: BatchNorm
-    # A Bottleneck's first convolution has the width's channels divided by this: half as many in SENet-154, whose authors
-    # saved arithmetic there (arXiv:1709.01507, section 6.1).
+    # Divides the output channels of a Bottleneck's first convolution; 2 in SENet-154, to save arithmetic (arXiv:1709.01507,
+    # section 6.1).
     reduce_first: int | None = None
-    # Channels that pruning left (arXiv:2002.08258): for each stage its output, and for each of its blocks the outputs of
-    # the first and the second convolution. The widths stay those of the network that was pruned: ECA's kernels have its.
+    # Channels after pruning (arXiv:2002.08258): for each stage its output channels, and for each of its blocks those of the
+    # first and the second convolution. `widths` are those before pruning, which determine the size of ECA's kernels.
     pruned: tuple[tuple[int, tuple[tuple[int, int], ...]], ...] | None = None
 
     def __post_init__(self) -> None:
-        """Raises :class:`jresnet.InputError` with everything that is wrong."""
+        """Raises :class:`jresnet.InputError` that lists all invalid fields."""
         if problems := _problems(self):
             raise InputError("; ".join(problems))
         if self.output_stride == self.full_stride:
-            object.__setattr__(self, "output_stride", None)  # one way to write a network without dilation
+            object.__setattr__(self, "output_stride", None)  # so that equal networks have equal configurations
 
     @property
     def full_stride(self) -> int:
@@ -105,15 +106,15 @@ class ResNetConfig:
 
     @property
     def stem_stride(self) -> int:
-        """Pixels of an image, a side, for one pixel of the stem's output."""
+        """The ratio of the image's height and width to those of the stem's output."""
         stem = STEMS[self.stem]
         return stem.stride * 2 if stem.pool else stem.stride
 
     @property
     def strides(self) -> tuple[tuple[int, int], ...]:
-        """The stride of each stage, and the dilation of its 3x3 convolutions from the first block's second one on.
+        """The stride of each stage and the dilation of its 3x3 convolutions.
 
-        The stage's first 3x3 convolution has the dilation of the stage before.
+        The dilation applies to all 3x3 convolutions of the stage but the first, which has the previous stage's dilation.
         """
         found, total, dilation = [], self.stem_stride, 1
         for stage in range(len(self.depths)):
@@ -126,18 +127,18 @@ class ResNetConfig:
 
     @property
     def blocks(self) -> tuple[Block, ...]:
-        """The kind of each stage's blocks."""
+        """The block type of each stage."""
         return self.block if isinstance(self.block, tuple) else (self.block,) * len(self.depths)
 
     @property
     def outputs(self) -> tuple[int, ...]:
-        """Channels of each stage's output."""
+        """The output channels of each stage."""
         if self.pruned is not None:
             return tuple(outputs for outputs, _ in self.pruned)
         return tuple(planes * EXPANSION[block] for block, planes in zip(self.blocks, self.widths, strict=True))
 
     def channels(self, stage: int, block: int) -> tuple[int, int, int]:
-        """Outputs of a block's first and second convolution, and its own; stages and blocks from 0."""
+        """Output channels of a block's first and second convolution, and of the block; indices count from 0."""
         if self.pruned is not None:
             outputs, blocks = self.pruned[stage]
             return (*blocks[block], outputs)
@@ -149,23 +150,23 @@ class ResNetConfig:
 
     @property
     def has_parts(self) -> bool:
-        """Whether it has what torchvision's ResNets and the CIFAR family have not."""
+        """Whether the network has parts that neither torchvision's ResNets nor the CIFAR family have."""
         parts = (self.stem_channels, self.attention, self.antialias, self.norm, self.reduce_first, self.pruned)
         kinds = self.shortcut in ("average", "projection_3x3") or isinstance(self.block, tuple)
         return kinds or bool(STEMS[self.stem].inner) or any(parts)
 
     @property
     def stem_outputs(self) -> int:
-        """Channels of the stem's output."""
+        """The output channels of the stem."""
         return self.stem_channels or self.widths[0]
 
     @property
     def num_features(self) -> int:
-        """Channels of the last stage's output, and so of the pooled features that the head takes."""
+        """The output channels of the last stage, which is also the number of features that the head takes."""
         return self.outputs[-1]
 
 
-MOST = 1_000_000  # of anything that is counted: more would be wrong, and XLA ends the process where memory lacks
+MOST = 1_000_000  # upper bound of every count: larger ones are mistakes, and XLA aborts the process if memory runs out
 KINDS: dict[str, tuple[str, ...]] = {
     "stem": get_args(Stem),
     "shortcut": get_args(Shortcut),
@@ -185,7 +186,7 @@ def _problems(config: ResNetConfig) -> list[str]:
 
 
 def _wrong_alone(config: ResNetConfig) -> list[str]:
-    """What is wrong with a field whatever the others are."""
+    """Problems of single fields."""
     blocks = config.block if isinstance(config.block, tuple) and config.block else (config.block,)
     problems = [
         f"block must be {' or '.join(map(repr, get_args(Block)))}, or a tuple of these, got {config.block!r:.80}"
@@ -287,7 +288,7 @@ def _wrong_in_pruned(config: ResNetConfig) -> list[str]:
 
 
 def _wrong_channels(config: ResNetConfig) -> list[str]:
-    """Of fields that are right one by one: what leaves channels that cannot be shared out."""
+    """Combinations of valid fields whose channels cannot be divided as required."""
     problems = []
     kind, stem = STEMS[config.stem], config.stem_outputs
     if any(stem * share % 8 for share in kind.inner):
@@ -309,4 +310,4 @@ def _wrong_channels(config: ResNetConfig) -> list[str]:
     return problems
 
 
-NORM_GROUPS = 32  # of GroupNorm: the paper's and timm's
+NORM_GROUPS = 32  # number of groups of GroupNorm in the paper and in timm

@@ -1,4 +1,4 @@
-"""A trained network made faster for inference."""
+"""Folds BatchNorm into the convolutions of a trained network for faster inference (:func:`fuse`)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from jresnet.kernels import in_pieces
 from jresnet.models.layers import BatchNorm, Conv, Images
 from jresnet.models.resnet import ResNet, checked
 
-_UNTRAINABLE = "a fused model has no BatchNorm left to train: train the model that was given to jresnet.fuse"
+_UNTRAINABLE = "a fused model has no BatchNorm left to train: train the model that was passed to jresnet.fuse"
 
 
 class Fused(nnx.Module):
-    """Where a BatchNorm was before :func:`fuse` moved it into the convolution before it: x -> x."""
+    """The identity, which replaces a BatchNorm that :func:`fuse` folded into the preceding convolution."""
 
     def __call__(self, x: Float[Array, "n h w c"], train: bool | None = None) -> Float[Array, "n h w c"]:
         if train:
@@ -32,14 +32,14 @@ class Fused(nnx.Module):
 
 
 class FusedResNet(ResNet):
-    """What :func:`fuse` returns: a ResNet without BatchNorm, for inference alone."""
+    """A ResNet without BatchNorm, for inference only; returned by :func:`fuse`."""
 
     def train(self, **attributes: Any) -> None:
         """Raises :class:`InputError`."""
         raise InputError(_UNTRAINABLE)
 
     def __call__(self, x: Images, train: bool | None = None) -> Float[Array, "n classes"]:
-        """As :class:`ResNet` in evaluation; inside ``jax.jit`` on a CPU a batch goes in pieces that fit the cache."""
+        """As :class:`ResNet` in evaluation mode. Inside ``jax.jit`` on a CPU, a batch is split to fit the cache."""
         if train or not isinstance(x, jax.core.Tracer):
             return super().__call__(x, train)
         config, x = self.config, checked(x, self.config.in_channels)
@@ -48,7 +48,7 @@ class FusedResNet(ResNet):
         dtype = jnp.dtype(first.dtype or jnp.promote_types(x.dtype, kernel.dtype))
         pooled = (x.shape[0], config.num_features), jnp.promote_types(dtype, jnp.float32)
         logits = jax.eval_shape(lambda pooled: self._head(pooled, train), jax.ShapeDtypeStruct(*pooled))
-        # The first stage's output is the largest, unless later ones are dilated.
+        # The first stage has the largest output, unless later stages are dilated.
         strides = accumulate((stride for stride, _ in config.strides), operator.mul, initial=config.stem_stride)
         stages = zip(list(strides)[1:], config.outputs, strict=True)
         stride, width = max(stages, key=lambda stage: stage[1] / stage[0] ** 2)
@@ -61,7 +61,7 @@ class FusedResNet(ResNet):
 
 
 def _as_a_function(model: FusedResNet, x: jax.Array) -> tuple[Any, ...]:
-    """A function of images and of those weights that jit traces; the images; these weights."""
+    """The model as a function of images and of the weights that jit traces; returns it, the images and these weights."""
     graph, state = nnx.split(model)
     leaves, tree = jax.tree.flatten(state)
     traced = [leaf for leaf in leaves if isinstance(leaf, jax.core.Tracer)]
@@ -76,10 +76,11 @@ def _as_a_function(model: FusedResNet, x: jax.Array) -> tuple[Any, ...]:
 
 
 def fuse(model: ResNet) -> FusedResNet:
-    """The same function for inference, with every BatchNorm folded into the convolution before it.
+    """Returns a copy of a model for inference, with every BatchNorm folded into the preceding convolution.
 
-    A convolution followed by BN in evaluation is a convolution with another kernel and bias (Jacob et al. 2018,
-    arXiv:1712.05877, section 3.2; ``torch.nn.utils.fuse_conv_bn_weights``). They are computed in float64 and rounded once.
+    In evaluation mode, a convolution followed by BN equals one convolution with another kernel and bias (Jacob et al. 2018,
+    arXiv:1712.05877, section 3.2; ``torch.nn.utils.fuse_conv_bn_weights``). Kernel and bias are computed in float64 and
+    rounded once.
 
     >>> import jax.numpy as jnp, jresnet
     >>> fused = jresnet.fuse(jresnet.create("resnet20_cifar"))
@@ -87,28 +88,28 @@ def fuse(model: ResNet) -> FusedResNet:
     (2, 10)
 
     Args:
-        model: stays as it is.
+        model: the model, which is not changed.
 
     Returns:
         A model in evaluation mode with the same submodules, whose convolutions have biases. It cannot be trained, saved
         or fused again.
 
     Raises:
-        InputError: for a model that is fused already, or has a BatchNorm that follows no convolution.
+        InputError: the model is already fused, or has a BatchNorm without a preceding convolution.
     """
     if isinstance(model, FusedResNet):
-        raise InputError("this model is fused already: its convolutions hold what was its BatchNorm")
+        raise InputError("this model is already fused: use it as it is")
     fused = nnx.clone(model)
     fused.eval()
     for path, owner, name, conv in list(_norms(fused)):
         if conv is None:
-            raise InputError(f"{'.'.join(map(str, path))} follows no convolution that it could be folded into")
+            raise InputError(f"{'.'.join(map(str, path))} cannot be folded: there is no convolution before it")
         _fold(conv, _child(owner, name))
         if isinstance(name, int):
             owner[name] = Fused()
         else:
             setattr(owner, name, Fused())
-    object.__setattr__(fused, "__class__", FusedResNet)  # nnx's own __setattr__ would take it for a submodule
+    object.__setattr__(fused, "__class__", FusedResNet)  # nnx's __setattr__ would register it as a submodule
     return fused  # type: ignore[return-value]
 
 
@@ -124,14 +125,14 @@ def _fold(conv: Conv, norm: BatchNorm) -> None:
 
 
 def _norms(model: ResNet) -> Iterator[tuple[tuple[Any, ...], Any, Any, Conv | None]]:
-    """Every BatchNorm: its path, its owner and its name there, and the convolution before it, ``conv1`` for ``bn1``."""
+    """Yields for every BatchNorm its path, owner, attribute name, and the preceding convolution (``conv1`` for ``bn1``)."""
     modules = {path: module for path, module in nnx.iter_graph(model) if isinstance(module, nnx.Module)}
     for path, module in modules.items():
         if isinstance(module, BatchNorm):
             *above, name = path
             before = name - 1 if isinstance(name, int) else str(name).replace("bn", "conv")
             conv = modules.get((*above, before))
-            if isinstance(conv, nnx.List):  # a stem of several convolutions
+            if isinstance(conv, nnx.List):  # a stem with several convolutions
                 conv = conv[-1]
             yield path, modules[tuple(above)], name, conv if isinstance(conv, Conv) else None
 

@@ -1,8 +1,8 @@
-"""The four layers a ResNet is made of, with PyTorch's arithmetic: convolution, batch normalisation, max-pool, linear.
+"""Layers with PyTorch's arithmetic: convolution, batch normalisation and linear.
 
-Images are NHWC and kernels HWIO. Padding is an integer on both sides, as in PyTorch; ``SAME`` would shift strided
-windows by a pixel. Parameters are float32. ``dtype`` is the dtype a layer computes in; ``None`` promotes the input with
-the parameters, so that a model whose leaves were cast to float64 computes in float64.
+Images are NHWC and kernels HWIO. Padding is the same integer on both sides, as in PyTorch; ``SAME`` would shift strided
+windows by a pixel. Parameters are float32. ``dtype`` is a layer's compute dtype; ``None`` promotes the dtypes of input and
+parameters, so that a model whose leaves were cast to float64 computes in float64.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 from jresnet import kernels
 from jresnet.errors import InputError
 
-Images = Float[Array | np.ndarray, "n h w c"]  # what a model takes: JAX's or numpy's
+Images = Float[Array | np.ndarray, "n h w c"]  # the input of a model, a JAX or numpy array
 Init = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
 
@@ -31,10 +31,10 @@ _SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "flo
 
 
 def as_dtype(dtype: Any) -> np.dtype | None:
-    """A floating-point dtype to compute in, from a dtype of JAX's or numpy's or its name, ``bf16`` and ``fp32`` included.
+    """Converts a JAX or numpy dtype or its name (also ``bf16``, ``fp32``) to a floating-point dtype; None stays None.
 
     Raises:
-        InputError: for anything else; None stays None.
+        InputError: the argument is anything else.
     """
     if dtype is None:
         return None
@@ -53,31 +53,31 @@ def _normal_block(key: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def kaiming_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """He et al. 2015, fan-out mode, not truncated: ``torch.nn.init.kaiming_normal_(mode="fan_out")`` for an HWIO kernel.
+    """Kaiming initialisation (He et al. 2015) of an HWIO kernel: ``torch.nn.init.kaiming_normal_(mode="fan_out")``.
 
-    Drawn in blocks of one size, since XLA compiles the generator anew for each shape, for up to a second.
+    Values are drawn in blocks of one size, because XLA would compile the generator for every shape, in up to a second.
     """
     blocks = [_normal_block(key, np.uint32(i)) for i in range(-(-math.prod(shape) // 2**16))]
     fan_out = math.prod(shape[:-2]) * shape[-1]  # PyTorch does not divide by the groups either
     std, values = np.float32(math.sqrt(2.0 / fan_out)), math.prod(shape)
     if isinstance(blocks[0], jax.core.Tracer):
         return jnp.concatenate(blocks)[:values].reshape(shape) * std
-    return jnp.asarray(np.concatenate(blocks)[:values].reshape(shape) * std)  # nothing to compile
+    return jnp.asarray(np.concatenate(blocks)[:values].reshape(shape) * std)  # numpy, so that nothing is compiled
 
 
 def uniform_fan_in(fan_in: int) -> Init:
-    """PyTorch's default for the weights of ``nn.Linear`` and for every bias: uniform in ±1/sqrt(fan_in)."""
+    """PyTorch's default initialisation of ``nn.Linear`` weights and of every bias: uniform in ±1/sqrt(fan_in)."""
     bound = 1.0 / math.sqrt(fan_in)
     return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
 def param(init: Init, shape: tuple[int, ...], rngs: nnx.Rngs | None) -> nnx.Param:
-    """A parameter drawn from ``init``, or, with ``rngs=None``, its float32 shape alone, to be filled from a file."""
+    """A parameter drawn from ``init``. With ``rngs=None`` only its float32 shape, to be filled from a file."""
     return nnx.Param(init(rngs.params(), shape) if rngs else jax.ShapeDtypeStruct(shape, jnp.float32))
 
 
 class Conv(nnx.Module):
-    """2-D convolution (cross-correlation), as ``torch.nn.Conv2d`` with zero padding.
+    """2-D convolution (cross-correlation) with zero padding, as ``torch.nn.Conv2d``.
 
     ``[N, H, W, in_channels] -> [N, H', W', out_channels]`` with
     ``H' = (H + 2 * padding - dilation * (kernel_size - 1) - 1) // stride + 1``.
@@ -98,14 +98,14 @@ class Conv(nnx.Module):
         dtype: DTypeLike | None = None,
         rngs: nnx.Rngs | None,
     ):
-        assert stride == 1 or dilation == 1, "a convolution has a stride or a dilation"
+        assert stride == 1 or dilation == 1, "a convolution cannot have both a stride and a dilation"
         shape = (kernel_size, kernel_size, in_channels // groups, out_channels)
         self.kernel = param(kaiming_normal, shape, rngs)
         self.bias = param(uniform_fan_in(math.prod(shape[:3])), shape[3:], rngs) if bias else None
         self.stride, self.padding, self.groups, self.dilation, self.dtype = stride, padding, groups, dilation, dtype
 
     def __call__(self, x: Float[Array, "n h w c"], train: bool | None = None) -> Float[Array, "n h2 w2 c2"]:
-        del train  # it is the same; layers are called alike
+        del train  # has no effect; all layers have the same signature
         kernel = self.kernel[...]
         dtype = self.dtype or jnp.promote_types(x.dtype, kernel.dtype)
         x, kernel = x.astype(dtype), kernel.astype(dtype)
@@ -124,15 +124,17 @@ def _newer(running, new, momentum):
 class BatchNorm(nnx.Module):
     """Batch normalisation over N, H and W, as ``torch.nn.BatchNorm2d`` (Ioffe & Szegedy 2015).
 
-    ``momentum`` has PyTorch's meaning, the weight of the newest batch; Flax's means the opposite. Training normalises
-    with the batch's biased variance and puts the unbiased one, times n / (n - 1), into the running average.
-    Statistics are taken, kept and applied in float32 (float64 for float64 input), whatever the input's dtype, and the
-    output has the input's dtype. ``use_running_average`` is the mode, set by ``model.train()`` and ``model.eval()`` as that
-    of ``nnx.BatchNorm``; a call's own ``train`` wins over it. ``frozen``, set by ``model.freeze_statistics()``, wins over
-    both: then the running statistics are used, and left as they are, in training too.
+    ``momentum`` is the weight of the newest batch, as in PyTorch; in Flax it is the weight of the old average. Training
+    normalises with the batch's biased variance, and updates the running average with the unbiased one, which is larger by
+    the factor n / (n - 1). Statistics are computed, stored and applied in float32 (float64 for float64 input), whatever the
+    input's dtype. The output has the input's dtype.
+
+    ``use_running_average`` is the mode, set by ``model.train()`` and ``model.eval()`` as in ``nnx.BatchNorm``. The argument
+    ``train`` of a call takes precedence over it. ``frozen``, set by ``model.freeze_statistics()``, takes precedence over
+    both: the layer then uses the running statistics and does not update them, even in training.
 
     Raises:
-        ValueError: in training, for a batch with one value per channel, whose unbiased variance does not exist.
+        ValueError: in training, a batch has only one value per channel, so that the unbiased variance is undefined.
     """
 
     def __init__(self, channels: int, *, momentum: float = 0.1, eps: float = 1e-5):
@@ -146,7 +148,7 @@ class BatchNorm(nnx.Module):
         self.frozen = False
 
     def set_view(self, use_running_average: bool | None = None) -> None:
-        """What ``nnx.view`` calls to set a copy's mode."""
+        """Sets the mode of a copy; called by ``nnx.view``."""
         if use_running_average is not None:
             self.use_running_average = use_running_average
 
@@ -158,20 +160,20 @@ class BatchNorm(nnx.Module):
             mean, factor, bias = (jnp.expand_dims(value, (0, 1, 2)) for value in (self.mean[...], factor, bias))
             return ((wide - mean) * factor + bias).astype(x.dtype)
         n = math.prod(x.shape[:-1])
-        if isinstance(n, int) and n < 2:  # it has no number where a program is exported for batches of any size
+        if isinstance(n, int) and n < 2:  # n is symbolic if a program is exported for batches of any size
             raise ValueError(
                 f"training needs more than one value per channel, got activations of shape {x.shape}: "
                 "use a larger batch or larger images"
             )
         y, mean, var = kernels.normalise(x, scale, bias, self.mean[...], self.eps)
         for running, new in ((self.mean, mean), (self.var, var * (n / (n - 1)))):
-            # Not running[...] = value: that asks a traced value for its sharding, in time quadratic in the depth.
+            # Not running[...] = value: that queries a traced value's sharding, which takes time quadratic in the depth.
             running.set_value(_newer(running[...], lax.stop_gradient(new), self.momentum))
         return y
 
 
 class Linear(nnx.Module):
-    """``[N, in_features] -> [N, out_features]``, as ``torch.nn.Linear``; the kernel is its weight transposed."""
+    """Linear layer ``[N, in_features] -> [N, out_features]``; the kernel is ``torch.nn.Linear``'s weight transposed."""
 
     def __init__(self, in_features: int, out_features: int, *, rngs: nnx.Rngs | None):
         self.kernel = param(uniform_fan_in(in_features), (in_features, out_features), rngs)

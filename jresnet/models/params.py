@@ -1,4 +1,4 @@
-"""A model as a flat dict of arrays, by dotted path, and back."""
+"""Converts a model to a flat dict of arrays, keyed by dotted path, and back."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _STATE = (nnx.Param, nnx.BatchStat)
 
 
 def arrays(model: ResNet) -> dict[str, Any]:
-    """Every parameter and running statistic by its dotted path, such as ``layer1.0.bn2.mean``, sorted."""
+    """All parameters and running statistics of a model, sorted by dotted path, such as ``layer1.0.bn2.mean``."""
     flat = nnx.to_flat_state(nnx.state(model, _STATE))
     return dict(sorted((".".join(map(str, path)), variable.get_value()) for path, variable in flat))
 
 
 def config_of(model: ResNet) -> ResNetConfig:
-    """The configuration of ``model`` as it is: a head that was replaced has classes of its own number."""
+    """The current configuration of ``model``: a head that was replaced determines the number of classes."""
     if model.fc is None:
         return dataclasses.replace(model.config, num_classes=0)
     if type(model.fc) in (Linear, nnx.Linear):
@@ -40,21 +40,21 @@ def config_of(model: ResNet) -> ResNetConfig:
 
 @functools.lru_cache(64)
 def shapes(config: ResNetConfig) -> Mapping[str, tuple[int, ...]]:
-    """The shape of every parameter and running statistic by its dotted path."""
+    """The shape of every parameter and running statistic, by dotted path."""
     return MappingProxyType({path: leaf.shape for path, leaf in arrays(ResNet(config, rngs=None)).items()})
 
 
 def fill(
     config: ResNetConfig, values: Mapping[str, np.ndarray], dtype: DTypeLike | None = None, remat: bool = False
 ) -> ResNet:
-    """A model whose leaves are exactly ``values``, by their dotted paths; ``dtype``, ``remat`` as in :class:`ResNet`.
+    """Builds a model whose leaves are ``values``, by dotted path; ``dtype`` and ``remat`` as in :class:`ResNet`.
 
     Warns:
-        UserWarning: there is float64 among them, and JAX narrows it to float32 as long as its x64 mode is off.
+        UserWarning: some values are float64, which JAX converts to float32 unless its x64 mode is on.
     """
     narrow = jax.dtypes.canonicalize_dtype(np.float64) != np.float64
     if narrow and any(value.dtype == np.float64 for value in values.values()):
-        warnings.warn("these weights are float64 and become float32: jax.enable_x64(True) keeps them", stacklevel=3)
+        warnings.warn("float64 weights are converted to float32: jax.enable_x64(True) keeps float64", stacklevel=3)
     graph, state = nnx.split(ResNet(config, dtype=dtype, remat=remat, rngs=None), _STATE)
     flat = {
         path: variable.replace(jax.numpy.asarray(values[".".join(map(str, path))]))
@@ -64,29 +64,32 @@ def fill(
 
 
 def body(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The values, by dotted path, without those of the head."""
+    """The values without those of the head, by dotted path."""
     return {path: value for path, value in values.items() if not path.startswith("fc.")}
 
 
 def adapt(
     values: Mapping[str, np.ndarray], found: ResNetConfig, wanted: ResNetConfig, rngs: nnx.Rngs | None = None
 ) -> tuple[dict[str, np.ndarray], list[str]]:
-    """Weights of ``found`` for a network that has another number of classes or of input channels, as timm adapts them.
+    """Adapts weights to another number of classes or input channels, as timm does.
 
-    A head for other classes is drawn anew, as PyTorch's ``nn.Linear``. A stem kernel for three channels is summed over
-    them for one; for any other number C its channels are repeated in turn and scaled by 3 / C, so that the activations
-    keep their size. Of a network without a head there is nothing to draw: the weights' own is left out. The output stride
-    is free: it changes no weight.
+    A head for another number of classes is newly initialised, as PyTorch's ``nn.Linear``; for a network without a head it is
+    dropped. A stem kernel for three channels is summed over them for one channel. For any other number C of channels they
+    are repeated cyclically and scaled by 3 / C, so that activations keep their magnitude. A different output stride needs
+    no change of the weights.
 
     Args:
-        rngs: of a fresh head; ``None``: ``nnx.Rngs(0)``.
+        values: parameters and statistics of ``found``, by dotted path.
+        found: configuration of the weights.
+        wanted: configuration of the network to build.
+        rngs: random numbers for a new head; ``None``: ``nnx.Rngs(0)``.
 
     Returns:
-        The values by dotted path, and a sentence on each thing that is no longer what was trained.
+        The adapted values by dotted path, and one sentence for each part that is no longer as it was trained.
 
     Raises:
-        WeightsError: where the networks differ in anything else, or a stem for other than three channels would have to
-            be adapted.
+        WeightsError: the networks differ in anything else, or the weights' stem does not have three channels and would have
+            to be adapted.
     """
     values, notes = dict(values), []
     problems = [
@@ -123,7 +126,7 @@ def adapt(
 
 
 def differences(expected: Mapping[str, tuple[int, ...]], got: Mapping[str, tuple[int, ...]]) -> list[str]:
-    """A line for each kind of disagreement between two tables of names and shapes, with a few names; empty where none is."""
+    """Compares two tables of shapes by name: one line per kind of difference, with a few names; empty if they are equal."""
     missing, unexpected = expected.keys() - got.keys(), got.keys() - expected.keys()
     misshapen = [
         f"{k} is {list(got[k])}, not {list(expected[k])}"

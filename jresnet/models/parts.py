@@ -1,7 +1,7 @@
-"""What some ResNets have beyond He et al.'s: deep stems, other shortcuts, attention, anti-aliasing, GroupNorm.
+"""Parts of ResNets that He et al.'s do not have: deep stems, other shortcuts, attention, anti-aliasing, GroupNorm.
 
-:class:`Parts` makes each from a configuration, and ``resnet.py`` puts them where they belong. Names of submodules and
-their numbers in a list are those of timm's ``models/resnet.py``, for the weights' sake.
+:class:`Parts` builds them from a configuration, and ``resnet.py`` uses them. The names of submodules and their indices in
+lists are those of timm's ``models/resnet.py``, so that weights can be converted.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ Maps = Float[Array, "n h w c"]
 
 
 def through(layers: nnx.List, x: Maps, train: bool | None) -> Float[Array, "n h2 w2 c2"]:
-    """``x`` through layers one after the other."""
+    """Applies layers one after the other."""
     for layer in layers:
         x = layer(x, train)
     return x
 
 
 class Function(nnx.Module):
-    """A layer without parameters, which has a number in a list all the same."""
+    """A layer without parameters, so that a list of layers has timm's indices."""
 
     def __init__(self, function: Callable[[Maps], Maps]):
         self.function = function
@@ -56,24 +56,24 @@ def identity(x: Maps) -> Maps:
 
 
 def average_even(x: Maps) -> Float[Array, "n h2 w2 c"]:
-    """:func:`average_halves` of a block's maps, where an odd row would be left out and the shortcut would have it.
+    """:func:`average_halves` inside a block, where an odd last row or column would be dropped but the shortcut keeps it.
 
     Raises:
-        InputError: for an odd height or width.
+        InputError: the height or the width is odd.
     """
     if any(isinstance(size, int) and size % 2 for size in x.shape[1:3]):
         raise InputError(
-            f"this network averages 2x2 pixels in its blocks, and one of them has {x.shape[1]}x{x.shape[2]}: give images "
-            "whose height and width are multiples of the network's stride, 32 as a rule"
+            f"this network averages 2x2 pixels in its blocks, but a block's input has {x.shape[1]}x{x.shape[2]} pixels: "
+            "give images whose height and width are multiples of the network's stride, usually 32"
         )
     return average_halves(x)
 
 
 class GroupNorm(nnx.Module):
-    """Normalisation over the pixels and the channels of each of 32 groups, image by image, as ``torch.nn.GroupNorm``.
+    """Group normalisation with 32 groups (Wu & He 2018, arXiv:1803.08494), as ``torch.nn.GroupNorm``.
 
-    Wu & He 2018, arXiv:1803.08494. Statistics are taken and applied in float32 (float64 for float64 input), and the output
-    has the input's dtype. Training and evaluation are the same.
+    Statistics are computed and applied in float32 (float64 for float64 input), and the output has the input's dtype. There
+    is no difference between training and evaluation.
     """
 
     def __init__(self, channels: int, *, eps: float = 1e-5):
@@ -85,7 +85,7 @@ class GroupNorm(nnx.Module):
         channels = x.shape[-1]
 
         def over_groups(values: Float[Array, "n c"]) -> Float[Array, "n c"]:
-            # Each is of equally many pixels, so that their average is the group's.
+            # All channels have the same number of pixels, so that the mean of their means is the group's mean.
             grouped = values.reshape(-1, NORM_GROUPS, channels // NORM_GROUPS).mean(-1, keepdims=True)
             return jnp.broadcast_to(grouped, (values.shape[0], NORM_GROUPS, channels // NORM_GROUPS)).reshape(
                 values.shape
@@ -99,9 +99,9 @@ class GroupNorm(nnx.Module):
 
 
 class SqueezeExcite(nnx.Module):
-    """Each channel times a factor that a network of two layers finds from all channels' averages.
+    """Squeeze-and-excitation: scales each channel by a factor that two 1x1 convolutions compute from all channels' means.
 
-    Hu et al. 2018, arXiv:1709.01507; ``timm.layers.SEModule``, which squeezes to a multiple of 8 channels.
+    Hu et al. 2018, arXiv:1709.01507; ``timm.layers.SEModule``, which rounds the reduced channels to a multiple of 8.
     """
 
     def __init__(self, channels: int, conv: Callable[..., Conv], reduction: int = 16):
@@ -115,17 +115,18 @@ class SqueezeExcite(nnx.Module):
 
 
 def squeezed_channels(channels: int, reduction: int) -> int:
-    """A fraction of the channels, to the nearest multiple of 8, and 8 at least."""
+    """``channels / reduction`` rounded to the nearest multiple of 8, at least 8."""
     return max(8, int(channels / reduction + 4) // 8 * 8)
 
 
 class EfficientChannelAttention(nnx.Module):
-    """Each channel times a factor that a convolution along the channels finds from its neighbours' averages.
+    """Efficient channel attention: scales each channel by a factor computed from neighbouring channels' means.
 
     Wang et al. 2020, arXiv:1910.03151; ``timm.layers.EcaModule``.
 
     Args:
-        channels: of the network as it was before pruning: their logarithm is the kernel's length.
+        channels: number of channels before pruning, which determines the kernel's length.
+        rngs: source of the initial parameters; ``None``: shapes only.
     """
 
     def __init__(self, channels: int, rngs: nnx.Rngs | None):
@@ -137,13 +138,13 @@ class EfficientChannelAttention(nnx.Module):
 
 
 def eca_length(channels: int) -> int:
-    """The odd number at or above half of ``log2(channels) + 1``, from 3 (section 3.2.3, with timm's rounding)."""
+    """The kernel length of ECA (section 3.2.3): ``(log2(channels) + 1) / 2``, rounded as in timm to an odd number >= 3."""
     half = int((math.log2(channels) + 1) / 2)
     return max(half if half % 2 else half + 1, 3)
 
 
 class ChannelConv(nnx.Module):
-    """A convolution along the channels of averages ``[N, C]``, with zeros beyond both ends: ``torch.nn.Conv1d(1, 1, k)``."""
+    """A convolution along the channels of ``[N, C]`` with zero padding, as ``torch.nn.Conv1d(1, 1, k)``."""
 
     def __init__(self, length: int, rngs: nnx.Rngs | None):
         self.kernel = param(uniform_fan_in(length), (length, 1, 1), rngs)
@@ -156,12 +157,12 @@ class ChannelConv(nnx.Module):
 
 
 class Parts:
-    """How the layers of a network are made: handed to every block. Of ``None`` a network has none.
+    """Builds the layers of a network; every block receives it. Methods return None for layers that the network lacks.
 
     Args:
-        config: of the network.
+        config: configuration of the network.
         conv: :class:`Conv` with the network's bias, dtype and random numbers.
-        rngs: those of what is no convolution of images.
+        rngs: random numbers for all other layers.
     """
 
     def __init__(self, config: ResNetConfig, conv: Callable[..., Conv], rngs: nnx.Rngs | None):
@@ -169,7 +170,7 @@ class Parts:
         self.norm: Callable[[int], BatchNorm | GroupNorm] = GroupNorm if config.norm == "group" else BatchNorm
 
     def stem(self) -> Conv | nnx.List:
-        """The stem's convolution, or its three with normalisation and ReLU between them."""
+        """The stem's convolution, or its three convolutions with normalisation and ReLU between them."""
         kind, outputs = STEMS[self.config.stem], self.config.stem_outputs
         conv = partial(self.conv, kernel_size=kind.kernel, padding=kind.kernel // 2)
         if not kind.inner:
@@ -183,7 +184,7 @@ class Parts:
         return nnx.List([*layers, conv(inputs, outputs)])
 
     def stem_pool(self) -> nnx.List:
-        """What halves the stem's output; empty where nothing does."""
+        """The layers that downsample the stem's output by 2; empty if there are none."""
         kind, channels = STEMS[self.config.stem], self.config.stem_outputs
         if kind.pool == "conv":
             return nnx.List([self.conv(channels, channels, 3, 2, 1), self.norm(channels), Function(relu)])
@@ -194,12 +195,12 @@ class Parts:
         return nnx.List([Function(average_halves if self.config.antialias else max_pool)])
 
     def projection(self, inputs: int, outputs: int, stride: int, dilations: tuple[int, int]) -> nnx.List:
-        """What a block's input goes through where it has not the output's shape.
+        """The layers of a shortcut whose input and output differ in shape.
 
         Args:
-            inputs, outputs: channels.
-            stride: of the block.
-            dilations: that of the stage before, and that of the block's.
+            inputs, outputs: numbers of channels.
+            stride: stride of the block.
+            dilations: dilation of the previous stage, and of the block's stage.
         """
         kind, (before, dilation) = self.config.shortcut, dilations
         if kind == "average":
@@ -212,7 +213,7 @@ class Parts:
         return nnx.List([conv] if kind == "conv" else [conv, self.norm(outputs)])
 
     def attention(self, stage: int, channels: int) -> SqueezeExcite | EfficientChannelAttention | None:
-        """What multiplies the channels of a block's output, of which there are ``channels``."""
+        """The attention module of a block with ``channels`` output channels."""
         if self.config.attention == "se":
             return SqueezeExcite(channels, self.conv, self.config.reduction or 16)
         if self.config.attention == "eca":
@@ -221,7 +222,7 @@ class Parts:
         return None
 
     def antialias(self, stride: int, dilations: tuple[int, int]) -> Function | None:
-        """What has the stride instead of the convolution before it. Where a stage is dilated instead, a filter stays."""
+        """The filter that has the stride instead of the convolution before it. In a dilated stage, only "blur" has one."""
         kind = self.config.antialias
         if kind is None or (stride == 1 and dilations[0] == dilations[1]):
             return None

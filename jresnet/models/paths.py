@@ -1,11 +1,11 @@
-"""Parts of a network by name: ``"layer1"``, ``"head"``, ``"layer*.bn*"``.
+"""Selects parts of a network by name: ``"layer1"``, ``"head"``, ``"layer*.bn*"``.
 
-A name means every tensor below a module of that path. With one of the shell's wildcards it is a pattern, which may span
-several modules: ``"layer*.bn*"`` is ``layer1.0.bn1.scale`` and ``layer1.0.bn1.bias``, ``"*.bias"`` every bias. Besides,
-unless a module is called so:
+A name selects all tensors of the module with that path. A name with shell-style wildcards selects the tensors of all
+matching modules: ``"layer*.bn*"`` includes ``layer1.0.bn1.scale`` and ``layer1.0.bn1.bias``; ``"*.bias"`` is every bias.
+These names have a special meaning, unless a module has the same name:
 
-* ``"head"``: the last layer, ``fc``, whatever it is,
-* ``"backbone"``: all but the head,
+* ``"head"``: the last layer, ``fc``, of any type,
+* ``"backbone"``: everything but the head,
 * ``"stem"``: ``conv1`` and ``bn1``,
 * ``"norms"``: the parameters of every BatchNorm.
 """
@@ -27,13 +27,13 @@ GROUPS: dict[str, Callable[[str, Collection[str]], bool]] = {
 
 
 def select(name: str, paths: Collection[str]) -> set[str]:
-    """Those of the dotted ``paths`` that a name means.
+    """Selects the dotted ``paths`` that match a name.
 
     Raises:
-        InputError: it means none of them; the message suggests the nearest names.
+        InputError: no path matches; the message suggests similar names.
     """
     if not isinstance(name, str):
-        raise InputError(f"a part of a network is named by a text such as 'layer1' or 'head', got {name!r}")
+        raise InputError(f"the name of a part must be a string such as 'layer1' or 'head', got {name!r}")
     found = {path for path in paths if any(fnmatch.fnmatchcase(part, name) for part in _above(path))}
     if not found and name in GROUPS:
         found = {path for path in paths if GROUPS[name](path, paths)}
@@ -43,7 +43,7 @@ def select(name: str, paths: Collection[str]) -> set[str]:
 
 
 def unknown(name: object, known: Iterable[str], what: str) -> InputError:
-    """The error for a name that is not among those that are known; it suggests the nearest."""
+    """The error for an unknown name, with suggestions of similar ones."""
     near = difflib.get_close_matches(str(name)[:80], known, n=3, cutoff=0.6)
     top = list(dict.fromkeys(part.partition(".")[0] for part in sorted(known)))
     hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are {', '.join(top[:20])}"

@@ -1,7 +1,7 @@
-"""Channels that pruning left in timm's two pruned networks, ecaresnet50d_pruned and ecaresnet101d_pruned.
+"""Channels after pruning of timm's two pruned networks, ecaresnet50d_pruned and ecaresnet101d_pruned.
 
-Knapsack pruning with inner distillation (Aflalo et al. 2020, arXiv:2002.08258). The sizes are those of the published
-weights, as timm 1.0.31 keeps them (``timm/models/_pruned``), in the form of :attr:`ResNetConfig.pruned`.
+Source: knapsack pruning with inner distillation (Aflalo et al. 2020, arXiv:2002.08258). The numbers are those of the
+published weights in timm 1.0.31 (``timm/models/_pruned``), in the form of :attr:`ResNetConfig.pruned`.
 """
 
 Pruned = tuple[tuple[int, tuple[tuple[int, int], ...]], ...]

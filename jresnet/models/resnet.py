@@ -2,7 +2,7 @@
 
     images [N, H, W, C] -> stem -> layer1 ... layer4 (or layer3) -> global average -> fc -> logits [N, num_classes]
 
-Submodules carry torchvision's names, so that a weight's path differs from PyTorch's key only in its leaf.
+Submodules have torchvision's names, so that the path of a weight differs from PyTorch's key only in its last part.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from jresnet.models.parts import Parts, through
 
 
 class BasicBlock(nnx.Module):
-    """Two 3x3 convolutions; the stride is on the first. Paper: figure 5, left.
+    """Residual block of two 3x3 convolutions, with the stride in the first (figure 5, left, of the paper).
 
     Args:
-        inputs: channels.
-        outputs: channels of the first convolution, of the second, and of the block.
-        stride: of the block.
-        dilations: of its first 3x3 convolution and of a second one, which are padded by as many pixels.
-        parts: what the network's layers are made by.
-        stage: the block's, from 0.
-        downsample: what the input goes through before it is added; empty where it is added as it is, or padded.
+        inputs: number of input channels.
+        outputs: output channels of the first convolution, of the second, and of the block.
+        stride: stride of the block.
+        dilations: dilation and padding of the first 3x3 convolution, and of the second if there is one.
+        parts: builds the layers of the network.
+        stage: index of the stage, from 0.
+        downsample: layers of the shortcut; empty if the input is added unchanged or zero-padded.
     """
 
     expansion = EXPANSION["basic"]
@@ -67,9 +67,9 @@ class BasicBlock(nnx.Module):
 
 
 class Bottleneck(nnx.Module):
-    """1x1, 3x3, 1x1 convolutions; the stride is on the 3x3 ("v1.5", as torchvision), or on the first 1x1 (paper).
+    """Residual block of 1x1, 3x3 and 1x1 convolutions; the arguments are those of :class:`BasicBlock`.
 
-    The arguments are those of :class:`BasicBlock`.
+    The stride is in the 3x3 convolution ("v1.5", torchvision) or in the first 1x1 (paper).
     """
 
     expansion = EXPANSION["bottleneck"]
@@ -108,38 +108,39 @@ class Bottleneck(nnx.Module):
 def shortcut(
     downsample: nnx.List, x: Float[Array, "n h w c"], shape: tuple[int, ...], train: bool | None
 ) -> Float[Array, "n h2 w2 c2"]:
-    """The input as the block's output can take it: projected by ``downsample``, padded (option A), or unchanged."""
+    """The shortcut connection: projects ``x`` with ``downsample``, zero-pads it (option A), or returns it unchanged."""
     if downsample:
         return through(downsample, x, train)
     if x.shape == shape:
         return x
     new = shape[-1] - x.shape[-1]
-    if x.shape[1:3] != shape[1:3]:  # they are the same where the block is dilated instead
+    if x.shape[1:3] != shape[1:3]:  # they are equal if the block is dilated instead of strided
         x = every_second(x)
     return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (new // 2, new - new // 2)))
 
 
-# block(x, train), whose backward pass keeps x alone and computes the rest again
+# block(x, train) with rematerialisation: only x is stored for the backward pass
 _rematerialized: Callable = nnx.remat(lambda block, x, train: block(x, train), static_argnums=2)
 
 
 class ResNet(nnx.Module):
     """A ResNet; :func:`jresnet.create` builds one by name.
 
-    Training normalises with the batch's statistics and updates the running ones in place. A model begins in evaluation
-    mode; ``model.train()`` and ``model.eval()`` set the mode that ``model(x)`` uses, and ``model(x, train=True)`` or
-    ``train=False`` is that mode for one call. A head of one's own, such as
-    ``model.fc = nnx.Sequential(nnx.Dropout(0.5, rngs=rngs), nnx.Linear(512, 7, rngs=rngs))``, follows it.
+    A new model is in evaluation mode. ``model.train()`` and ``model.eval()`` set the mode of ``model(x)``;
+    ``model(x, train=True)`` and ``model(x, train=False)`` choose the mode of one call. In training mode BatchNorm normalises
+    with the batch's statistics and updates the running statistics in place. The mode also applies to a custom head, such as
+    ``model.fc = nnx.Sequential(nnx.Dropout(0.5, rngs=rngs), nnx.Linear(512, 7, rngs=rngs))``.
 
     Args:
-        config: what to build.
-        zero_init_residual: start each block's last BN scale at 0, so that every block begins as its shortcut
+        config: the architecture.
+        zero_init_residual: initialise each block's last BN scale to 0, so that every block starts as its shortcut
             (Goyal et al. 2017, arXiv:1706.02677, section 5.1).
-        dtype: what the convolutions compute in, for example ``jnp.bfloat16``. Parameters, BN statistics, the global
-            average and the logits stay float32. ``None``: the wider of the input's and the parameters' dtypes.
-        remat: in training, keep only each block's input for the backward pass and compute the rest again there: less
-            memory for a third more arithmetic (Chen et al. 2016, arXiv:1604.06174; ``torch.utils.checkpoint``).
-        rngs: the source of the initial parameters; ``None`` leaves their shapes alone, to be filled from a file.
+        dtype: compute dtype of the convolutions, such as ``jnp.bfloat16``. Parameters, BN statistics, the global average
+            and the logits stay float32. ``None``: the wider of the input's and the parameters' dtypes.
+        remat: rematerialisation: in training, store only each block's input for the backward pass and recompute the rest,
+            which saves memory and costs a third more arithmetic (Chen et al. 2016, arXiv:1604.06174;
+            ``torch.utils.checkpoint``).
+        rngs: source of the initial parameters; ``None``: parameters have only shapes, to be filled from a file.
     """
 
     def __init__(
@@ -153,7 +154,7 @@ class ResNet(nnx.Module):
     ):
         parts = Parts(config, partial(Conv, bias=config.conv_bias, dtype=as_dtype(dtype), rngs=rngs), rngs)
         self.config, self.remat = config, remat
-        self.deterministic = True  # Flax's name for evaluation, set by train() and eval(); use_running_average in a BN
+        self.deterministic = True  # evaluation mode, set by train() and eval(), which set use_running_average in a BN
         channels = config.stem_outputs
         self.conv1 = parts.stem()
         self.bn1 = parts.norm(channels)
@@ -164,7 +165,7 @@ class ResNet(nnx.Module):
             stride, last_dilation = config.strides[i]
             for j in range(depth):
                 outputs, dilations = config.channels(i, j), (dilation, last_dilation)
-                # Of the architecture, dilated or not: a network has the same parameters at every output stride.
+                # Does not depend on dilation: a network has the same parameters at every output stride.
                 projects = (i > 0 and j == 0) or channels != outputs[-1]
                 projects = projects or (config.shortcut == "projection_first" and j == 0)
                 downsample: nnx.List = nnx.List([])
@@ -181,32 +182,35 @@ class ResNet(nnx.Module):
 
     @property
     def arch(self) -> str | None:
-        """The model's name in :func:`jresnet.list_models`, whatever its classes and channels; None if it has none."""
+        """The model's name in :func:`jresnet.list_models`, regardless of classes and channels; None if it has no name."""
         return zoo.name_of(self.config)
 
     @property
     def num_features(self) -> int:
-        """Channels of :meth:`embed`'s output, which the head takes."""
+        """The number of features that :meth:`embed` returns and the head takes."""
         return self.config.num_features
 
     def set_view(self, deterministic: bool | None = None) -> None:
-        """What ``nnx.view`` calls to set a copy's mode."""
+        """Sets the mode of a copy; called by ``nnx.view``."""
         if deterministic is not None:
             self.deterministic = deterministic
 
     def features(
         self, x: Images, train: bool | None = None, names: str | Sequence[str] | None = None
     ) -> dict[str, Float[Array, "n _ _ _"]]:
-        """The outputs of stages and blocks by name.
+        """Returns the outputs of stages and blocks by name.
 
         Args:
-            x: as the call's.
-            train: as the call's.
-            names: ``"stem"``, stages such as ``"layer2"`` and blocks such as ``"layer2.0"``; what lies behind the last of
-                them is not computed. ``None``: the stem and every stage.
+            x: images, as in :meth:`__call__`.
+            train: mode, as in :meth:`__call__`.
+            names: ``"stem"``, stages such as ``"layer2"`` and blocks such as ``"layer2.0"``. Layers after the last of them
+                are not computed. ``None``: the stem and every stage.
+
+        Returns:
+            Feature maps ``[N, H', W', C']`` by name.
 
         Raises:
-            InputError: for another name; the message suggests the nearest. Others as the call.
+            InputError: unknown name; the message suggests similar ones. Other errors as in :meth:`__call__`.
         """
         stages = ["stem", *(f"layer{i + 1}" for i in range(len(self.config.depths)))]
         wanted = stages if names is None else [names] if isinstance(names, str) else list(names)
@@ -223,25 +227,33 @@ class ResNet(nnx.Module):
     def logits_from(
         self, name: str, y: Float[Array, "n _ _ _"], train: bool | None = None
     ) -> Float[Array, "n classes"]:
-        """The logits that come of the output ``y`` of a stage or block: what lies behind it, otherwise as the call.
+        """Computes the logits from the output ``y`` of a stage or block, by applying the layers after it.
 
         ``model.logits_from("layer2.0", model.features(x, names="layer2.0")["layer2.0"])`` is ``model(x)``.
 
+        Args:
+            name: name of the stage or block, as in :meth:`features`.
+            y: its output.
+            train: mode, as in :meth:`__call__`.
+
+        Returns:
+            Logits, as in :meth:`__call__`.
+
         Raises:
-            InputError: for a name that :meth:`features` does not know.
+            InputError: unknown name.
         """
         for _, block in list(self._blocks())[self._position(name) :]:
             y = self._apply(block, y, train)
         return self._head(global_average_pool(y), train)
 
     def _blocks(self) -> Iterator[tuple[str, Callable]]:
-        """Every block by its name, ``layer1.0``, in order."""
+        """Yields the name and the block of every block in order; names are such as ``layer1.0``."""
         for i in range(len(self.config.depths)):
             for j, block in enumerate(getattr(self, f"layer{i + 1}")):
                 yield f"layer{i + 1}.{j}", block
 
     def _position(self, name: str) -> int:
-        """How many blocks come before the output of that name, its own included."""
+        """The number of blocks to apply to obtain the output of that name."""
         known = {"stem": 0}
         for number, (block, _) in enumerate(self._blocks(), 1):
             known[block] = known[block.partition(".")[0]] = number
@@ -253,45 +265,51 @@ class ResNet(nnx.Module):
         return _rematerialized(block, y, train) if self.remat and self._trains(train) else block(y, train)
 
     def freeze_statistics(self, *names: str, frozen: bool = True) -> None:
-        """BatchNorm of these parts uses its running statistics in training, too, and leaves them bit by bit as they are.
+        """Freezes BatchNorm statistics: these layers use their running statistics in training too and do not update them.
 
-        As ``eval()`` on these modules in PyTorch, but it outlasts ``model.train()`` and a call's ``train=True``. Scale and
-        bias go on learning: :func:`jresnet.optim.freeze` holds them. Copies keep it; native files have no place for it.
+        This is like ``eval()`` on these modules in PyTorch, but later calls of ``model.train()`` or ``model(x, train=True)``
+        do not undo it. Scale and bias are still trained; :func:`jresnet.optim.freeze` freezes them. Copies of the model keep
+        the setting, native files do not store it.
 
         Args:
-            names: parts such as ``"stem"``, ``"layer1"``, ``"layer*.bn1"`` (:mod:`jresnet.models.paths`); none: all.
-            frozen: ``False`` lets them learn again.
+            names: parts such as ``"stem"``, ``"layer1"``, ``"layer*.bn1"`` (:mod:`jresnet.models.paths`); none: all layers.
+            frozen: ``False`` undoes it.
 
         Raises:
-            InputError: for a name of no part that has a BatchNorm of jresnet's; nothing is changed then.
+            InputError: no part with a jresnet BatchNorm has such a name; the model is then left unchanged.
         """
         norms = {".".join(map(str, path)): m for path, m in nnx.iter_modules(self) if isinstance(m, BatchNorm)}
         if not norms:
-            raise InputError("this model has no BatchNorm whose statistics could be frozen: it is fused")
+            raise InputError(
+                "this model has no BatchNorm whose statistics could be frozen: it is fused or uses GroupNorm"
+            )
         for path in set().union(*(paths.select(name, norms) for name in names or ("*",))):
             norms[path].frozen = frozen
 
     def embed(self, x: Images, train: bool | None = None) -> Float[Array, "n features"]:
-        """The features that the head takes: the last stage's output, averaged over its pixels; otherwise as the call."""
+        """Returns the features that the head takes, ``[N, num_features]``: the last stage's output averaged over its pixels.
+
+        Arguments and errors are those of :meth:`__call__`.
+        """
         last = f"layer{len(self.config.depths)}"
         return global_average_pool(self.features(x, train, last)[last])
 
     def __call__(self, x: Images, train: bool | None = None) -> Float[Array, "n classes"]:
-        """Logits of normalised images.
+        """Computes the logits of normalised images.
 
         Args:
-            x: floating-point images ``[N, H, W, in_channels]``; H and W are free (224 for the ImageNet stem, 32 for
-                the CIFAR stem, as a rule).
-            train: normalise with this batch's statistics, and update the running ones. ``None``: as ``model.train()``
-                or ``model.eval()`` said last, of each BatchNorm, so that a part of the model can be frozen by its own
-                ``eval()``.
+            x: floating-point images ``[N, H, W, in_channels]``. H and W are free; 224 for the ImageNet stem and 32 for the
+                CIFAR stem are usual.
+            train: ``True``: BatchNorm normalises with this batch's statistics and updates the running ones. ``None``: the
+                mode that ``model.train()`` or ``model.eval()`` set last. Each BatchNorm has its own mode, so that calling
+                ``eval()`` on a part of the model freezes that part.
 
         Returns:
-            ``[N, num_classes]``, float32 or wider; of a model without a head :meth:`embed`.
+            Logits ``[N, num_classes]``, float32 or wider; without a head the result of :meth:`embed`.
 
         Raises:
-            ValueError: for another rank or number of channels, or, in training, one value per channel.
-            TypeError: for integer images.
+            ValueError: wrong rank or number of channels; or, in training, only one value per channel.
+            TypeError: the images are integers.
         """
         return self._head(self.embed(x, train), train)
 
@@ -300,7 +318,7 @@ class ResNet(nnx.Module):
             return features
         if isinstance(self.fc, Linear) or not isinstance(self.fc, nnx.Module):
             return self.fc(features)
-        still = not self._trains(train)  # Flax's own Dropout begins in training mode, whatever the model's mode is
+        still = not self._trains(train)  # Flax's Dropout starts in training mode, whatever the model's mode
         head = nnx.view(self.fc, deterministic=still, use_running_average=still, raise_if_not_found=False)
         return head(features)
 
@@ -309,17 +327,17 @@ class ResNet(nnx.Module):
 
 
 def checked(x: Images, channels: int) -> Float[Array, "n h w c"]:
-    """``x`` as an array of JAX's.
+    """Checks images and converts them to a JAX array.
 
     Raises:
-        ValueError: for another rank or number of channels, or images without a pixel.
-        TypeError: for integers.
+        ValueError: wrong rank or number of channels, or height or width is 0.
+        TypeError: the images are integers.
     """
-    array = jnp.asarray(x)  # numpy's float64 becomes JAX's default
+    array = jnp.asarray(x)  # converts numpy's float64 to JAX's default dtype
     if array.ndim != 4 or array.shape[-1] != channels:
         raise ValueError(f"expected images [N, H, W, {channels}] (channels last), got shape {tuple(array.shape)}")
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"expected normalised floating-point images, got {array.dtype}: (x / 255 - mean) / std, say")
-    if any(isinstance(size, int) and size == 0 for size in array.shape[1:3]):  # others are symbols of jax.export's
+        raise TypeError(f"expected normalised floating-point images, got {array.dtype}: use (x / 255 - mean) / std")
+    if any(isinstance(size, int) and size == 0 for size in array.shape[1:3]):  # sizes may be symbolic, in jax.export
         raise ValueError(f"expected images of at least one pixel, got shape {tuple(array.shape)}")
     return array

@@ -1,9 +1,9 @@
-"""The architectures: one frozen row each, as data.
+"""The table of architectures: one row per architecture.
 
-Parameter counts are published ones where there are any: torchvision's documentation for its ten, akamaster's table and
-He et al.'s table 6 (both rounded) for the CIFAR family, timm 1.0.31's own networks for its rows; the tests recount every
-row. GMACs are multiply-accumulates of
-convolutions and head, for one image of the size given, counted by ``tests/test_zoo.py`` from the shapes.
+Parameter counts are the published ones where available: torchvision's documentation for its ten networks, akamaster's
+table and He et al.'s table 6 (both rounded) for the CIFAR family, timm 1.0.31's networks for its rows. The tests recount
+every row. GMACs are 1e9 multiply-accumulates of convolutions and head for one image of the given size; ``tests/test_zoo.py``
+computes them from the shapes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jresnet.errors import InputError
 from jresnet.models.config import STEMS, Block, ResNetConfig
 from jresnet.models.pruned import PRUNED_50D, PRUNED_101D
 
-# What may be chosen apart from an architecture's row
+# Fields that the user may choose independently of the architecture
 FREE = ("num_classes", "in_channels", "stem", "shortcut", "stride_in", "output_stride")
 
 
@@ -29,10 +29,10 @@ class Row:
 
     name: str
     config: ResNetConfig
-    parameters: int  # trainable numbers, with the row's own number of classes
-    image_size: int  # pixels, height and width it was designed for
+    parameters: int  # number of trainable parameters, with the row's number of classes
+    image_size: int  # height and width in pixels that the architecture was designed for
     gmacs: float  # 1e9 multiply-accumulates for one image of that size
-    source: str  # where the architecture comes from
+    source: str  # origin of the architecture
 
 
 HE = "He et al. 2016, arXiv:1512.03385, table 1; torchvision"
@@ -66,7 +66,7 @@ _PLAIN = (
     ),
     _imagenet("wide_resnet50_2", "bottleneck", (3, 4, 6, 3), 68_883_240, 11.40, WIDE, width_per_group=128),
     _imagenet("wide_resnet101_2", "bottleneck", (3, 4, 23, 3), 126_886_696, 22.75, WIDE, width_per_group=128),
-    _cifar(8, 75_290, 0.0122),  # the family's least, n = 1: for tests, tutorials and distillation
+    _cifar(8, 75_290, 0.0122),  # the smallest of the family, n = 1: for tests, tutorials and distillation
     _cifar(20, 269_722, 0.0406),
     _cifar(32, 464_154, 0.0689),
     _cifar(44, 658_586, 0.0972),
@@ -92,7 +92,7 @@ _PLAIN = (
     ),
 )
 
-# timm's other networks: parts that come together, under the letters of their names
+# Combinations of settings that timm's other networks share, named after the letters in the networks' names
 BASIC, BOTTLENECK, MIXED = "basic", "bottleneck", ("basic", "basic", "bottleneck", "basic")
 C = {"stem": "deep"}
 D = C | {"shortcut": "average"}
@@ -113,7 +113,7 @@ def _timm(
     depths: tuple[int, ...],
     parameters: int,
     gmacs: float,
-    parts: Mapping[str, Any] = {},  # is read only
+    parts: Mapping[str, Any] = {},  # never modified
     size: int = 224,
     **more: Any,
 ) -> Row:
@@ -122,7 +122,7 @@ def _timm(
 
 
 def _source(config: ResNetConfig) -> str:
-    """The papers that a network of timm's is from, by its parts."""
+    """The papers that describe a timm network, determined from its parts."""
     papers = [
         ("Bello et al. 2021, arXiv:2103.07579", config.stem == "deep_conv"),
         ("Aflalo et al. 2020, arXiv:2002.08258", config.pruned),
@@ -137,7 +137,7 @@ def _source(config: ResNetConfig) -> str:
     return f"{'; '.join(found[:2])}; timm"
 
 
-# What timm's models/resnet.py has beyond torchvision's ten, in the order of its source
+# The networks of timm's models/resnet.py besides torchvision's ten, in the order of its source
 _TIMM = (
     _timm("resnet10t", BASIC, (1, 1, 1, 1), 5_435_488, 0.7, T, size=176),
     _timm("resnet14t", BOTTLENECK, (1, 1, 1, 1), 10_081_632, 1.07, T, size=176),
@@ -213,30 +213,30 @@ _TIMM = (
 )  # fmt: skip
 
 ZOO: dict[str, Row] = {row.name: row for row in (*_PLAIN, *_TIMM)}
-IN_TIMM = frozenset(row.name for row in (*_PLAIN[:10], *_TIMM))  # under the same name, and of the same function
+IN_TIMM = frozenset(row.name for row in (*_PLAIN[:10], *_TIMM))  # networks that timm has under the same name
 
 
 def find(arch: str) -> Row:
     """The row of an architecture.
 
     Raises:
-        InputError: for an unknown name; the message suggests the nearest ones.
+        InputError: unknown name; the message suggests similar ones.
     """
     if not isinstance(arch, str):
-        raise InputError(f"an architecture is named by a text such as 'resnet50', got {arch!r}")
+        raise InputError(f"the name of an architecture must be a string such as 'resnet50', got {arch!r}")
     if arch in ZOO:
         return ZOO[arch]
     beginnings = [name for name in ZOO if arch and name.startswith(arch.lower())]
-    # A stranger's file may state a name of megabytes, for each of which difflib takes 130.
+    # An untrusted file may state a name of megabytes; difflib needs 130 times as much memory.
     near = beginnings[:3] or difflib.get_close_matches(arch[:80].lower(), ZOO, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(ZOO)}"
     raise InputError(f"unknown architecture {arch[:80]!r}: {hint}")
 
 
 def name_of(config: ResNetConfig) -> str | None:
-    """The row that ``config`` is of, whatever those of its fields say that may be chosen; None if of none."""
+    """The name of the row that ``config`` belongs to, regardless of the fields in :data:`FREE`; None if there is none."""
 
-    # A row is told by its stem and shortcut where it can be: the zoo has a resnet50 of four kinds.
+    # Among several matching rows, stem and shortcut decide: four rows of the zoo match a resnet50.
     return max(
         (row.name for row in ZOO.values() if is_like(config, row.config)),
         key=lambda name: [getattr(ZOO[name].config, field) == getattr(config, field) for field in _TELLING],
@@ -248,7 +248,7 @@ _TELLING = ("shortcut", "stem", "stride_in", "in_channels", "num_classes")
 
 
 def is_like(config: ResNetConfig, own: ResNetConfig) -> bool:
-    """Whether ``config`` is ``own``, apart from what may be chosen; a deep stem is a part of an architecture."""
+    """Whether ``config`` equals ``own`` except for the fields in :data:`FREE`; deep stems must be equal, too."""
 
     def told(config: ResNetConfig) -> dict[str, Any]:
         stem = STEMS[config.stem]
@@ -267,17 +267,17 @@ _FIXED = tuple(
 
 
 def configure(arch: str, **chosen: Any) -> ResNetConfig:
-    """The configuration of ``arch`` with those of the chosen fields (:data:`FREE`) that are not None replaced.
+    """The configuration of ``arch``, with the given fields (:data:`FREE`) replaced unless they are None.
 
     Raises:
-        InputError: for an unknown architecture or a value out of range; all of them at once.
+        InputError: unknown architecture, or values out of range; one message lists all.
     """
     return replaced(find(arch).config, **chosen)
 
 
 def replaced(config: ResNetConfig, **chosen: Any) -> ResNetConfig:
-    """``config`` with those values that are not None in place of its own; numpy's whole numbers are taken as Python's."""
-    # labels.max() + 1 is a likely number of classes, and a configuration is written as JSON
+    """``config`` with the given fields replaced unless they are None; numpy integers are converted to Python's."""
+    # num_classes is often labels.max() + 1, a numpy integer, which cannot be written as JSON
     plain: dict[str, Any] = {
         name: int(value) if isinstance(value, Integral) and type(value) is not bool else value
         for name, value in chosen.items()

@@ -1,7 +1,7 @@
-"""Which ResNet a state_dict holds, from its keys and shapes: :func:`find` where it lies, :func:`configure` what it is.
+"""Infers the ResNet in a state_dict from keys and shapes: :func:`find` locates it, :func:`configure` describes it.
 
-Nothing is looked up by an architecture's name, so that networks without a row of the zoo are found too. What neither keys
-nor shapes tell is said by :func:`assumed`.
+Architecture names are not used, so that networks that are not in the zoo are recognised as well. :func:`assumed` lists the
+properties that neither keys nor shapes determine.
 """
 
 from __future__ import annotations
@@ -29,46 +29,48 @@ _AVERAGED = {"downsample.1": _CONV, "downsample.2": _NORM}  # the first is an av
 _STEM = {"conv1": _CONV, "bn1": _NORM, "maxpool.0": _CONV, "maxpool.1": _NORM}
 _STEM |= {"conv1.0": _CONV, "conv1.1": _NORM, "conv1.3": _CONV, "conv1.4": _NORM, "conv1.6": _CONV}
 
-# A prefix is looked at where at least one of the stem's and one of the first block's names stands behind it, or two.
+# A prefix is a candidate if it is followed by at least two of these names, one of them in the first block.
 _ANCHORS = ("conv1.kernel", "bn1.scale", "layer1.0.conv1.kernel", "layer1.0.bn1.scale")
 
-GAP = 3  # blocks that may be missing in a row: the error lists them; behind more of them a stage has ended
-MANY, DEEP = 64, 8  # networks in a file, modules around a network: a stranger's file may have any number
-RIVAL = 0.9  # of the tensors of the largest network: others with so many are told apart by their names
+GAP = 3  # a stage ends where so many blocks in a row are missing; fewer missing blocks are reported as an error
+MANY, DEEP = 64, 8  # limits against malicious files: networks in a file, modules around a network
+# networks with at least this fraction of the largest network's tensors are candidates, chosen by their names
+RIVAL = 0.9
 
 
 @dataclass(frozen=True)
 class Found:
-    """Where a network lies among tensors."""
+    """The location of a network among the tensors of a file."""
 
-    dialect: str  # a name of keymap.DIALECTS
-    prefix: str  # before every name of the body, the dialect's root included
-    keys: Mapping[str, str]  # of the body: jresnet's path -> the file's key
-    head: str | None  # the file's module that holds the last layer, such as "module.fc"
-    rivals: tuple[str, ...] = ()  # prefixes of other networks as large
+    dialect: str  # a name in keymap.DIALECTS
+    prefix: str  # prefix of all keys of the body, including the dialect's root
+    keys: Mapping[str, str]  # keys of the body: jresnet's path -> the file's key
+    head: str | None  # the module of the last layer in the file, such as "module.fc"
+    rivals: tuple[str, ...] = ()  # prefixes of other networks of similar size
 
     @property
     def score(self) -> int:
-        """Tensors of the network that are there, its head among them where it is called as in the dialect."""
+        """The number of tensors found, including the head's if it has the dialect's name."""
         return len(self.keys) + 2 * (self.head is not None)
 
 
 def find(shapes: Mapping[str, Shape], dialect: str | None = None, prefix: str | None = None) -> Found | None:
-    """The network most of whose tensors are there, under whatever prefix and in whatever dialect; None without one.
+    """Finds the network with the most tensors, under any prefix and in any dialect; None if there is none.
 
     Args:
         shapes: the shape of every tensor by its key.
-        dialect: a name of :data:`jresnet.pytorch.keymap.DIALECTS` that is the only one to look for.
-        prefix: the only one to look under, such as ``backbone``.
+        dialect: the dialect to search for, a name in :data:`jresnet.pytorch.keymap.DIALECTS`; ``None``: all.
+        prefix: the prefix to search under, such as ``backbone``; ``None``: all.
 
     Raises:
-        InputError: for an unknown dialect.
+        InputError: unknown dialect.
     """
     if dialect is not None and dialect not in keymap.DIALECTS:
         raise InputError(f"unknown dialect {dialect!r}: there are {', '.join(keymap.DIALECTS)}")
     if prefix:
         prefix = prefix.rstrip(".") + "."
-    best: dict[str, list[Found]] = {}  # by prefix: those of the highest score, in the order of the dialects
+    # for each prefix the networks with the highest score, in the order of the dialects
+    best: dict[str, list[Found]] = {}
     for name in [dialect] if dialect else keymap.DIALECTS:
         for at in _prefixes(shapes, name):
             if prefix is not None and at not in (prefix, prefix + keymap.DIALECTS[name].root):
@@ -92,12 +94,12 @@ def find(shapes: Mapping[str, Shape], dialect: str | None = None, prefix: str | 
 
 
 def preference(name: str) -> int:
-    """Smaller for what is rather taken of two networks in one file, by the name under which it lies."""
+    """The rank of a network in a file by its name or prefix; the smallest is preferred (averaged weights, teachers)."""
     return 0 if keymap.FIRST.search(name) else 2 if keymap.LAST.search(name) else 1
 
 
 def _prefixes(shapes: Mapping[str, Shape], dialect: str) -> list[str]:
-    """Where a network of ``dialect`` may begin, in the order of the file."""
+    """The candidate prefixes of networks of ``dialect``, in the order of the file."""
     root = len(keymap.DIALECTS[dialect].root)
     keys = [keymap.torch_key(path, dialect) for path in _ANCHORS]
     blocks = {second for key in keys if (second := keymap.alias(key, dialect))} | {key[root:] for key in keys[2:]}
@@ -137,7 +139,7 @@ def _at(shapes: Mapping[str, Shape], dialect: str, prefix: str) -> Found:
         look(name, leaves)
     stage, blocks = 1, 1
     while blocks:
-        # conv3 alone tells nothing: resnet18_d2l's projections are called so.
+        # conv3 does not imply a bottleneck: resnet18_d2l's projections have that name.
         bottleneck = has(stage, "bn3")
         modules = {name: leaves for name, leaves in _LEAVES.items() if bottleneck or not name.endswith("3")}
         modules |= _AVERAGED if has(stage, "downsample.2") and not has(stage, "downsample.0") else _PROJECTION
@@ -153,15 +155,15 @@ def _at(shapes: Mapping[str, Shape], dialect: str, prefix: str) -> Found:
 
 
 def _own_head(dialect: str, prefix: str) -> str:
-    """The module of the last layer, where the dialect has it."""
+    """The name of the last layer in the dialect."""
     base = prefix.removesuffix(keymap.DIALECTS[dialect].root)
     return base + keymap.torch_key("fc.kernel", dialect).removesuffix(".weight")
 
 
 def _other_head(shapes: Mapping[str, Shape], found: Found) -> str | None:
-    """The only Linear below a name of keymap.HEADS, beside the body or beside what it lies in.
+    """The only linear layer named as in keymap.HEADS, beside the body or beside a module that contains the body.
 
-    Two and more in a row are a projection head of self-supervised training, which tells no classes.
+    Several linear layers in a row are a projection head of self-supervised training, which has no classes.
     """
     base = found.prefix.removesuffix(keymap.DIALECTS[found.dialect].root)
     body = set(found.keys.values())
@@ -181,7 +183,7 @@ def _other_head(shapes: Mapping[str, Shape], found: Found) -> str | None:
 
 
 def _told_apart(networks: list[Found], shapes: Mapping[str, Shape]) -> Found:
-    """Of dialects that share their names, the one whose networks are like this; else the first."""
+    """Chooses among dialects with the same names the one whose networks match this one, else the first."""
     if len(networks) == 1:
         return networks[0]
 
@@ -195,20 +197,21 @@ def _told_apart(networks: list[Found], shapes: Mapping[str, Shape]) -> Found:
 
 
 def configure(found: Found, shapes: Mapping[str, Shape], num_classes: int | None = None, **chosen: Any) -> ResNetConfig:
-    """The configuration of a network that :func:`find` found.
+    """Infers the configuration of a network that :func:`find` found.
 
-    A tensor that is missing or of a wrong shape is outvoted by the others, so that it is this tensor that an error names.
+    Sizes are decided by a majority vote of the tensors. So a single missing or misshapen tensor does not change the
+    configuration, and the comparison with the configuration names that tensor.
 
     Args:
-        found: where it lies.
+        found: location of the network.
         shapes: the shape of every tensor by its key.
-        num_classes: of a network without a head.
-        chosen: stem, shortcut, stride_in or output_stride, where the tensors do not tell it.
+        num_classes: number of classes if the network has no head.
+        chosen: stem, shortcut, stride_in or output_stride, used if the tensors do not determine it.
 
     Raises:
-        WeightsError: for what no ResNet of jresnet is.
+        WeightsError: jresnet does not have such a ResNet.
     """
-    # Memory is reserved for what is found here, so that only tensors with elements, which a file must hold, are asked.
+    # Memory is allocated for these sizes. Empty tensors are ignored, because a small file could claim any size with them.
     shape = {path: shapes[key] if math.prod(shapes[key]) else () for path, key in found.keys.items()}
     like = keymap.DIALECTS[found.dialect].config
     paths = [path.split(".") for path in shape if path.startswith("layer")]
@@ -241,7 +244,7 @@ def configure(found: Found, shapes: Mapping[str, Shape], num_classes: int | None
             inner.append((channels[-1] // 4, _vote(widths_3x3)))
     widths = tuple(n // (4 if is_bottleneck else 1) for n, is_bottleneck in zip(channels, bottlenecks, strict=True))
     if bottleneck:
-        # Of the 3x3 convolutions of bottlenecks: inputs in a group, and what is before them.
+        # Shapes of each bottleneck's first convolution and of its 3x3 convolution.
         before = [
             (shape.get(path.replace("conv2", "conv1"), ()), shape[path]) for path in _kernels_2(shape, bottlenecks)
         ]
@@ -254,7 +257,7 @@ def configure(found: Found, shapes: Mapping[str, Shape], num_classes: int | None
     stem_channels = _vote(shape[path] for path in shape if path.startswith("bn1.") or path in _LAST_OF_STEM)
     shortcut: Any = _shortcut(shape, stages, bottleneck, kept=not bottleneck and stem_channels == channels[0])
     if shortcut is None or (bottleneck and shortcut == "projection" and chosen.get("shortcut") == "projection_first"):
-        shortcut = chosen.get("shortcut") or like.get("shortcut", "projection")  # for bottlenecks the two are the same
+        shortcut = chosen.get("shortcut") or like.get("shortcut", "projection")  # the same function for bottlenecks
     kinds: list[Any] = ["bottleneck" if is_bottleneck else "basic" for is_bottleneck in bottlenecks]
     try:
         return ResNetConfig(
@@ -267,15 +270,15 @@ def configure(found: Found, shapes: Mapping[str, Shape], num_classes: int | None
             **fields,
         )
     except InputError as error:
-        raise WeightsError(f"its tensors are of no ResNet that jresnet has: {error}") from error
+        raise WeightsError(f"jresnet does not have a ResNet with these tensors: {error}") from error
 
 
-UNTOLD = ("output_stride", "antialias", "norm")  # what neither keys nor shapes tell
+UNTOLD = ("output_stride", "antialias", "norm")  # fields that neither keys nor shapes determine
 _LAST_OF_STEM = ("conv1.kernel", "conv1.bias", "conv1.6.kernel", "conv1.6.bias")
 
 
 def _stem(shape: Mapping[str, Shape], asked: str | None, usual: str | None) -> Any:
-    """The kind of stem, ``asked`` and the dialect's where the tensors leave a choice."""
+    """The kind of stem. If the tensors allow several, it is ``asked``, else ``usual``, the dialect's."""
     stem = asked or usual or "imagenet"
     if any(path.startswith("conv1.6.") for path in shape):
         shares = [shape.get(f"conv1.{i}.kernel", ()) for i in (0, 3)]
@@ -291,7 +294,7 @@ def _stem(shape: Mapping[str, Shape], asked: str | None, usual: str | None) -> A
 
 
 def _attention(shape: Mapping[str, Shape]) -> dict[str, Any]:
-    """The fields of what multiplies the channels; none where nothing does."""
+    """The fields of the channel attention; empty if there is none."""
     if any(".se.conv." in path for path in shape):
         return {"attention": "eca"}
     first = [shape[path] for path in shape if path.endswith(".se.fc1.kernel") and len(shape[path]) == 4]
@@ -300,11 +303,11 @@ def _attention(shape: Mapping[str, Shape]) -> dict[str, Any]:
     for reduction in (16, 4, 8, 2, 32):
         if all(squeezed_channels(kernel[1], reduction) == kernel[0] for kernel in first):
             return {"attention": "se"} | ({} if reduction == 16 else {"reduction": reduction})
-    return {"attention": "se"}  # whose sizes then differ
+    return {"attention": "se"}  # the wrong sizes are reported later
 
 
 def _pruned(shape: Mapping[str, Shape], depths: tuple[int, ...]) -> ResNetConfig | None:
-    """The pruned network of the zoo, most of whose convolutions have the sizes of these."""
+    """The pruned network of the zoo that matches most of the convolutions' sizes; None if there is none."""
     for name, row in zoo.ZOO.items():
         config = row.config
         if config.pruned is None or config.depths != depths:
@@ -339,16 +342,16 @@ def _most(numbers: Iterable[int]) -> int | None:
 
 
 def _vote(shapes: Iterable[Shape]) -> int:
-    """The most frequent first size."""
+    """The most frequent size of the first dimension."""
     votes = Counter(shape[0] for shape in shapes if shape)
     return votes.most_common(1)[0][0] if votes else 1
 
 
 def _width_per_group(inner: list[tuple[int, int]]) -> int:
-    """What makes ``width * width_per_group // 64`` the channels of a group in every stage, 64 where it does.
+    """The width_per_group for which ``width * width_per_group // 64`` is the number of channels per group in every stage.
 
     Args:
-        inner: of each stage of bottlenecks, its width and its channels in a group.
+        inner: for each stage of bottlenecks, its width and its number of channels per group.
     """
     if all(count == width for width, count in inner):
         return 64
@@ -356,7 +359,7 @@ def _width_per_group(inner: list[tuple[int, int]]) -> int:
 
 
 def _shortcut(shape: Mapping[str, Shape], stages: list[str], bottleneck: bool, kept: bool) -> str | None:
-    """The kind of shortcut; None where no block needs one. ``kept``: the first stage needs none."""
+    """The kind of shortcut; None if it cannot be inferred. ``kept``: the first stage keeps the shape of its input."""
     if any(".0.downsample.2." in path for path in shape):
         return "average"
     kernels = {path.split(".")[0] for path in shape if ".0.downsample.0." in path}
@@ -371,17 +374,17 @@ def _shortcut(shape: Mapping[str, Shape], stages: list[str], bottleneck: bool, k
 
 
 def row(config: ResNetConfig) -> str | None:
-    """The architecture of the zoo that ``config`` is, apart from what may be chosen; the nearest, where several are."""
+    """The name of the zoo's architecture of ``config``, regardless of :data:`zoo.FREE`; the closest if there are several."""
     return zoo.name_of(config)
 
 
 def is_like(config: ResNetConfig, arch: str) -> bool:
-    """Whether ``config`` is ``arch``, apart from what may be chosen."""
+    """Whether ``config`` is a configuration of ``arch``, regardless of :data:`zoo.FREE`."""
     return zoo.is_like(config, zoo.find(arch).config)
 
 
 def describe(config: ResNetConfig) -> str:
-    """The configuration in a line."""
+    """Describes a configuration in one line."""
     stem, channels = STEMS[config.stem], config.in_channels
     kinds = f"{config.block} blocks" if isinstance(config.block, str) else f"{', '.join(config.block)} stages"
     size = f"{stem.kernel}x{stem.kernel}" if not stem.inner else config.stem.replace("_", " ")
@@ -413,10 +416,10 @@ def describe(config: ResNetConfig) -> str:
 
 
 def assumed(config: ResNetConfig, known: Collection[str] = ()) -> tuple[str, ...]:
-    """What neither keys nor shapes tell, and is taken as it usually is; a phrase each.
+    """The properties that neither keys nor shapes determine and that were assumed to be the usual ones; one phrase each.
 
     Args:
-        config: of the network.
+        config: configuration of the network.
         known: fields that the user chose or the checkpoint stated.
     """
     found = []
@@ -427,11 +430,11 @@ def assumed(config: ResNetConfig, known: Collection[str] = ()) -> tuple[str, ...
         found.append(f"stride on the {config.stride_in} convolution")
     if "output_stride" not in known:
         found.append("no dilation")
-    return (*found, "ReLU behind each block's sum")
+    return (*found, "ReLU after each block's sum")
 
 
 def normalises_first(found: Found, shapes: Mapping[str, Shape]) -> bool:
-    """Whether most blocks that change the width normalise their input and not what their first convolution gives."""
+    """Whether most blocks that change the width normalise their input, rather than the output of their first convolution."""
     votes = Counter()  # type: Counter[bool]
     for path, key in found.keys.items():
         norm = shapes.get(found.keys.get(path.removesuffix("conv1.kernel") + "bn1.scale", ""), ())

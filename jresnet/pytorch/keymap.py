@@ -1,7 +1,7 @@
-"""PyTorch's names and layouts for the leaves of a jresnet model: a rename of the leaf, then one table a dialect.
+"""Maps the paths of a jresnet model to PyTorch's keys and layouts: a renaming of leaves, then one table per dialect.
 
-Every dialect is a bijection on the keys of a model, made from the model's own paths, so that whatever is missing or
-unexpected in a file shows.
+Every dialect is a bijection on the keys of a model, built from the model's own paths, so that missing or unexpected keys in
+a file are detected.
 """
 
 from __future__ import annotations
@@ -14,25 +14,25 @@ from typing import Any
 
 import numpy as np
 
-# jresnet's leaf -> PyTorch's. A kernel and a BN's scale are both "weight"; no module has both.
+# jresnet's leaf -> PyTorch's leaf. A kernel and a BN's scale are both "weight"; no module has both.
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 
-# Beside every running variance: PyTorch's BatchNorm counts its batches, and reads the count only with momentum=None,
-# which no ResNet has.
+# PyTorch's BatchNorm counts its batches beside the running variance. It reads the count only if momentum is None, which no
+# ResNet uses.
 COUNTER = "num_batches_tracked"
 
-# Entries of wrappers, not of networks: torch.optim.swa_utils.AveragedModel counts its updates.
+# Entries that wrappers add: torch.optim.swa_utils.AveragedModel counts its updates.
 IGNORED = ("n_averaged",)
 
-# Modules that wrappers put between a network's own: FSDP, activation checkpointing, torch.compile of single blocks.
+# Module names that wrappers insert into keys: FSDP, activation checkpointing, torch.compile of single blocks.
 BETWEEN = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 
-# What is called so is taken before, or after, another network of the same size in one file: averaged weights are what a run
-# was evaluated with (timm's load_checkpoint prefers them, DINO evaluates its teacher), MoCo trains its encoder_q.
+# Names by which one of several networks of the same size in a file is preferred (FIRST) or not (LAST): averaged weights are
+# used for evaluation (timm's load_checkpoint prefers them, DINO evaluates its teacher), and MoCo trains its encoder_q.
 FIRST = re.compile(r"(^|[._])(ema|teacher)([._]|$)|(^|[._])ema_|model_ema")
 LAST = re.compile(r"(^|[._])(student|encoder_k|momentum_encoder|target_encoder)([._]|$)")
 
-# Parts of other networks' blocks, by their keys: a message names what they are.
+# Parts of networks that jresnet does not support, by patterns of their keys. Error messages name them.
 OTHER_PARTS = (
     (r"\.(se|se_module|se_block|senet|attn_se)\.|layer\d+\.\d+\.fc[12]?\.", "squeeze-and-excitation"),
     (r"\.(eca|cbam|ca|sa|attn|attention|gc|sk|bam)\.|conv2\.fc\d", "attention in the blocks"),
@@ -49,7 +49,7 @@ OTHER_PARTS = (
     (r"\.(IN|BN)\.(weight|bias)", "InstanceNorm beside BatchNorm (IBN-Net)"),
 )
 
-# The whole network is another one, by keys that no ResNet has.
+# Networks that are not ResNets, by patterns of their keys.
 OTHER_NETWORKS = (
     (r"stages\.\d+\.blocks\.\d+\.norm1\.", "a pre-activation ResNet of timm (resnetv2)"),
     (r"stages\.\d+\.(blocks\.)?\d+\.(dwconv|conv_dw)\.", "a ConvNeXt"),
@@ -61,28 +61,29 @@ OTHER_NETWORKS = (
     (r"(down_blocks|up_blocks|inc\.double_conv)", "a U-Net"),
 )
 
-# The last layer by its module's first name, where it is not where the dialect has it.
+# Names of modules that may contain the last layer, if it does not have the dialect's name.
 HEADS = ("fc", "linear", "classifier", "last_linear", "head", "cls_head", "logits", "output")
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """How one family of PyTorch networks names its tensors, and what its networks have in common."""
+    """The names of tensors in one family of PyTorch networks, and the common properties of these networks."""
 
-    renames: tuple[tuple[str, str], ...] = ()  # patterns and replacements, in turn: torchvision's key -> the dialect's
-    aliases: tuple[tuple[str, str], ...] = ()  # the same, to a second name under which a tensor is registered again
-    root: str = ""  # what every name but the head's begins with, and a file of the body alone leaves out
+    # (pattern, replacement), applied in order: torchvision's key -> the dialect's
+    renames: tuple[tuple[str, str], ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()  # the same, for second names under which tensors are registered again
+    root: str = ""  # prefix of all names but the head's; a file with only the body omits it
     config: Mapping[str, Any] = field(default_factory=dict)  # fields of ResNetConfig that its networks share
-    parts: bool = False  # whether its networks may have what timm's have, such as deep stems and attention
-    stages: int | None = None  # of its networks, where that alone tells it from another dialect
-    num_classes: int | None = None  # of the data set its networks are trained on; None: the architecture's own
+    parts: bool = False  # whether its networks may have timm's parts, such as deep stems and attention
+    stages: int | None = None  # number of stages, if only that distinguishes the dialect from another one
+    num_classes: int | None = None  # number of classes of the data set; None: the architecture's default
     statistics: str | None = (
-        None  # by which its images are normalised, a name of jresnet.weights.preprocessing.STATISTICS
+        None  # statistics that normalise its images, a name in jresnet.weights.preprocessing.STATISTICS
     )
 
 
 DIALECTS: Mapping[str, Dialect] = {
-    # pytorch/vision, and timm (huggingface/pytorch-image-models), which keeps the names for the weights' sake
+    # pytorch/vision, and timm (huggingface/pytorch-image-models), which uses the same names
     "torchvision": Dialect(parts=True),
     # akamaster/pytorch_resnet_cifar10, with the paper's option A
     "akamaster": Dialect(
@@ -98,7 +99,7 @@ DIALECTS: Mapping[str, Dialect] = {
         num_classes=10,
         statistics="kuangliu",
     ),
-    # weiaicunzai/pytorch-cifar100: Sequentials of convolution, BN and ReLU, of which the ReLU has no tensors
+    # weiaicunzai/pytorch-cifar100: nn.Sequential of convolution, BN and ReLU; the ReLU takes an index but has no tensors
     "weiaicunzai": Dialect(
         renames=(
             (r"^conv1\.", "conv1.0."), (r"^bn1\.", "conv1.1."),
@@ -119,7 +120,7 @@ DIALECTS: Mapping[str, Dialect] = {
         num_classes=10,
         statistics="kuangliu",
     ),
-    # The tutorial's ResNet-34: the list of stages is registered beside the stages themselves
+    # The tutorial's ResNet-34, which registers the stages twice: by name and in a list
     "resnet34_projection": Dialect(
         renames=(
             (r"^conv1\.", "pre.0."), (r"^bn1\.", "pre.1."),
@@ -155,7 +156,7 @@ DIALECTS: Mapping[str, Dialect] = {
         root="resnet.",
         config={"stem": "imagenet", "shortcut": "projection"},
     ),
-    # nn.Sequential(*resnet.children()) without the last layers, or with a Flatten before the last; fastai's body is one
+    # nn.Sequential(*resnet.children()), without the last layers or with a Flatten before the last one; fastai's body
     "children": Dialect(
         renames=(
             (r"^conv1\.", "0."), (r"^bn1\.", "1."), (r"^maxpool\.", "3."), (r"^fc\.", "10."),
@@ -169,7 +170,7 @@ DIALECTS: Mapping[str, Dialect] = {
 
 @functools.lru_cache(1 << 16)
 def torch_key(path: str, dialect: str = "torchvision") -> str:
-    """``layer1.0.bn1.scale`` -> ``layer1.0.bn1.weight``, in the naming of ``dialect``."""
+    """Converts a path to the key in ``dialect``: ``layer1.0.bn1.scale`` -> ``layer1.0.bn1.weight``."""
     module, _, leaf = path.rpartition(".")
     return _replaced(f"{module}.{LEAVES[leaf]}", DIALECTS[dialect].renames)
 
@@ -180,7 +181,7 @@ def counter_key(path: str, dialect: str = "torchvision") -> str:
 
 
 def alias(key: str, dialect: str) -> str | None:
-    """The second name of a tensor whose key in ``dialect`` is ``key``; None where it has one name only."""
+    """The second name of the tensor with this key in ``dialect``; None if it has only one name."""
     second = _replaced(key, DIALECTS[dialect].aliases)
     return second if second != key else None
 
@@ -192,15 +193,15 @@ def _replaced(key: str, replacements: tuple[tuple[str, str], ...]) -> str:
 
 
 def torch_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """HWIO -> OIHW, IO -> OI."""
+    """Converts a shape to PyTorch's layout: HWIO -> OIHW, IO -> OI."""
     return (shape[3], shape[2], shape[0], shape[1]) if len(shape) == 4 else shape[::-1]
 
 
 def to_flax(value: np.ndarray) -> np.ndarray:
-    """OIHW -> HWIO, OI -> IO, contiguous: safetensors scrambles arrays that are not."""
+    """Transposes OIHW -> HWIO, OI -> IO. The result is contiguous, because safetensors scrambles other arrays."""
     return np.ascontiguousarray(value.transpose(2, 3, 1, 0) if value.ndim == 4 else value.T)
 
 
 def to_torch(value: np.ndarray) -> np.ndarray:
-    """HWIO -> OIHW, IO -> OI, contiguous: the inverse of :func:`to_flax`."""
+    """Transposes HWIO -> OIHW, IO -> OI: the inverse of :func:`to_flax`. The result is contiguous."""
     return np.ascontiguousarray(value.transpose(3, 2, 0, 1) if value.ndim == 4 else value.T)

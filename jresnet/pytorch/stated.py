@@ -1,8 +1,9 @@
-"""What a checkpoint says of its network beside the tensors, and what that makes of the configuration.
+"""Reads what a checkpoint states about its network besides the tensors, and converts it to fields of the configuration.
 
-Networks of one set of tensors may be several functions: the stride on another convolution, dilation, a pool more, another
-activation. Training scripts keep what they were called with, and a module saved whole keeps each layer's stride: what they
-say is taken where jresnet's networks can compute it, and refused by its name where they cannot.
+Networks with the same tensors may compute different functions: the stride may be in another convolution, a stage may be
+dilated, there may be an additional pool or another activation. Training scripts store their arguments, and a module that was
+saved as a whole stores each layer's settings. These statements are used if jresnet supports them; otherwise the checkpoint
+is refused with a message that names the statement.
 """
 
 from __future__ import annotations
@@ -18,19 +19,19 @@ from jresnet.models import zoo
 from jresnet.models.config import STEMS, ResNetConfig
 from jresnet.pytorch import keymap
 
-# Where scripts keep arguments: argparse's args, Lightning's hyper_parameters, timm's and mm's model_args and meta, ...
+# Names under which scripts store their arguments: argparse's args, Lightning's hyper_parameters, timm's model_args, ...
 _BOXES = (
     "args", "arguments", "hyper_parameters", "hparams", "hparams_initial", "config", "cfg", "conf", "opt", "opts", "options",
     "params", "model_args", "model_kwargs", "model_config", "model_cfg", "kwargs", "meta", "model", "backbone", "encoder",
 )  # fmt: skip
 
-# Under which they name the network, the surest first.
+# Names of the argument that names the network, the most reliable first.
 _NAMES = (
     "arch", "architecture", "model_name", "model_arch", "net_type", "network", "backbone_name", "encoder_name", "base_model",
     "backbone", "encoder", "model", "net", "type",
 )  # fmt: skip
 
-# What a name says of a function that jresnet's networks do not compute, whatever the tensors are.
+# Names of networks whose function jresnet does not support, even if the tensors match.
 _OTHER = (
     (r"resne(x)?t(aa|blur)", "averages or blurs before its strides"),
     (r"pre_?act|resnet_?v2", "normalises before it convolves (pre-activation)"),
@@ -44,7 +45,7 @@ DILATIONS = {
     (1, 1, 1, 2): 1,
     (1, 1, 2, 4): 2,
     (1, 2, 4, 8): 3,
-}  # of mm's stages -> how many of the last ones are dilated
+}  # dilations of mmlab's stages -> number of dilated stages at the end
 
 _POOLS = {"BlurPool2d": "blur", "AvgPool2d": "average"}  # timm's modules for anti-aliasing
 
@@ -55,13 +56,14 @@ _ACTIVATIONS = re.compile(
 
 @dataclass
 class Statement:
-    """What was said: a name, fields of ResNetConfig, and what jresnet cannot compute."""
+    """The statements of a checkpoint: a name, fields of ResNetConfig, and properties that jresnet does not support."""
 
-    name: str = ""  # of the network; empty where it has none
-    # stride_in, output_stride, antialias and norm as in ResNetConfig; "pool": the stem's; "dilated": the last stages' number
+    name: str = ""  # name of the network; empty if there is none
+    # stride_in, output_stride, antialias and norm as in ResNetConfig; "pool": whether the stem has one; "dilated": how many
+    # stages at the end are dilated
     chosen: dict[str, Any] = field(default_factory=dict)
-    said: list[str] = field(default_factory=list)  # where each of these is from, a phrase each
-    refused: list[str] = field(default_factory=list)  # phrases that go on after "its network"
+    said: list[str] = field(default_factory=list)  # one phrase per chosen field that says where it was stated
+    refused: list[str] = field(default_factory=list)  # phrases that continue the sentence "its network ..."
 
     def choose(self, name: str, value: Any, why: str) -> None:
         if name not in self.chosen:
@@ -70,14 +72,14 @@ class Statement:
 
 
 def read(saved: Any) -> Statement:
-    """What the plain entries of a checkpoint say; everything of it may be anyone's."""
+    """Reads the statements in the plain entries of a checkpoint, which is untrusted."""
     found = Statement()
     for arguments in _arguments(saved):
         for name in _NAMES:
             value = arguments.get(name)
             if not isinstance(value, str) or not 0 < len(value) <= 200:
                 continue
-            if name in _NAMES[:4] or re.search("resne|senet|preact", value, re.I):  # not the method's name, or a loss's
+            if name in _NAMES[:4] or re.search("resne|senet|preact", value, re.I):  # others may name a method or a loss
                 _read_name(printable(value), found)
         for name, value in arguments.items():
             if isinstance(name, str):
@@ -86,7 +88,7 @@ def read(saved: Any) -> Statement:
 
 
 def _arguments(saved: Any) -> Iterator[Mapping[Any, Any]]:
-    """The mappings of arguments in a checkpoint, itself first."""
+    """Yields the mappings in a checkpoint that may contain arguments, the checkpoint itself first."""
     if not isinstance(saved, Mapping):
         return
     level: list[Mapping[Any, Any]] = [saved]
@@ -99,13 +101,13 @@ def _arguments(saved: Any) -> Iterator[Mapping[Any, Any]]:
                 value = node.get(name)
                 if isinstance(value, Mapping):
                     inside.append(value)
-                elif isinstance(value, str) and "backbone" in value:  # mm's configuration is kept as its Python text
+                elif isinstance(value, str) and "backbone" in value:  # mmlab stores its configuration as Python text
                     inside.append(_of_text(value))
         level = inside
 
 
 def _of_text(text: str) -> dict[str, Any]:
-    """The arguments in ``backbone=dict(type='ResNet', depth=50, style='caffe', ...)``."""
+    """Parses the arguments in ``backbone=dict(type='ResNet', depth=50, style='caffe', ...)``."""
     begin = re.search(r"backbone\s*=\s*dict\(", text[: 1 << 20])
     if not begin:
         return {}
@@ -156,7 +158,8 @@ def _read_setting(name: str, value: Any, arguments: Mapping[Any, Any], found: St
         case "output_stride" if type(value) is int and 0 < value <= 1024:
             found.choose("output_stride", value, text)
         case "dilations" if _are_numbers(value) and set(value) != {1}:
-            # mm's blocks are all dilated, torchvision's first one as the stage before: contract_dilation is that.
+            # In mmlab all blocks of a stage are dilated. In torchvision the first block has the dilation of the previous
+            # stage, which mmlab calls contract_dilation.
             stages = DILATIONS.get(tuple(value))
             if stages and arguments.get("contract_dilation") is True:
                 found.choose("dilated", stages, text)
@@ -188,18 +191,21 @@ def _are_numbers(value: Any) -> bool:
     return isinstance(value, list | tuple) and 0 < len(value) <= 16 and all(type(one) is int for one in value)
 
 
-# --- A module that was saved whole
+# --- A module that was saved as a whole
 
 
 def layers(
     settings: Mapping[str, Mapping[str, Any]], keys: Mapping[str, str], prefix: str
 ) -> dict[str, dict[str, Any]]:
-    """What each layer of a network says of itself, by jresnet's path: ``layer2.0.conv1`` -> ``{"stride": (2, 2), ...}``.
+    """The settings of each layer by jresnet's path: ``layer2.0.conv1`` -> ``{"stride": (2, 2), ...}``.
 
     Args:
-        settings: of :class:`jresnet.pytorch.torchfile.Module`.
-        keys: jresnet's paths to the file's keys, of the body.
-        prefix: of the network in the file; its max-pool is found as ``maxpool``.
+        settings: the settings of a :class:`jresnet.pytorch.torchfile.Module`.
+        keys: maps jresnet's paths to the file's keys, for the body.
+        prefix: prefix of the network in the file; the max-pool is found there under its usual names.
+
+    Returns:
+        Settings by path; those of modules without a path in jresnet by ``(name)``.
     """
     plain = {keymap.BETWEEN.sub("", f"{name}.").removesuffix("."): value for name, value in settings.items()}
     found = {}
@@ -216,7 +222,7 @@ def layers(
 
 
 def of_layers(said: Mapping[str, Mapping[str, Any]], config: ResNetConfig) -> Statement:
-    """What a module's own layers say: strides, dilation, pool, activations, whatever its forward method does with them."""
+    """Reads strides, dilation and pool from a module's layers, although its unknown forward method may differ."""
     found, stages = Statement(), len(config.depths)
     if "bottleneck" in config.blocks:
         strides = [
@@ -244,7 +250,7 @@ def of_layers(said: Mapping[str, Mapping[str, Any]], config: ResNetConfig) -> St
 
 
 def contradictions(said: Mapping[str, Mapping[str, Any]], config: ResNetConfig) -> list[str]:
-    """In what a module's layers are not those of ``config``; the first of each kind."""
+    """The differences between a module's layers and ``config``; the first one of each kind."""
     problems: dict[str, str] = {}
     for path, layer in said.items():
         if path.startswith("("):
@@ -269,7 +275,7 @@ def _pair(value: Any) -> tuple[int, ...] | None:
 
 
 def _stride(path: str, config: ResNetConfig) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """Stride and dilation of a convolution of ``config``; None of another layer."""
+    """Stride and dilation of a convolution of ``config``; None for other layers."""
     parts = path.split(".")
     if parts == ["conv1"]:
         return (STEMS[config.stem].stride,) * 2, (1, 1)
@@ -285,21 +291,21 @@ def _stride(path: str, config: ResNetConfig) -> tuple[tuple[int, int], tuple[int
     strided = first and parts[2] in (carries, "downsample") and parts[2:] != ["downsample", "1"]
     wide = parts[2] == "conv2" or (parts[2] == "conv1" and basic)
     begins = first and parts[2] == ("conv1" if basic else "conv2")
-    if wide and begins:  # a stage begins with the dilation of the one before
+    if wide and begins:  # the first 3x3 of a stage has the dilation of the previous stage
         dilation = config.strides[stage - 1][1] if stage else 1
     return (stride if strided else 1,) * 2, (dilation if wide else 1,) * 2
 
 
 def fields(chosen: Mapping[str, Any], config: ResNetConfig) -> dict[str, Any]:
-    """What a :class:`Statement` chose, as fields of a configuration like ``config``."""
+    """Converts the choices of a :class:`Statement` to fields of a configuration like ``config``."""
     found = {
         name: value for name, value in chosen.items() if name in ("stride_in", "output_stride", "antialias", "norm")
     }
     if "bottleneck" not in config.blocks:
-        found.pop("stride_in", None)  # scripts have the option for all their networks
+        found.pop("stride_in", None)  # scripts state the option for all networks
     if (pool := chosen.get("pool")) is not None:
         stem = STEMS[config.stem]
-        if bool(stem.pool) != pool:  # of a deep stem there is one kind
+        if bool(stem.pool) != pool:  # deep stems always have a pool, so that none is found here
             wanted = (stem.kernel, stem.stride, "max" if pool else None, stem.inner)
             found["stem"] = next((name for name, kind in STEMS.items() if kind == wanted), config.stem)
             config = dataclasses.replace(config, stem=found["stem"])

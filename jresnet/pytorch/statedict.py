@@ -1,4 +1,4 @@
-"""A PyTorch ``state_dict`` into a configuration and arrays, :func:`match`, and back, :func:`state_dict`."""
+"""Converts a PyTorch ``state_dict`` to a configuration and arrays (:func:`match`) and back (:func:`state_dict`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from jresnet.models.resnet import ResNet, ResNetConfig
 from jresnet.pytorch import infer, keymap, stated
 from jresnet.pytorch.torchfile import Module
 
-# In the order in which torchvision registers them, which is that of PyTorch's own state_dicts.
+# The order in which torchvision registers modules and parameters, which is the order of PyTorch's state_dicts.
 _ORDER = (
     "conv1", "bn1", "maxpool", "conv2", "bn2", "conv3", "bn3", "se", "downsample", "layer1", "layer2", "layer3", "layer4",
     "fc", "fc1", "fc2", "conv", "kernel", "scale", "bias", "mean", "var",
@@ -28,21 +28,19 @@ _ORDER = (
 
 @dataclass(frozen=True)
 class Conversion:
-    """A file's network, as the file has it, and how it was read."""
+    """The network in a file, and information on how it was read."""
 
-    arch: str | None  # a name of the zoo; None: the network is none of its rows
-    config: ResNetConfig  # of the file's network; 0 classes where it has no head
-    values: dict[
-        str, np.ndarray
-    ]  # by dotted path, float32, in jresnet's layout; without fc.* where the file has no head
-    dialect: str  # a name of keymap.DIALECTS
-    counters: dict[str, int]  # num_batches_tracked by torchvision's key, which Flax's BatchNorm has no use for
-    notes: tuple[str, ...]  # what was passed over on the way, a sentence each
-    assumed: tuple[str, ...]  # what neither keys nor shapes tell, a phrase each
+    arch: str | None  # a name in the zoo; None: the network is not in the zoo
+    config: ResNetConfig  # configuration of the file's network; num_classes is 0 if it has no head
+    values: dict[str, np.ndarray]  # by dotted path, float32, in jresnet's layout; without fc.* if the file has no head
+    dialect: str  # a name in keymap.DIALECTS
+    counters: dict[str, int]  # num_batches_tracked by torchvision's key, which jresnet's BatchNorm does not have
+    notes: tuple[str, ...]  # one sentence for each thing that was ignored or chosen
+    assumed: tuple[str, ...]  # one phrase for each property that neither keys nor shapes determine
 
     @property
     def headless(self) -> bool:
-        """Whether the file has no last layer: :func:`jresnet.models.params.adapt` draws one where it is wanted."""
+        """Whether the file has no last layer; :func:`jresnet.models.params.adapt` can add one."""
         return "fc.kernel" not in self.values
 
     def torchvision(self) -> dict[str, np.ndarray]:
@@ -50,7 +48,7 @@ class Conversion:
         return {keymap.torch_key(path): keymap.to_torch(value) for path, value in self.values.items()}
 
     def metadata(self) -> dict[str, str]:
-        """What a native file keeps of it: the counters, and the dialect where it can write such a network."""
+        """The metadata for a native file: the counters, and the dialect if it supports such a network."""
         kept = {} if _differences(self.config, self.dialect) else {"dialect": self.dialect}
         if self.counters:
             counts = set(self.counters.values())
@@ -69,40 +67,43 @@ def match(
     source: str = "the state_dict",
     **chosen: Any,
 ) -> Conversion:
-    """The network in a ``state_dict``, of the size that the state_dict has.
+    """Reads the network in a ``state_dict``, with the state_dict's numbers of classes and channels.
 
-    Where another number of classes or channels is wanted, :func:`jresnet.models.params.adapt` makes it of this one.
+    :func:`jresnet.models.params.adapt` changes these numbers.
 
     Args:
-        state_dict: PyTorch's keys to numpy arrays or torch tensors, of any floating-point dtype, or a checkpoint with such
-            a dict inside. Most of a network's keys lie under one prefix: what lies beside them is passed over.
-        arch: a name of :func:`jresnet.list_models` that the network must be; ``None``: whatever ResNet it is.
-        dialect: a name of :data:`jresnet.pytorch.keymap.DIALECTS`; ``None``: the one that the keys fit best.
-        prefix: of the network's keys, such as ``backbone``; ``None``: that of the largest network.
-        key: of the dict of tensors in a checkpoint, such as ``state_dict_ema`` or ``model.teacher``; ``None``: the one with
-            the largest network.
-        source: names the weights in errors.
-        chosen: those of num_classes, in_channels, stem, shortcut, stride_in and output_stride that are asked for. What
-            the tensors tell must be the file's; what they do not (a stem's max-pool, stride_in, output_stride) is taken
-            as asked for, else as the checkpoint states it, else as it usually is. A number of classes is that of the
-            configuration where the file has no head.
+        state_dict: maps PyTorch's keys to numpy arrays or torch tensors of any floating-point dtype, or a checkpoint that
+            contains such a dict. Tensors outside the network's prefix are ignored.
+        arch: the expected architecture, a name from :func:`jresnet.list_models`; ``None``: any ResNet.
+        dialect: a name in :data:`jresnet.pytorch.keymap.DIALECTS`; ``None``: the one that fits the keys best.
+        prefix: prefix of the network's keys, such as ``backbone``; ``None``: that of the largest network.
+        key: key of the dict of tensors in a checkpoint, such as ``state_dict_ema`` or ``model.teacher``; ``None``: the one
+            with the largest network.
+        source: name of the weights in error messages.
+        chosen: any of num_classes, in_channels, stem, shortcut, stride_in and output_stride. If the tensors determine a
+            property, the chosen value must agree. If they do not (a stem's max-pool, stride_in, output_stride), the chosen
+            value is used, else the checkpoint's statement, else the usual one. num_classes is used in the configuration
+            if the file has no head.
+
+    Returns:
+        The network, with notes on how it was read.
 
     Raises:
-        InputError: for an unknown architecture or dialect.
-        WeightsError: for another network than asked for, or unless every parameter and statistic is filled exactly once;
-            one message lists what is missing, unexpected and misshapen.
+        InputError: unknown architecture or dialect.
+        WeightsError: the network is not the requested one, or its parameters and statistics are not all present exactly
+            once; one message lists all missing, unexpected and misshapen tensors.
     """
     if arch is not None:
         zoo.find(arch)
-    # Who names the dict of tensors takes it as it is, whatever stands beside it.
+    # With `key`, the user chose the tensors explicitly, so that statements elsewhere in the checkpoint are ignored.
     said = stated.read(state_dict) if key is None else stated.Statement()
     box, tensors, found, notes = _network(state_dict, dialect, prefix, key, source)
     shapes = {name: tuple(value.shape) for name, value in tensors.items()}
     if said.refused:
         raise WeightsError(
-            f"{source} says that its network {'; '.join(said.refused)}: it may have a ResNet's tensors and computes another "
-            "function, which jresnet does not have; look for weights of a plain ResNet"
-            + (f", or take the tensors for one all the same, by their key {box!r}" if box else "")
+            f"{source} says that its network {'; '.join(said.refused)}: jresnet does not have this function, even if the "
+            "tensors match; use weights of a plain ResNet"
+            + (f", or load the tensors as one nevertheless, by giving their key {box!r}" if box else "")
         )
     if found is None:
         where = f" under {prefix!r}" if prefix else ""
@@ -111,16 +112,16 @@ def match(
             (what for pattern, what in keymap.OTHER_NETWORKS if any(re.search(pattern, k) for k in shapes)), None
         )
         raise WeightsError(
-            f"{source} holds no ResNet{naming}{where}{f' but {other}' if other else ''}: expected tensors such as "
+            f"{source} contains no ResNet{naming}{where}{f' but {other}' if other else ''}: expected tensors such as "
             f"conv1.weight, bn1.weight and layer1.0.conv1.weight, found {few(shapes)}"
         )
     if infer.normalises_first(found, shapes):
         raise WeightsError(
-            f"{source} holds a pre-activation ResNet (He et al. 2016b): its blocks normalise before they convolve, which "
-            "jresnet's networks do not; look for weights of a plain ResNet"
+            f"{source} contains a pre-activation ResNet (He et al. 2016b), whose blocks normalise before they convolve; "
+            "jresnet does not have such networks: use weights of a plain ResNet"
         )
     asked = dict(chosen)
-    if arch is not None:  # what no tensor tells of it
+    if arch is not None:  # properties of the architecture that the tensors do not determine
         chosen |= {name: getattr(zoo.find(arch).config, name) for name in ("antialias", "norm")}
     try:
         config = infer.configure(found, shapes, **chosen)
@@ -133,17 +134,17 @@ def match(
                 if chosen.get(name) is None:
                     chosen[name] = value
                 elif chosen[name] != value and asked.get(name) is not None:
-                    notes.append(f"the file says {name} {value!r}: taken as asked for, {chosen[name]!r}")
+                    notes.append(f"the file says {name} {value!r}, but the requested {chosen[name]!r} is used")
         config = infer.configure(found, shapes, **chosen)
     except (InputError, WeightsError) as error:
         raise WeightsError(f"{source}: {error}") from None
     if different := stated.contradictions(layers, config):
         raise WeightsError(
-            f"{source} holds a module of a ResNet's tensors that computes another function, which jresnet does not have, or "
-            f"not as asked for: {'; '.join(different)}"
+            f"{source} contains a module with a ResNet's tensors, but its layers compute another function than jresnet's or "
+            f"the requested one: {'; '.join(different)}"
         )
     if said.said or own.said:
-        notes.append(f"taken as the file says: {', '.join(own.said + said.said)}")
+        notes.append(f"settings stated by the file: {', '.join(own.said + said.said)}")
 
     wanted = params.shapes(config)
     paths = {found.keys.get(path) or _key(path, found): path for path in wanted}
@@ -156,11 +157,11 @@ def match(
         notes.append("the last layer is missing or a projection head")
     elif f"{found.head}.bias" not in got:
         del expected[f"{found.head}.bias"]
-        notes.append(f"{found.head} has no bias: zeros are taken")
+        notes.append(f"{found.head} has no bias: zeros are used")
     beside = _beside(got.keys() - expected.keys(), found, expected)
     problems += params.differences(expected, {name: shape for name, shape in got.items() if name not in beside})
     if beside:
-        notes.append(f"passed over beside the network: {few([name for name in got if name in beside])}")
+        notes.append(f"ignored, not part of the network: {few([name for name in got if name in beside])}")
 
     values, counts, odd = {}, {}, []
     for name, value in tensors.items():
@@ -176,27 +177,27 @@ def match(
         except TypeError as error:
             problems.append(f"{name} {error}")
     if odd:
-        notes.append(f"not a number of batches, and not needed: {few(odd)}")
+        notes.append(f"ignored, not a number of batches: {few(odd)}")
     row = infer.row(config)
     if said.name and said.name not in (arch, row):
-        notes.append(f"the file calls its network {said.name!r}; its tensors are those of {_a(row)}")
+        notes.append(f"the file calls its network {said.name!r}, but its tensors are those of {_a(row)}")
     if problems:
         strange = [name for name in got if name not in expected]
         parts = [what for pattern, what in keymap.OTHER_PARTS if any(re.search(pattern, name) for name in strange)]
         if parts:
-            problems.insert(0, f"it has {' and '.join(parts)}, which jresnet's networks have not")
+            problems.insert(0, f"it has {' and '.join(parts)}, which jresnet does not support")
         norms = [name for name, path in paths.items() if path.endswith(".var")]
         if not any(name in got for name in norms):
             folded = not any(path.endswith(".scale") and name in got for name, path in paths.items())
             problems.insert(
                 0,
-                "it has no BatchNorm: convert it from before that was folded into the convolutions"
+                "it has no BatchNorm: convert the weights from before BatchNorm was folded into the convolutions"
                 if folded
-                else "it has no running statistics: it is of parameters alone, where model.state_dict() has the buffers "
-                "too, or its normalisation is not BatchNorm: of a network with GroupNorm name the architecture, resnet50_gn",
+                else "it has no running statistics: either only the parameters were saved (save model.state_dict(), which "
+                "includes the buffers), or the network has GroupNorm (name the architecture, resnet50_gn)",
             )
-        what = f"a whole {arch or row or 'ResNet'}"
-        raise WeightsError(f"{source} does not hold {what} ({found.dialect} naming): {'; '.join(problems)}")
+        what = f"a complete {arch or row or 'ResNet'}"
+        raise WeightsError(f"{source} does not contain {what} ({found.dialect} naming): {'; '.join(problems)}")
     if "fc.kernel" in values and "fc.bias" not in values:
         values["fc.bias"] = np.zeros(config.num_classes, np.float32)
     _check_asked(source, config, row, arch, chosen)
@@ -209,38 +210,38 @@ def match(
 
 
 def _is_segmentation(found: infer.Found, shapes: Mapping[str, Any]) -> bool:
-    """Whether the body lies beside the head of torchvision's FCN or DeepLab, whose last layer is a 1x1 convolution."""
+    """Whether the network is the backbone of torchvision's FCN or DeepLab, whose last layer is a 1x1 convolution."""
     base = found.prefix.removesuffix("backbone.")
     return base != found.prefix and len(shapes.get(f"{base}classifier.4.weight", ())) == 4
 
 
 def _a(row: str | None) -> str:
-    return f"a {row}" if row else "a ResNet that has no name here"
+    return f"a {row}" if row else "a ResNet that is not in the zoo"
 
 
 def _check_asked(
     source: str, config: ResNetConfig, row: str | None, arch: str | None, chosen: Mapping[str, Any]
 ) -> None:
-    """Raises :class:`WeightsError` where the file's network is not what was asked for."""
+    """Raises :class:`WeightsError` if the file's network is not the requested one."""
     if arch is not None and not infer.is_like(config, arch):
         if row:
-            raise WeightsError(f"{source} holds a {row}, not a {arch}: name that architecture")
+            raise WeightsError(f"{source} contains a {row}, not a {arch}: name that architecture")
         raise WeightsError(
-            f"{source} holds a ResNet that has no name here, not a {arch}: {infer.describe(config)}; leave the "
-            "architecture out"
+            f"{source} contains a ResNet that is not in the zoo, not a {arch}: {infer.describe(config)}; leave out the "
+            "architecture"
         )
     for field in ("stem", "shortcut", "stride_in", "output_stride"):
         if chosen.get(field) not in (None, getattr(config, field)) and not (
-            field == "output_stride" and chosen[field] == config.full_stride  # None is another word for it
+            field == "output_stride" and chosen[field] == config.full_stride  # equivalent to None
         ):
             raise WeightsError(
-                f"{source} holds a network whose {field} is {getattr(config, field)!r}, not {chosen[field]!r}: "
-                f"leave the {field} out"
+                f"{source} contains a network whose {field} is {getattr(config, field)!r}, not {chosen[field]!r}: "
+                f"leave out {field}"
             )
 
 
 def _key(path: str, found: infer.Found) -> str:
-    """The file's key of a tensor by jresnet's path."""
+    """The file's key of the tensor with this jresnet path."""
     if path.startswith("fc."):
         return f"{found.head}.{keymap.LEAVES[path[3:]]}"
     return found.prefix + keymap.torch_key(path, found.dialect).removeprefix(keymap.DIALECTS[found.dialect].root)
@@ -254,19 +255,19 @@ def _counter(path: str, found: infer.Found) -> str:
 def _network(
     saved: Any, dialect: str | None, prefix: str | None, key: str | None, source: str
 ) -> tuple[str, dict[str, Any], infer.Found | None, list[str]]:
-    """The key of the dict of tensors with the largest network, the dict, the network, and what was passed over."""
+    """Finds the dict of tensors with the largest network: its key, the dict, the network, and notes on the choice."""
     boxes = _boxes(saved)
     if key is not None:
         if key not in boxes:
-            raise WeightsError(f"{source} has no dict of tensors {key!r}: there are {few(map(repr, boxes)) or 'none'}")
+            raise WeightsError(f"{source} has no dict of tensors {key!r}: found {few(map(repr, boxes)) or 'none'}")
         boxes = {key: boxes[key]}
     if not boxes:
         what = type(saved).__name__
         if isinstance(saved, Mapping) and saved:
-            what = f"entries that are no tensors: {few(map(str, saved))}"
+            what = f"entries that are not tensors: {few(map(str, saved))}"
         elif isinstance(saved, Mapping):
-            what = "nothing"
-        raise WeightsError(f"{source} should hold a state_dict, names to tensors, but holds {what}")
+            what = "an empty dict"
+        raise WeightsError(f"{source} contains no weights: expected a state_dict (names to tensors), found {what}")
     networks = {}
     for name, tensors in boxes.items():
         if found := infer.find({k: tuple(v.shape) for k, v in tensors.items()}, dialect, prefix):
@@ -279,9 +280,9 @@ def _network(
     rivals.sort(key=lambda name: (infer.preference(name), infer.preference(networks[name].prefix)))
     name, found, notes = rivals[0], networks[rivals[0]], []
     if rivals[1:]:
-        notes.append(f"taken from {name!r}, not from {few(map(repr, rivals[1:]))} beside it")
+        notes.append(f"read from {name!r}; also found: {few(map(repr, rivals[1:]))}")
     if found.rivals:
-        notes.append(f"taken from {found.prefix!r}, not from {few(map(repr, found.rivals))} beside it")
+        notes.append(f"read from {found.prefix!r}; also found: {few(map(repr, found.rivals))}")
     tensors = boxes[name]
     for ignored in [k for k in tensors if k.rpartition(".")[2] in keymap.IGNORED]:
         del tensors[ignored]
@@ -289,16 +290,16 @@ def _network(
 
 
 def _boxes(saved: Any) -> dict[str, dict[str, Any]]:
-    """Every dict with tensors in a checkpoint, by the keys that lead there, ``""`` for the checkpoint itself."""
+    """All dicts of tensors in a checkpoint, by their keys joined by dots; ``""`` is the checkpoint itself."""
     boxes: dict[str, dict[str, Any]] = {}
     seen: set[int] = set()
     waiting: deque[tuple[str, Any]] = deque([("", saved)])
     while waiting and len(seen) < 10_000:
         name, node = waiting.popleft()
-        if id(node) in seen or name.count(".") > 8:  # deeper than any script nests them
+        if id(node) in seen or name.count(".") > 8:  # no script nests them deeper
             continue
         seen.add(id(node))
-        if isinstance(node, list | tuple):  # [epoch, state_dict], say
+        if isinstance(node, list | tuple):  # such as [epoch, state_dict]
             node = {str(i): value for i, value in enumerate(node[:100])}
         elif not isinstance(node, Mapping):
             continue
@@ -315,7 +316,7 @@ def _boxes(saved: Any) -> dict[str, dict[str, Any]]:
 
 
 def _beside(names: Collection[str], found: infer.Found, expected: Collection[str]) -> set[str]:
-    """Those of ``names`` that are no part of the network's modules: a loss's weights, a queue, another head."""
+    """The ``names`` that do not belong to the network's modules: a loss's weights, a queue, another head."""
     body = [key for key in expected if key.startswith(found.prefix) and not key.startswith(f"{found.head}.")]
     own = {key[len(found.prefix) :].partition(".")[0] for key in body}
 
@@ -329,7 +330,7 @@ def _beside(names: Collection[str], found: infer.Found, expected: Collection[str
 def _without_aliases(
     tensors: Mapping[str, Any], found: infer.Found, paths: Collection[str], counters: Collection[str]
 ) -> tuple[dict[str, Any], list[str]]:
-    """The tensors without second names; what is wrong where a second name's tensor is not that of the first."""
+    """The tensors without second names, and a problem for second names whose tensor differs from the first name's."""
     tensors, differ = dict(tensors), []
     start = len(found.prefix)
     for name in (*paths, *counters):
@@ -344,7 +345,7 @@ def _without_aliases(
 
 
 def _numpy(value: Any) -> np.ndarray:
-    """float32 for a torch tensor, known by its method, since torch is not imported here and numpy knows no bfloat16."""
+    """Converts to numpy; torch tensors (recognised by a method, since torch is not imported here) become float32."""
     return value.detach().float().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
 
 
@@ -356,7 +357,7 @@ def _float32(value: Any) -> np.ndarray:
 
 
 def _count(value: Any) -> int | None:
-    """A counter of any dtype: averaged weights count half batches, halved ones infinitely many."""
+    """A counter as an int, None if invalid. Averaging weights makes counters fractional; float16 makes them infinite."""
     if int(np.prod(tuple(value.shape))) != 1:
         return None
     if "int" in str(value.dtype):
@@ -368,31 +369,31 @@ def _count(value: Any) -> int | None:
 def state_dict(
     model: ResNet, dialect: str = "torchvision", counters: int | Mapping[str, int] = 0
 ) -> dict[str, np.ndarray]:
-    """The weights of ``model`` as PyTorch's ``load_state_dict(strict=True)`` takes them, after ``torch.from_numpy``.
+    """Converts the weights of a model to a ``state_dict`` of numpy arrays for PyTorch.
 
-    ``{key: torch.from_numpy(value) for key, value in state_dict(model).items()}`` is a state_dict of torch's;
-    :func:`jresnet.pytorch.torchsave.write` makes a ``.pth`` of it without torch.
+    ``{key: torch.from_numpy(value) for key, value in state_dict(model).items()}`` can be loaded with
+    ``load_state_dict(strict=True)``. :func:`jresnet.pytorch.torchsave.write` writes a ``.pth`` file without torch.
 
     Args:
-        model: its parameters and running statistics are taken as they are, bit by bit.
-        dialect: whose names, of :data:`jresnet.pytorch.keymap.DIALECTS`.
-        counters: what each BN's ``num_batches_tracked`` is to be: one number, or numbers by torchvision's key, 0 where
-            it has none. Only ``BatchNorm2d(momentum=None)`` reads it.
+        model: the model; its parameters and running statistics are copied bit by bit.
+        dialect: the naming scheme, a name in :data:`jresnet.pytorch.keymap.DIALECTS`.
+        counters: the value of each BN's ``num_batches_tracked``: one number, or numbers by torchvision's key with 0 for
+            missing keys. Only ``BatchNorm2d(momentum=None)`` uses it.
 
     Returns:
-        The dialect's keys to new arrays in PyTorch's layout (OIHW, OI), in PyTorch's order; a tensor that the dialect
+        New arrays in PyTorch's layout (OIHW, OI) by the dialect's keys, in PyTorch's order. A tensor that the dialect
         registers twice is one array under two names.
 
     Raises:
-        InputError: for an unknown dialect, or one that has no network like ``model``; for a fused model, or a head of
-            one's own that is more than a linear layer.
+        InputError: unknown dialect, or a dialect without such a network; the model is fused, or has a custom head that is
+            not a single linear layer.
     """
     config, values = params.config_of(model), params.arrays(model)
     check_dialect(config, dialect)
     if problems := params.differences(params.shapes(config), {path: value.shape for path, value in values.items()}):
         raise InputError(
-            f"PyTorch's ResNet has no place for all of this model: {'; '.join(problems)}. Of a fused model take the one "
-            "that it was made of; of a head of your own, model.fc, write the parameters yourself"
+            f"a PyTorch ResNet cannot hold this model: {'; '.join(problems)}. If the model is fused, use the model that was "
+            "passed to jresnet.fuse; if model.fc is a custom head, save its parameters yourself"
         )
     tensors: dict[str, np.ndarray] = {}
     for path in sorted(values, key=_rank):
@@ -405,25 +406,23 @@ def state_dict(
 
 
 def check_dialect(config: ResNetConfig, dialect: str) -> None:
-    """Raises :class:`InputError` for an unknown dialect, or one whose networks differ from ``config``."""
+    """Raises :class:`InputError` if the dialect is unknown, or its networks differ from ``config``."""
     if dialect not in keymap.DIALECTS:
         raise InputError(f"unknown dialect {dialect!r}: there are {', '.join(keymap.DIALECTS)}")
     if different := _differences(config, dialect):
         fitting = [name for name in keymap.DIALECTS if not _differences(config, name)]
-        raise InputError(
-            f"{dialect} has no such network: {'; '.join(different)}. The names that fit are those of {', '.join(fitting)}"
-        )
+        raise InputError(f"{dialect} has no such network: {'; '.join(different)}. Use one of {', '.join(fitting)}")
 
 
 def _differences(config: ResNetConfig, dialect: str) -> list[str]:
-    """In what the networks of ``dialect`` are not like ``config``."""
+    """The differences between the networks of ``dialect`` and ``config``."""
     found = [
         f"{field} is {value!r} there, {getattr(config, field)!r} here"
         for field, value in keymap.DIALECTS[dialect].config.items()
         if getattr(config, field) != value
     ]
     if config.has_parts and not keymap.DIALECTS[dialect].parts:
-        found.append("it has no names for the parts that this network has beyond He et al.'s")
+        found.append("it has no names for the parts of this network that He et al.'s do not have")
     return found
 
 

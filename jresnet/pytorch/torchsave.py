@@ -1,11 +1,11 @@
-"""Write a file that ``torch.load(path, weights_only=True)`` reads, without torch: ``write(path, tensors)``.
+"""Writes files that ``torch.load(path, weights_only=True)`` reads, without torch: ``write(path, tensors)``.
 
-It is the zip archive of torch >= 1.6 (``torch/serialization.py``, ``_save``): ``data.pkl``, a pickle that names globals
-of torch and the storages; ``data/0``, ``data/1``, ..., the storages' bytes; ``byteorder`` and ``version``. Python's
-pickler writes the name of a global only where it can import it, so the opcodes are written here.
+The format is the zip archive of torch >= 1.6 (``torch/serialization.py``, ``_save``): ``data.pkl``, a pickle that refers to
+globals of torch and to storages; ``data/0``, ``data/1``, ..., the storages' bytes; ``byteorder`` and ``version``. Python's
+pickler can only write names of globals that it can import, so this module writes the opcodes itself.
 
-Two records of torch's are left out. ``serialization_id`` is for torch's own logging. ``.format_version`` promises that a
-storage's place follows from the sizes before it, as torch's zip writer lays them out; without it torch looks the place up.
+Two of torch's records are omitted: ``serialization_id``, which serves torch's logging, and ``.format_version``, which
+promises that the offsets of storages can be computed from their sizes. Without it torch looks the offsets up.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ import numpy as np
 from jresnet.errors import InputError
 from jresnet.files import write_atomically
 
-ALIGNMENT = 64  # bytes: where each record begins, as torch aligns them, so that a mapped file's tensors are aligned
+ALIGNMENT = 64  # alignment of records in bytes, as in torch, so that the tensors of a memory-mapped file are aligned
 _KINDS = {"float64": "Double", "float32": "Float", "float16": "Half", "bfloat16": "BFloat16", "int64": "Long"}
 
 
 def write(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes ``tensors`` as ``torch.save`` writes a ``state_dict``; the same tensors give the same bytes.
+    """Writes tensors like ``torch.save`` writes a ``state_dict``. The same tensors always give the same bytes.
 
-    An array under two names is stored once, as torch stores tensors that share memory. The ``_metadata`` that PyTorch's
-    own state_dicts carry is left out: it tells ``load_state_dict`` how old a file is, and ``BatchNorm2d`` asks only to
-    supply a ``num_batches_tracked`` that is missing.
+    An array under two names is stored once, like tensors in torch that share memory. The ``_metadata`` of PyTorch's
+    state_dicts is omitted: ``load_state_dict`` reads format versions from it, and ``BatchNorm2d`` needs its version only
+    if ``num_batches_tracked`` is missing.
 
     Args:
-        path: the file; by custom ``*.pth``. It is written atomically.
+        path: the file, usually ``*.pth``; it is written atomically.
         tensors: numpy arrays of float64, float32, float16, bfloat16 or int64, of any shape and strides.
 
     Raises:
-        InputError: for another dtype, or where the file cannot be written.
+        InputError: an array has another dtype, or the file cannot be written.
     """
     unfit = [
         f"{name} is {v.dtype}" for name, v in tensors.items() if v.dtype.name not in _KINDS or not v.dtype.isnative
@@ -53,10 +53,11 @@ def write(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
     with zipfile.ZipFile(content, "w") as archive:
 
         def add(name: str, data: bytes | memoryview) -> None:
-            info = zipfile.ZipInfo(f"archive/{name}")  # dated 1980, whenever it is written
-            info.create_system = 0  # else it says which one this is
-            padding = -(content.tell() + 30 + len(info.filename) + 4) % ALIGNMENT  # 30: zip's header, 4: this field's
-            info.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)  # torch's name for it
+            info = zipfile.ZipInfo(f"archive/{name}")  # its date is always 1980
+            info.create_system = 0  # the default depends on the operating system
+            # 30 and 4: headers of zip and this field
+            padding = -(content.tell() + 30 + len(info.filename) + 4) % ALIGNMENT
+            info.extra = struct.pack("<2sH", b"FB", padding) + bytes(padding)  # FB is torch's tag for padding
             archive.writestr(info, data)
 
         add("data.pkl", _pickle((name, keys[id(value)], value) for name, value in tensors.items()))
@@ -68,7 +69,7 @@ def write(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 
 def _pickle(tensors: Iterable[tuple[str, str, np.ndarray]]) -> bytes:
-    """An OrderedDict of names to tensors, each the whole of the storage with the key beside its name."""
+    """The pickle of an OrderedDict of tensors, from (name, key of the storage, array); each tensor is a whole storage."""
     empty = _global("collections", "OrderedDict") + op.EMPTY_TUPLE + op.REDUCE
     out = [op.PROTO + b"\2", empty, op.MARK]
     for name, key, value in tensors:
@@ -76,7 +77,7 @@ def _pickle(tensors: Iterable[tuple[str, str, np.ndarray]]) -> bytes:
         storage = _tuple(_text("storage"), kind, _text(key), _text("cpu"), _int(value.size)) + op.BINPERSID
         strides = [math.prod(max(n, 1) for n in value.shape[i + 1 :]) for i in range(value.ndim)]
         shape = (_tuple(*map(_int, value.shape)), _tuple(*map(_int, strides)))
-        tensor = _tuple(storage, _int(0), *shape, op.NEWFALSE, empty)  # 0: its offset; no gradient, no hooks
+        tensor = _tuple(storage, _int(0), *shape, op.NEWFALSE, empty)  # offset 0, requires_grad False, no hooks
         out += [_text(name), _global("torch._utils", "_rebuild_tensor_v2"), tensor, op.REDUCE]
     return b"".join([*out, op.SETITEMS, op.STOP])
 

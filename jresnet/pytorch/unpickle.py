@@ -1,21 +1,19 @@
-"""Run a stranger's pickle without running anything of his: one interpreter for PyTorch's files and CIFAR-10's batches.
+"""Interprets untrusted pickles without executing code from them; used for PyTorch's files and CIFAR-10's batches.
 
-A pickle is a program: it may name any function and call it. So this module never hands one to Python's unpickler.
-Restricting that (``find_class``) leaves other doors open: BUILD sets attributes, NEWOBJ and EXT make objects, a memo
-index of 2^31 makes the C version reserve gigabytes. Here a small interpreter runs the opcodes that plain data needs and
-no others. A global's name is looked up in a table that the caller gives, an allow-list of the caller's own functions and
-constants, and nothing is imported: the worst program can build dicts, lists, tuples, numbers, strings, and what the
-table's functions make.
+A pickle is a program that can call any function. So this module never passes one to Python's unpickler. Restricting
+``find_class`` would not suffice: BUILD sets attributes, NEWOBJ and EXT create objects, and a memo index of 2^31 makes the C
+implementation allocate gigabytes. Instead, a small interpreter runs only the opcodes that plain data needs. Names of globals
+are looked up in an allow-list of functions and constants that the caller provides, and nothing is imported. A malicious
+pickle can at most build dicts, lists, tuples, numbers, strings, and the results of the allowed functions.
 
-Where a caller wants it (``inert``), a class or function that the table lacks becomes an :class:`Unknown`, and what a pickle
-makes with it a :class:`Record`, which keeps the attributes that it was given and does nothing. Those of Python's own
-library are refused all the same, but for a few that hold values: no honest file needs ``os.system``.
+With ``inert=True``, a class or function that is not in the allow-list becomes an :class:`Unknown`. An object that the pickle
+creates with it becomes a :class:`Record`, which only stores the attributes. Globals of Python's standard library are refused
+nevertheless, except for a few types that hold values: no legitimate file needs ``os.system``.
 
-What a pickle of a file of S bytes costs is bounded before it is spent: it may run half a million instructions and S / 64
-more.
+The cost is limited in advance: the pickle of a file of S bytes may run 500,000 + S / 64 instructions.
 """
 
-import pickle as op  # the opcodes' names only: nothing here is unpickled by it
+import pickle as op  # only for the opcodes; it is never used to unpickle
 import re
 import struct
 import sys
@@ -26,21 +24,21 @@ from typing import Any, ClassVar
 
 from jresnet.files import printable
 
-FREE_STEPS = 500_000  # instructions that any pickle may run: 11,000 tensors. One costs about 100 bytes of memory,
-BYTES_PER_STEP = 64  # so a larger file may run one more for so many bytes
+FREE_STEPS = 500_000  # instructions that any pickle may run, enough for 11,000 tensors; each takes about 100 bytes
+BYTES_PER_STEP = 64  # a pickle may run one more instruction for so many bytes of its file
 
-# What Python raises at opcodes and operands that make no sense; the interpreter leaves it to it to object.
+# Exceptions that Python raises for invalid opcodes and operands; the interpreter does not check these cases itself.
 DAMAGE = (ValueError, TypeError, LookupError, OverflowError, EOFError, RuntimeError, AttributeError, struct.error)
 
 
 class Refused(Exception):
-    """Why a file is not read: a sentence that goes on after the file's name."""
+    """A file is refused. The message continues a sentence that begins with the file's name."""
 
 
 class Instance:
-    """An object that a pickle describes: the arguments it was made from, and the state that BUILD gave it.
+    """An object that a pickle describes: the arguments of its constructor and the state that BUILD set.
 
-    Nothing is made of either, so nothing is allocated or run.
+    The object itself is not created, so nothing is allocated or executed.
     """
 
     __slots__ = ("args", "state")
@@ -50,7 +48,7 @@ class Instance:
 
 
 class Unknown:
-    """A class or a function that no table has; nothing is imported."""
+    """A class or function that is not in the allow-list; it is not imported."""
 
     __slots__ = ("name",)
 
@@ -59,7 +57,7 @@ class Unknown:
 
 
 class Record:
-    """What a pickle says that an :class:`Unknown` made: its arguments, its state, and the items of a dict or a list."""
+    """An object that a pickle creates with an :class:`Unknown`: arguments, state, and the items of a dict or list."""
 
     __slots__ = ("args", "items", "name", "state")
 
@@ -69,7 +67,7 @@ class Record:
         self.items: dict[Any, Any] | list[Any] | None = None
 
 
-# Of Python's own library, what holds values and may stand beside a network.
+# Types of Python's standard library that only hold values and may occur in checkpoints.
 HARMLESS = re.compile(
     r"(builtins|__builtin__)\.(set|frozenset|slice|range|xrange|bytearray|complex|object|dict|list|tuple|int|long|float|bool|str|unicode"
     r"|bytes|type)|copy_?reg\._reconstructor|functools\.partial|collections\.(defaultdict|deque|UserDict)|types\.SimpleNamespace"
@@ -84,40 +82,40 @@ _COUNTED = {  # opcode: struct format of the length that precedes its operand
     op.SHORT_BINUNICODE: "<B", op.BINUNICODE: "<I", op.BINUNICODE8: "<Q", op.SHORT_BINSTRING: "<B", op.BINSTRING: "<i",
     op.SHORT_BINBYTES: "<B", op.BINBYTES: "<I", op.BINBYTES8: "<Q", op.LONG1: "<B",
 }  # fmt: skip
-_POPS = {  # opcode: how many values it takes from the stack
+_POPS = {  # opcode: number of values it pops from the stack
     op.TUPLE1: 1, op.TUPLE2: 2, op.TUPLE3: 3, op.APPEND: 1, op.SETITEM: 2, op.BUILD: 1, op.BINPERSID: 1,
     op.STACK_GLOBAL: 2, op.REDUCE: 2, op.NEWOBJ: 2, op.STOP: 1,
 }  # fmt: skip
 _POPS_TO_MARK = (op.TUPLE, op.APPENDS, op.SETITEMS)
-_PYTHON = sys.stdlib_module_names | {"__builtin__", "copy_reg", "commands", "cPickle"}  # the last of Python 2
+_PYTHON = sys.stdlib_module_names | {"__builtin__", "copy_reg", "commands", "cPickle"}  # these four are of Python 2
 _CONSTANTS = {op.NONE: None, op.NEWTRUE: True, op.NEWFALSE: False, op.EMPTY_TUPLE: ()}
 
 
 def expect(value: Any, *types: type) -> Any:
-    """``value``, if its type is exactly one of ``types``: what a stranger's pickle made is not used before."""
+    """Returns ``value`` if its type is exactly one of ``types``; every value of an untrusted pickle is checked so."""
     if type(value) not in types:
-        raise ValueError(f"a {type(value).__name__} where {types[0].__name__} belongs")
+        raise ValueError(f"expected {types[0].__name__}, found {type(value).__name__}")
     return value
 
 
 class Interpreter:
-    """Runs the pickles at the beginning of ``data``, one a :meth:`load`.
+    """Interprets the pickles at the beginning of ``data``; each call of :meth:`load` interprets one.
 
     Args:
-        data: one pickle or several, one after the other.
-        allowed: by full name, such as ``"numpy.dtype"``, what stands for each global that a pickle may name: a function
-            that takes the interpreter before the pickle's arguments and checks all that it uses, or a constant.
-        size: bytes of the whole file, by which the number of instructions is bounded; ``None``: of ``data``.
-        inert: make an :class:`Unknown` of a global that ``allowed`` lacks, unless it is Python's own.
-        bytes_of_python2: read Python 2's ``str`` as bytes, else as text in UTF-8.
-        advice: the end of every refusal: what is read, and what to do.
+        data: one or several consecutive pickles.
+        allowed: the allow-list: maps the full name of a global, such as ``"numpy.dtype"``, to a constant or a function. The
+            function gets the interpreter and then the pickle's arguments, all of which it must check.
+        size: size of the whole file in bytes, which limits the number of instructions; ``None``: that of ``data``.
+        inert: turn globals that are not in ``allowed`` into an :class:`Unknown`, unless they are in the standard library.
+        bytes_of_python2: read Python 2's ``str`` as bytes instead of UTF-8 text.
+        advice: text at the end of every refusal: what is supported, and what to do.
 
     Raises:
-        Refused: for what is never run, and for a pickle that costs too much.
-        DAMAGE: one of these, for a pickle that makes no sense.
+        Refused: the pickle contains something that is never run, or exceeds the limit of instructions.
+        DAMAGE: one of these, if the pickle is invalid.
     """
 
-    hints: ClassVar[Mapping[str, str]] = {}  # beginnings of globals' names: better advice where one is forbidden
+    hints: ClassVar[Mapping[str, str]] = {}  # better advice for forbidden globals, by the beginning of the name
 
     def __init__(
         self,
@@ -135,7 +133,7 @@ class Interpreter:
         self.steps = self.limit = FREE_STEPS + size // BYTES_PER_STEP
 
     def load(self) -> Any:
-        """The object of the next pickle."""
+        """Interprets the next pickle and returns its object."""
         stack: list[Any] = []
         marks: list[list[Any]] = []  # the stacks below each open MARK
         memo: dict[int, Any] = {}
@@ -203,14 +201,16 @@ class Interpreter:
                     raise Refused(f"has the pickle opcode 0x{code.hex()}, which is not run; {self.advice}")
 
     def charge(self, steps: int) -> None:
-        """Pay for an instruction, or for each element that one copies: few bytes must not become many objects."""
+        """Counts instructions and copied elements, so that a small file cannot create very many objects."""
         self.steps -= steps
         if self.steps < 0:
-            raise Refused(f"holds a pickle that builds far more than its {self.size:,} bytes hold; {self.advice}")
+            raise Refused(f"has a pickle that builds too many objects for a file of {self.size:,} bytes; {self.advice}")
 
     def take(self, count: int) -> bytes:
         if not 0 <= count <= len(self.data) - self.position:
-            raise EOFError(f"{count:,} bytes more expected where the file, or its first {len(self.data):,} bytes, end")
+            raise EOFError(
+                f"expected {count:,} more bytes at the end of the file, or of its first {len(self.data):,} bytes"
+            )
         self.position += count
         return self.data[self.position - count : self.position]
 
@@ -220,25 +220,25 @@ class Interpreter:
     def line(self) -> str:
         return self.take(self.data.index(b"\n", self.position) + 1 - self.position)[:-1].decode()
 
-    # What a pickle may cause. The arguments are a stranger's: each function checks all that it uses.
+    # The actions that a pickle can trigger. Arguments are untrusted: each method checks everything that it uses.
 
     def named(self, module: Any, name: Any) -> object:
-        """What the allow-list has for a global."""
+        """Looks up a global in the allow-list."""
         full = f"{expect(module, str)[:200]}.{expect(name, str)[:200]}"
         if full not in self.allowed:
             if self.inert and self.is_inert(full):
                 return Unknown(full)
             advice = next((text for begin, text in self.hints.items() if full.startswith(begin)), self.advice)
-            raise Refused(f"names the forbidden global {printable(full)}, which this reader never runs; {advice}")
+            raise Refused(f"uses the forbidden global {printable(full)}, which this reader never runs; {advice}")
         return self.allowed[full]
 
     def is_inert(self, full: str) -> bool:
-        """Whether a global that no table has may become an :class:`Unknown`, and is not refused."""
+        """Whether a global that is not in the allow-list becomes an :class:`Unknown` instead of being refused."""
         python = full.partition(".")[0] in _PYTHON
         return HARMLESS.fullmatch(full) is not None or not python
 
     def items_of(self, target: Any, *types: type) -> Any:
-        """What APPENDS and SETITEMS fill: a list or a dict, or that of a :class:`Record`."""
+        """The list or dict that APPENDS or SETITEMS fills, also that of a :class:`Record`."""
         if type(target) is not Record:
             return expect(target, *types)
         if target.items is None:
@@ -246,26 +246,26 @@ class Interpreter:
         return expect(target.items, *types)
 
     def persistent(self, *_: Any) -> Any:
-        """A persistent id, by which a pickle names what lies beside it."""
-        raise Refused(f"names something outside its pickle; {self.advice}")
+        """A persistent id, which refers to data outside the pickle."""
+        raise Refused(f"refers to data outside its pickle; {self.advice}")
 
     def fill(self, target: dict[Any, Any], pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
         for key, value in pairs:
             self.charge(1)
             if self.inert and type(key) in (Record, Unknown, tuple):
-                continue  # of an optimizer's state, say, which nobody reads
-            # No tuples: to hash nested ones can take exponential time. No huge integers: they can be made to collide.
+                continue  # such keys occur in states of optimizers, which are not needed
+            # No tuples: hashing nested ones can take exponential time. No huge integers: they can be made to collide.
             if type(expect(key, str, int, float, bool, bytes, type(None))) is int and key.bit_length() > 64:
                 raise ValueError("an integer of more than 64 bits as a key")
             target[key] = value
         return target
 
     def build(self, target: Any, state: Any) -> None:
-        """BUILD, which sets attributes."""
+        """The opcode BUILD, which sets attributes."""
         expect(target, Instance, Record).state = state
 
     def encode(self, text: Any, codec: Any) -> bytes:
-        """``_codecs.encode``, as protocol 2 spells bytes."""
+        """``_codecs.encode``, which protocol 2 uses for bytes."""
         self.charge(len(expect(text, str)) // BYTES_PER_STEP)
         if expect(codec, str) != "latin1":
             raise ValueError("bytes in another encoding than latin1")

@@ -1,6 +1,6 @@
-"""Runs side by side, from the files they leave: what each came to, over its seeds, and a table for people.
+"""Compares runs from their files: figures of each run over its seeds, and a text table.
 
-Neither jax nor the data are needed, so runs are compared wherever their folders lie.
+Neither jax nor the data are needed, so that runs can be compared on any machine that has their folders.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jresnet.errors import InputError
 from jresnet.files import read_ordinary
 from jresnet.reports.metrics_file import LARGEST, MOST, TIMINGS, duration, finite, read_metrics
 
-# What a table says of config.json's "run", and its types.
+# The settings in the table, from the entry "run" of config.json, with their types.
 SETTINGS: dict[str, type | tuple[type, ...]] = {
     "arch": str, "recipe": str, "dataset": str, "epochs": int, "batch_size": int, "lr": (int, float), "precision": str,
     "seed": int,
@@ -46,7 +46,7 @@ class Run(NamedTuple):
 
     @property
     def state(self) -> str:
-        """finished, epoch k of n, or empty."""
+        """The state of the run: finished, epoch k of n, or empty."""
         if self.summary is not None:
             return "finished"
         return f"epoch {len(self.rows)} of {self.config['epochs']}" if self.rows else "empty"
@@ -58,12 +58,12 @@ class Entry(NamedTuple):
     name: str
     folder: Path
     config: dict[str, Any]  # config.json's "run", of the first seed
-    planned: int | None  # how many seeds; None for a run that stands alone
-    runs: list[Run]  # those that have begun
+    planned: int | None  # number of seeds; None for a single run
+    runs: list[Run]  # the runs that were started
 
     @property
     def state(self) -> str:
-        """That of its one run, or how many seeds are finished and where the others are."""
+        """The state of a single run, or the number of finished seeds and the states of the others."""
         if self.planned is None:
             return self.runs[0].state
         done = [run for run in self.runs if run.summary is not None]
@@ -76,7 +76,7 @@ class Entry(NamedTuple):
 
     @property
     def counted(self) -> list[Run]:
-        """The runs that figures are taken from, at the same epoch: those that are finished, else all with an epoch."""
+        """The runs that the figures are computed from: the finished ones, else all, cut to the same number of epochs."""
         begun = [run for run in self.runs if run.rows]
         done = [run for run in begun if run.summary is not None]
         least = min((len(run.rows) for run in begun), default=0)
@@ -84,10 +84,10 @@ class Entry(NamedTuple):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Reads the object in a JSON file.
 
     Raises:
-        InputError: where there is none.
+        InputError: the file cannot be read, or is not a JSON object.
     """
     try:
         found = json.loads(read_ordinary(path, LARGEST))
@@ -101,19 +101,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_config(folder: Path) -> tuple[dict[str, Any], Any]:
-    """``config.json``'s "run", checked, and how many seeds it speaks of, if it does."""
+    """Reads and checks the entry "run" of ``config.json``; also returns the number of seeds, if it has one."""
     path = folder / "config.json"
     if not path.exists():
-        what = "is no run's folder: it has no config.json" if folder.is_dir() else "is no folder"
+        what = "is not the folder of a run: it has no config.json" if folder.is_dir() else "is not a folder"
         raise InputError(f"{folder} {what}")
     values = read_json(path)
     config = values.get("run")
     if not isinstance(config, dict):
-        raise InputError(f'{path} is no run\'s configuration: it has no "run"')
+        raise InputError(f'{path} is not the configuration of a run: it has no "run"')
     bad = [name for name, kind in SETTINGS.items() if not _is(config.get(name), kind)]
     bad += ["runs"] if not _is(values.get("runs", 1), int) else []
     if bad:
-        raise InputError(f"{path} is no run's configuration: {', '.join(bad)} missing or of another type")
+        raise InputError(f"{path} is not the configuration of a run: {', '.join(bad)} missing or of a wrong type")
     return config, values.get("runs")
 
 
@@ -124,25 +124,25 @@ def _is(value: Any, kind: type | tuple[type, ...]) -> bool:
 
 
 def read_run(folder: Path) -> Run:
-    """The run of one seed in ``folder``.
+    """Reads the run of one seed in ``folder``.
 
     Raises:
-        InputError: where there is none, or a file is damaged.
+        InputError: there is no run, or a file is damaged.
     """
     config, _ = _read_config(folder)
     path = folder / "metrics.jsonl"
     rows = read_metrics(path)
     summary = read_json(folder / "summary.json") if (folder / "summary.json").exists() else None
     if summary is not None and len(rows) != config["epochs"]:
-        raise InputError(f"{path} has {len(rows)} whole lines, but the run is finished after {config['epochs']} epochs")
+        raise InputError(f"{path} has {len(rows)} complete lines, but the finished run has {config['epochs']} epochs")
     return Run(folder, config, rows, summary)
 
 
 def read_entry(folder: Path) -> Entry:
-    """The run in ``folder``, or the runs in its folders ``seed-0``, ``seed-1``, ...
+    """Reads the run in ``folder``, or the runs in its folders ``seed-0``, ``seed-1``, ...
 
     Raises:
-        InputError: where there is none, a file is damaged, or seeds differ in more than their seed; all of it at once.
+        InputError: there is no run, a file is damaged, or runs differ in more than their seed; one message lists all.
     """
     name = folder.resolve().name
     folders = sorted(
@@ -179,10 +179,10 @@ def read_entry(folder: Path) -> Entry:
 
 
 def read_entries(folders: Sequence[Path]) -> list[Entry]:
-    """An entry for each folder, under names that differ: the folder's, or its whole path where another has that name.
+    """Reads an entry for each folder. Its name is the folder's name, or the whole path if names would be equal.
 
     Raises:
-        InputError: a line for everything that cannot be used.
+        InputError: a folder cannot be used; one line per problem.
     """
     entries, problems = [], []
     once: dict[Path, Path] = {}
@@ -200,10 +200,10 @@ def read_entries(folders: Sequence[Path]) -> list[Entry]:
 
 
 def spread(values: Sequence[float | None]) -> dict[str, Any]:
-    """``{"mean", "std", "values"}`` of at least one number.
+    """Computes ``{"mean", "std", "values"}`` of at least one number.
 
-    std is the sample standard deviation, with n - 1, and None for a single number. Where a value is None or not finite,
-    there is neither mean nor std.
+    std is the sample standard deviation (with n - 1); None for a single number. If a value is None or not finite, mean and
+    std are None.
     """
     numbers = [float(value) for value in values if value is not None and math.isfinite(value)]
     whole = len(numbers) == len(values)
@@ -215,17 +215,17 @@ def spread(values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def summarise(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The ``summary.json`` of several seeds, from those of each, in their order.
+    """The content of ``summary.json`` for several seeds, from the summaries of the seeds in order.
 
-    What is not a figure is taken over where all agree, and left out elsewhere. Each numeric field of "final" and "best"
+    Fields that are not figures are kept if all seeds agree, and left out otherwise. Each numeric field of "final" and "best"
     and each timing becomes mean, sample standard deviation and values (:func:`spread`).
 
     Raises:
-        InputError: where there is none, or one has no seed, or the same seed as another.
+        InputError: there is no summary, or seeds are missing or not unique.
     """
     seeds = [summary.get("seed") for summary in summaries]
     if not seeds or None in seeds or len(set(seeds)) < len(seeds):
-        raise InputError(f"seeds that differ are needed, at least one; got {seeds}")
+        raise InputError(f"expected one or more different seeds, got {seeds}")
     result: dict[str, Any] = {"n": len(seeds), "seeds": seeds, "runs": [f"seed-{seed}" for seed in seeds]}
     first = summaries[0]
     result |= {name: first[name] for name in SAME if all(summary.get(name) == first.get(name) for summary in summaries)
@@ -237,7 +237,7 @@ def summarise(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _spreads(singles: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The spread of each field that is a number, or null for one that is not finite, in all of them."""
+    """The :func:`spread` of each field that is a number or null in all summaries."""
     columns = {name: [single.get(name, "") for single in singles] for name in singles[0]}
     return {
         name: spread(values)
@@ -247,9 +247,9 @@ def _spreads(singles: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def figures(entry: Entry) -> dict[str, Any]:
-    """What the table says of an entry, as JSON values; None where there is nothing to say.
+    """The figures of an entry in the table, as JSON values; None if a figure is not available.
 
-    Losses are in nats, accuracies shares from 0 to 1, seconds those of a seed.
+    Losses are in nats, accuracies are fractions from 0 to 1, and seconds are those of one seed.
     """
     runs = entry.counted
     last = [run.rows[-1] for run in runs]
@@ -276,7 +276,7 @@ def figures(entry: Entry) -> dict[str, Any]:
 
 
 def plus_minus(found: dict[str, Any] | None, form: Callable[[float], str], unit: str = "") -> str:
-    """``mean ± std``, each as ``form`` writes it; "-" for nothing and "nan" for what is not finite."""
+    """Formats ``mean ± std`` with ``form``; "-" if there is no figure, and "nan" if it is not finite."""
     if found is None:
         return "-"
     if found["mean"] is None:
@@ -285,12 +285,12 @@ def plus_minus(found: dict[str, Any] | None, form: Callable[[float], str], unit:
 
 
 def percent(value: float) -> str:
-    """A share as a percentage without its sign."""
+    """Formats a fraction as a percentage, without the sign."""
     return f"{100 * value:.2f}"
 
 
 def cells(found: dict[str, Any]) -> dict[str, str]:
-    """A row of the table for people, of :func:`figures`, by column."""
+    """A row of the text table by column, from the result of :func:`figures`."""
     counts = ", ".join(f"{count:,} {split}" for split, count in found["images"].items() if _is(count, int))
     seconds, pace = found["seconds"], found["images_per_second"]
     row = {
@@ -310,12 +310,12 @@ def cells(found: dict[str, Any]) -> dict[str, str]:
         "time": duration(seconds["mean"]) if seconds and seconds["mean"] is not None else "-",
         "state": found["state"],
     }
-    # Names come from strangers' files: nothing that moves the cursor reaches the terminal.
+    # Names come from untrusted files: control characters must not reach the terminal.
     return {column: "".join(c if c.isprintable() else "?" for c in text) for column, text in row.items()}
 
 
 def text_table(rows: Sequence[dict[str, str]]) -> str:
-    """The rows in columns; what all have in common is said once, above them."""
+    """Formats the rows as a table; settings that all rows share are printed once above it."""
     settings = ("arch", "recipe", "data", "epochs", "batch", "lr", "precision")
     common = [name for name in settings if len({row[name] for row in rows}) == 1]
     columns = [name for name in rows[0] if name not in common]

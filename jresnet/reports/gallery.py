@@ -1,4 +1,4 @@
-"""A picture of images with what a network says of them, good enough to show."""
+"""Draws a gallery of images with a network's predictions."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK, QUIET, FIRST, REST = "#1f2933", "#7b8794", "#9dc0e6", "#d3dde7"
-WIDTH = 2.5  # inches of a picture
-ROW = 0.19  # inches of a line of text below it
+WIDTH = 2.5  # width of an image in inches
+ROW = 0.19  # height of a line of text below it in inches
 
 
 @dataclass(frozen=True, eq=False)
 class Shown:
-    """An image, and what is said of it."""
+    """An image with its prediction."""
 
-    title: str  # its file's name
+    title: str  # name of its file
     image: np.ndarray  # uint8 [H, W, 3]
     classes: Sequence[tuple[str, float]]  # names and probabilities, the most probable first
-    heat: np.ndarray | None = None  # [h, w] from 0 to 1: where the first class is seen
+    heat: np.ndarray | None = None  # heat map of the first class, [h, w] from 0 to 1
 
 
 def draw(shown: Sequence[Shown], path: Path, title: str, note: str = "") -> None:
-    """Writes a PNG: each image over its classes, with bars as long as they are probable, and heat maps beside the images.
+    """Writes a PNG with each image above its classes and bars of their probabilities, and heat maps beside the images.
 
     Args:
-        shown: of at least one image; all have as many classes.
-        path: a PNG file.
-        title: above the picture.
-        note: below the title, smaller.
+        shown: one or more images with the same number of classes.
+        path: the PNG file.
+        title: title of the figure.
+        note: smaller text below the title.
     """
     from matplotlib.figure import Figure
 
@@ -84,7 +84,7 @@ def _picture(axes: Axes, image: np.ndarray) -> None:
 
 
 def _bars(axes: Axes, classes: Sequence[tuple[str, float]], letters: int) -> None:
-    """A line for each class: its name over a bar."""
+    """Draws a line for each class: its name over a bar."""
     axes.set_axis_off()
     axes.set(xlim=(0, 1), ylim=(len(classes) + 0.35, 0))
     for place, (name, share) in enumerate(classes):
@@ -101,7 +101,7 @@ def _bars(axes: Axes, classes: Sequence[tuple[str, float]], letters: int) -> Non
 
 
 def overlaid(image: np.ndarray, heat: np.ndarray) -> np.ndarray:
-    """The image in grey with the heat map over it, the stronger the hotter; uint8 ``[H, W, 3]``."""
+    """The grey image blended with the heat map, whose opacity increases with its value; uint8 ``[H, W, 3]``."""
     import matplotlib
     from PIL import Image
 

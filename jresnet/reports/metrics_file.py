@@ -1,4 +1,4 @@
-"""Reading a run's ``metrics.jsonl``, a JSON object a line and epoch; no jax is needed."""
+"""Reads a run's ``metrics.jsonl``, one JSON object per line and epoch; jax is not needed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 from jresnet.errors import InputError
 from jresnet.files import read_ordinary
 
-LARGEST = 2**26  # bytes of a metrics.jsonl that is read; 200 epochs are some 60 kB
+LARGEST = 2**26  # largest metrics.jsonl that is read, in bytes; 200 epochs take about 60 kB
 TIMINGS = ("seconds", "compile_seconds", "images_per_second")
-MOST = 1e15  # of a figure; beyond 1e308 a whole number is no float
+MOST = 1e15  # largest figure; integers above 1e308 could not be converted to float
 
 
 def finite(value: Any) -> Any:
-    """``value``, of JSON's types, with None for every NaN and infinity: JSON has no word for them."""
+    """Replaces NaN and infinity in a JSON value by None, because JSON does not have them."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -26,7 +26,7 @@ def finite(value: Any) -> Any:
 
 
 def duration(seconds: float) -> str:
-    """``95`` -> ``1 min 35 s``; two units at most, up to days."""
+    """Formats seconds with at most two units, up to days: ``95`` as ``1 min 35 s``."""
     units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
     whole = max(0, round(seconds))
     parts: list[str] = []
@@ -40,12 +40,12 @@ def duration(seconds: float) -> str:
 
 
 def no_figures(row: Mapping[str, Any]) -> list[str]:
-    """Which losses, accuracies and timings are neither a number that can be one nor null."""
+    """The names of losses, accuracies and timings whose value is neither null nor a possible number."""
 
     def figure(name: str, value: Any) -> bool:
         if value is None:
             return True
-        # NaN is one, in files of other programs.
+        # NaN is accepted; other programs write it.
         least, most = 0, 1 if name.endswith("_accuracy") else MOST
         return type(value) in (int, float) and not (value < least or value > most)
 
@@ -54,12 +54,12 @@ def no_figures(row: Mapping[str, Any]) -> list[str]:
 
 
 def read_metrics(path: Path, epochs: int | None = None) -> list[dict[str, Any]]:
-    """The rows of a ``metrics.jsonl``: all, or the first ``epochs``; none where there is no file.
+    """Reads the rows of a ``metrics.jsonl``: all, or the first ``epochs``; none if there is no file.
 
-    A last line that ends before its end, as a killed process leaves it, is not among them.
+    An incomplete last line, which a killed process may leave, is ignored.
 
     Raises:
-        InputError: where the file cannot be read, or another line is no row, or not that of its epoch.
+        InputError: the file cannot be read, or another line is not a row or has the wrong epoch.
     """
     try:
         if not path.exists():
@@ -80,7 +80,9 @@ def read_metrics(path: Path, epochs: int | None = None) -> list[dict[str, Any]]:
             raise InputError(f"{path} is damaged: line {number} is not {expected}") from error
         bad = no_figures(row)
         if row["epoch"] != number or row["step"] < 0 or bad:
-            what = f"{', '.join(bad)} is no figure" if bad else f"it is epoch {row['epoch']}, step {row['step']}"
+            what = (
+                f"{', '.join(bad)} has an invalid value" if bad else f"it is epoch {row['epoch']}, step {row['step']}"
+            )
             raise InputError(f"{path} is damaged: line {number}: {what}")
         rows.append(row)
     return rows

@@ -1,4 +1,4 @@
-"""Pictures of a run: curves, confusion, the worst mistakes, and several runs side by side."""
+"""Figures of a run: curves, confusion matrix, the worst mistakes, and a comparison of several runs."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SPLITS = {"train": "training", "val": "validation", "test": "test"}
-LETTERS = 24  # of a class's or a run's name; the middle of a longer one is left out
-NUMBERED = 25  # classes up to which a confusion matrix has its counts written in
-TICKS = 100  # class names beside a confusion matrix, at most
+LETTERS = 24  # longer names of classes and runs are abbreviated in the middle
+NUMBERED = 25  # confusion matrices of up to so many classes show the counts
+TICKS = 100  # largest number of class names beside a confusion matrix
 
 
 def confusion(labels: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
-    """Counts ``[classes, classes]`` of images by true class (row) and predicted class (column); both int ``[N]``."""
+    """The confusion matrix: counts ``[classes, classes]`` by true class (row) and predicted class (column)."""
     counts = np.zeros((classes, classes), int)
     np.add.at(counts, (labels, predictions), 1)
     return counts
 
 
 def per_class_accuracy(labels: np.ndarray, predictions: np.ndarray, classes: Sequence[str]) -> dict[str, float | None]:
-    """The share of each class's images that were classified rightly, 0 to 1; None where a class has no image.
+    """The fraction of each class's images that were classified correctly, 0 to 1; None if a class has no image.
 
     Args:
         labels: int ``[N]``.
@@ -43,12 +43,12 @@ def per_class_accuracy(labels: np.ndarray, predictions: np.ndarray, classes: Seq
 
 
 def plot_curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
-    """Loss and accuracy by epoch, for training and every split that was evaluated.
+    """Plots loss and accuracy by epoch, for training and every evaluated split.
 
     Args:
-        rows: of ``metrics.jsonl``.
-        path: a PNG file.
-        title: above the picture.
+        rows: the rows of ``metrics.jsonl``.
+        path: the PNG file.
+        title: title of the figure.
     """
     figure = _figure((10, 4))
     loss_axes, accuracy_axes = figure.subplots(1, 2)
@@ -67,16 +67,16 @@ def plot_curves(rows: Sequence[Mapping[str, Any]], path: Path, title: str) -> No
 
 
 def plot_confusion(labels: np.ndarray, predictions: np.ndarray, classes: Sequence[str], path: Path, title: str) -> None:
-    """How often each class (row) was taken for each other one (column): counts, coloured by the share of the row.
+    """Plots the confusion matrix: counts by true class (row) and predicted class (column), coloured by the row's fraction.
 
-    scikit-learn's ``ConfusionMatrixDisplay`` colours by count, fills the picture with zeros, and lets names overlap.
+    scikit-learn's ``ConfusionMatrixDisplay`` is not used: it colours by count, prints zeros, and names overlap.
 
     Args:
         labels: int ``[N]``.
         predictions: int ``[N]``.
         classes: the names in the order of the labels.
-        path: a PNG file.
-        title: above the picture.
+        path: the PNG file.
+        title: title of the figure.
     """
     from matplotlib.colors import PowerNorm
 
@@ -85,7 +85,7 @@ def plot_confusion(labels: np.ndarray, predictions: np.ndarray, classes: Sequenc
     figure = _figure((side + 1.2, side))
     axes = figure.subplots()
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    # Without numbers the eye must find a mistake of one image in a hundred.
+    # Without numbers, colours must make a mistake of one image in a hundred visible.
     norm = PowerNorm(1 if len(classes) <= NUMBERED else 0.4, 0, 1)
     image = axes.imshow(shares, cmap="Blues", norm=norm, interpolation="nearest")
     if len(classes) <= NUMBERED:
@@ -114,7 +114,7 @@ def plot_worst(
     title: str,
     count: int = 25,
 ) -> None:
-    """The misclassified images with the highest loss, the worst first, each under "predicted / true" and its loss.
+    """Plots the misclassified images with the highest loss, the worst first, each with "predicted / true" and its loss.
 
     Args:
         images: uint8 ``[N, H, W, C]``, C being 1 or 3.
@@ -122,9 +122,9 @@ def plot_worst(
         predictions: int ``[N]``.
         losses: float ``[N]``, in nats; NaN counts as the worst.
         classes: the names in the order of the labels.
-        path: a PNG file.
-        title: above the picture.
-        count: how many images at most.
+        path: the PNG file.
+        title: title of the figure.
+        count: largest number of images.
     """
     losses = np.asarray(losses, float)
     wrong = np.flatnonzero(np.asarray(labels) != np.asarray(predictions))
@@ -139,7 +139,7 @@ def plot_worst(
         axes.imshow(images[index].squeeze(-1) if images.shape[-1] == 1 else images[index], "gray", vmin=0, vmax=255,
                     interpolation="nearest")  # fmt: skip
         predicted, true = (short(classes[int(found[index])]) for found in (predictions, labels))
-        # On one line where both names are short: the cell is some 26 letters wide.
+        # On one line if both names are short: a cell has room for about 26 letters.
         names = f"{predicted} / {true}" if len(predicted) + len(true) <= 20 else f"{predicted} /\n{true}"
         axes.set_title(f"{names}\nloss {losses[index]:.2f}", fontsize=8, parse_math=False)
     if not len(worst):
@@ -151,15 +151,15 @@ def plot_worst(
 
 
 def plot_runs(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: Path) -> None:
-    """Runs side by side: training loss and accuracy by epoch, a colour a run.
+    """Plots training loss and accuracy of several runs by epoch, one colour per run.
 
-    Several seeds are drawn as their mean with a band from the lowest to the highest, at each epoch over the seeds that
-    have it. The accuracy is that on validation images where all runs have some, on test images where all have those, and
-    otherwise each run's own, as its name then says.
+    Several seeds are drawn as their mean with a band from the minimum to the maximum, at each epoch over the seeds that have
+    it. The accuracy is on validation images if all runs have some, else on test images if all have some; otherwise the
+    split may differ between runs, and the legend names it.
 
     Args:
         runs: by name, the rows of ``metrics.jsonl`` of each seed.
-        path: a PNG file.
+        path: the PNG file.
     """
     import matplotlib
     from matplotlib.lines import Line2D
@@ -185,9 +185,10 @@ def plot_runs(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: P
         labels.append(short(name, 40) + (f" ({', '.join(notes)})" if notes else ""))
     _dress(loss_axes, "training loss (nats)", log=True)
     _dress(accuracy_axes, f"{SPLITS[split]} accuracy (%)" if split else "accuracy (%)")
-    columns = max(1, min(5, 150 // max(map(len, labels))))  # some 150 letters and their lines fill the width
+    # about 150 letters and the lines of the legend fill the width
+    columns = max(1, min(5, 150 // max(map(len, labels))))
     figure.set_figheight(4.6 + 0.2 * -(-len(labels) // columns))
-    # The texts are set afterwards: a legend leaves out names that begin with "_".
+    # The texts are set afterwards, because a legend omits names that begin with "_".
     legend = figure.legend(handles, ["run"] * len(labels), loc="outside lower center", ncols=columns, fontsize=8)
     for text, label in zip(legend.get_texts(), labels, strict=True):
         text.set_parse_math(False)
@@ -196,7 +197,7 @@ def plot_runs(runs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]], path: P
 
 
 def _plot_seeds(axes: Axes, seeds: Sequence[tuple[list[int], list[float]]], color: Any) -> None:
-    """A run's mean line, and its band where it has several seeds; the scale is left to the axes."""
+    """Plots the mean of a run, and its band if it has several seeds."""
     by_epoch: dict[int, list[float]] = {}
     for epochs, values in seeds:
         for epoch, value in zip(epochs, values, strict=True):
@@ -220,7 +221,7 @@ def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[int], lis
 
 
 def _dress(axes: Axes, ylabel: str, log: bool = False) -> None:
-    """Labels, grid and whole epochs; a logarithmic axis where every value is above 0."""
+    """Sets labels, grid and integer epochs; with ``log``, a logarithmic axis if every value is above 0."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
     axes.set(xlabel="epoch", ylabel=ylabel)
@@ -229,7 +230,7 @@ def _dress(axes: Axes, ylabel: str, log: bool = False) -> None:
     values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axes.lines] or [np.zeros(1)])
     if log and values.min() > 0:
         axes.set_yscale("log")
-        # Less than a decade may hold none of 1, 2 and 5; over many decades LogLocator gives none with them.
+        # Less than a decade may contain none of 1, 2 and 5; over many decades LogLocator finds no ticks with them.
         decades = math.log10(values.max() / values.min())
         subs = (1, 2, 5) if decades < 4 else (1,)
         axes.yaxis.set_major_locator(LogLocator(subs=subs) if decades > 1 else MaxNLocator(6))
@@ -238,26 +239,26 @@ def _dress(axes: Axes, ylabel: str, log: bool = False) -> None:
 
 
 def short(name: str, letters: int = LETTERS) -> str:
-    """A name of at most ``letters``, on one line: its beginning and its end say more than its middle."""
+    """Abbreviates a name in the middle to at most ``letters``, on one line."""
     name = " ".join(name.split())
     half = (letters - 1) // 2
     return name if len(name) <= letters else f"{name[: letters - 1 - half]}…{name[-half:]}"
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """The names, with the index added to those that occur twice, such as ImageNet's cranes and maillots."""
+    """The names, with the index added to those that occur twice, such as ImageNet's crane and maillot."""
     return [f"{name} ({index})" if names.count(name) > 1 else name for index, name in enumerate(names)]
 
 
 def _figure(size: tuple[float, float]) -> Figure:
-    """A figure of ``size`` in inches that belongs to no window and no global list."""
+    """A figure of ``size`` in inches without a window, and not registered in pyplot."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=size, layout="constrained")
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Writes a PNG, whole or not at all."""
+    """Writes a PNG atomically."""
     content = io.BytesIO()
     figure.savefig(content, dpi=120, format="png")
     write_atomically(path, content.getvalue())

@@ -1,8 +1,8 @@
-"""Images from uint8 to what the network sees, on the device, inside the jitted step.
+"""Augmentation and normalisation of uint8 images on the device, inside the jitted step.
 
-The functions are torchvision's transforms of the same names on batches: ``RandomCrop(32, padding=4)``,
+The functions compute torchvision's transforms of the same names on batches: ``RandomCrop(32, padding=4)``,
 ``RandomHorizontalFlip()``, ``RandomResizedCrop(224)``, ``Resize(256)`` with ``CenterCrop(224)``, ``ToTensor()``,
-``RandomErasing(p)`` and ``Normalize(mean, std)``. Only the draws differ, and resized images are not rounded to whole
+``RandomErasing(p)`` and ``Normalize(mean, std)``. The random numbers differ, and resized images are not rounded to whole
 grey levels.
 """
 
@@ -23,30 +23,30 @@ from jresnet.weights.preprocessing import normalise
 
 @dataclass(frozen=True)
 class Pipeline:
-    """From uint8 ``[N, H, W, C]`` to normalised float32 ``[N, size, size, C]``."""
+    """The steps from uint8 ``[N, H, W, C]`` to normalised float32 ``[N, size, size, C]``."""
 
-    # "pad": random crop of the image with 4 black pixels around; "resized": random resized crop; "done": cut out already;
-    # "features": no images but embeddings, which stay as they are
+    # "pad": random crop of the image padded by 4 black pixels; "resized": random resized crop; "done": already cropped;
+    # "features": embeddings instead of images, which are not changed
     crop: str
-    size: int  # pixels, height and width of the result
-    flip: str  # mirror a training image: "none"; "random", with probability 1/2; "alternate", every second epoch
-    mean: tuple[float, ...]  # of pixels in [0, 1], by channel
+    size: int  # height and width of the result in pixels
+    flip: str  # mirroring of training images: "none"; "random", with probability 1/2; "alternate", every second epoch
+    mean: tuple[float, ...]  # per channel, for pixels in [0, 1]
     std: tuple[float, ...]
-    random_erasing: float = 0.0  # probability of a rectangle of the mean colour
-    mixup: float = 0.0  # parameter of mixup's Beta distribution; 0: none
-    cutmix: float = 0.0  # of cutmix's; where both are given, each batch has one of them, with probability 1/2
-    min_area: float = 0.08  # the smallest share of the area that a random resized crop keeps
-    augment: str = "none"  # of :mod:`jresnet.training.autoaugment`: "none", "jitter", "rand", "trivial"
-    magnitude: float = 0.0  # of "rand", 0 to 10; of "jitter" ten times its strength
+    random_erasing: float = 0.0  # probability that a rectangle is replaced by the mean colour
+    mixup: float = 0.0  # parameter of mixup's Beta distribution; 0: no mixup
+    cutmix: float = 0.0  # the same for cutmix; if both are given, each batch uses one of them, with probability 1/2
+    min_area: float = 0.08  # smallest fraction of the area that a random resized crop covers
+    augment: str = "none"  # an augmentation of :mod:`jresnet.training.autoaugment`: "none", "jitter", "rand", "trivial"
+    magnitude: float = 0.0  # of "rand", from 0 to 10; for "jitter", ten times its strength
 
     def train(
         self, key: jax.Array, images: UInt8[Array, "n h w c"], turned: Bool[Array, " n"] | None = None
     ) -> Float[Array, "n s s c"]:
-        """A random view of each image; with flip "alternate", ``turned`` (of :func:`alternate`) are mirrored."""
+        """Draws a random view of each image. With flip "alternate", the images in ``turned`` are mirrored."""
         if self.crop == "features":
             return images
         crop_key, flip_key, erase_key = jax.random.split(key, 3)
-        if self.crop == "pad":  # while a pixel is one byte
+        if self.crop == "pad":  # before the conversion to float, while a pixel takes one byte
             images = random_crop(crop_key, images, self.size, padding=4)
         views = images.astype(jnp.float32)
         if self.crop == "resized":
@@ -56,7 +56,7 @@ class Pipeline:
         if self.flip != "none" and turned is not None:
             views = mirror(views, turned)
         if self.augment != "none":
-            views = self._augmented(jax.random.fold_in(key, 3), views)  # three keys are taken already
+            views = self._augmented(jax.random.fold_in(key, 3), views)  # a fourth key, after the three above
         views = normalise(views, self.mean, self.std)
         return random_erasing(erase_key, views, self.random_erasing) if self.random_erasing else views
 
@@ -64,14 +64,14 @@ class Pipeline:
         if self.augment == "trivial":
             return autoaugment.trivial_augment(key, views)
         if self.augment == "rand":
-            fill = jnp.round(255 * jnp.array(self.mean))  # as timm's
+            fill = jnp.round(255 * jnp.array(self.mean))  # as in timm
             return autoaugment.rand_augment(key, views, self.magnitude, fill)
         return autoaugment.color_jitter(key, views, self.magnitude / autoaugment.LEVELS)
 
     def mix(
         self, key: jax.Array, images: Float[Array, "n h w c"], targets: Float[Array, "n k"]
     ) -> tuple[Float[Array, "n h w c"], Float[Array, "n k"]]:
-        """Images and targets, each mixed with another of the batch as ``mixup`` and ``cutmix`` say."""
+        """Mixes each image and its target with another of the batch, by mixup or cutmix as configured."""
         choice_key, key = jax.random.split(key)
         if self.mixup and self.cutmix:
             choice = jax.random.bernoulli(choice_key)
@@ -82,7 +82,7 @@ class Pipeline:
         return cutmix(key, images, targets, self.cutmix) if self.cutmix else (images, targets)
 
     def evaluate(self, images: UInt8[Array, "n h w c"]) -> Float[Array, "n s s c"]:
-        """The one view for evaluation: the image itself, or the centre 7/8 of it enlarged (224 of 256)."""
+        """The evaluation view: the image itself, or its centre 7/8 enlarged (224 of 256 pixels)."""
         if self.crop == "features":
             return images
         views = images.astype(jnp.float32)
@@ -92,11 +92,11 @@ class Pipeline:
 
 
 def random_crop(key: jax.Array, images: Shaped[Array, "n h w c"], size: int, padding: int) -> Shaped[Array, "n s s c"]:
-    """A ``size`` x ``size`` window of each image with ``padding`` black pixels on every side, at a uniform offset.
+    """Crops a ``size`` x ``size`` window of each image, padded by ``padding`` black pixels, at a uniformly drawn offset.
 
-    XLA gets one gather of whole windows (``slice_sizes`` 1, size, size, channels), whose rows a GPU reads side by side, as
-    it does the images of a batch. Shifts by ``jnp.where``, or by products with 0 and 1, would need no gather but as many
-    passes as there are offsets; a batch of bytes is a thousandth of what a network's step moves.
+    XLA compiles it to one gather of whole windows (``slice_sizes`` 1, size, size, channels), whose rows a GPU reads
+    contiguously. Shifting with ``jnp.where`` or by matrix products would need no gather, but one pass per possible offset. A
+    batch of bytes is a thousandth of the memory traffic of a training step.
     """
     n, height, width, channels = images.shape
     padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
@@ -110,25 +110,26 @@ def random_crop(key: jax.Array, images: Shaped[Array, "n h w c"], size: int, pad
 
 
 def mirror(images: Float[Array, "n h w c"], which: Bool[Array, " n"]) -> Float[Array, "n h w c"]:
-    """Mirrors ``which`` of the images left to right."""
+    """Mirrors the images selected by ``which`` left to right."""
     return jnp.where(which[:, None, None, None], images[:, :, ::-1], images)
 
 
 def alternate(key: jax.Array, indices: Int[Array, " n"], epoch: int | jax.Array) -> Bool[Array, " n"]:
-    """Which images of a split are mirrored in ``epoch``: half of them, and in the next epoch the other half.
+    """Selects the images that are mirrored in ``epoch``: about half of them, and in the next epoch the others.
 
-    An image's own coin, drawn once from ``key`` and its index, says whether it begins mirrored (arXiv:2404.00498,
-    section 3.6): two epochs show each image both ways, where independent draws repeat a view half of the time.
+    A random bit per image, drawn once from ``key`` and the image's index, decides whether the image is mirrored in the first
+    epoch (arXiv:2404.00498, section 3.6). So two consecutive epochs show both versions of each image, whereas independent
+    draws repeat a version half of the time.
     """
     coins = jax.vmap(lambda index: jax.random.bits(jax.random.fold_in(key, index)))(indices)
     return (coins + jnp.asarray(epoch).astype(coins.dtype)) % 2 == 1
 
 
 def random_erasing(key: jax.Array, images: Float[Array, "n h w c"], probability: float) -> Float[Array, "n h w c"]:
-    """A rectangle of each image set to 0, the mean colour of normalised images, with ``probability``.
+    """Sets a rectangle of each image to 0, the mean colour of normalised images, with ``probability``.
 
-    As torchvision's ``RandomErasing`` (arXiv:1708.04896): 2 to 33 % of the area, height to width 0.3 to 3.3, ten draws of
-    which the first that is smaller than the image is taken, none where none is.
+    As torchvision's ``RandomErasing`` (arXiv:1708.04896): the rectangle has 2 to 33 % of the area and a ratio of height to
+    width from 0.3 to 3.3. The first of ten draws that is smaller than the image is used, or none if there is none.
     """
     n, height, width, _ = images.shape
     area_key, ratio_key, place_key, coin_key = jax.random.split(key, 4)
@@ -148,9 +149,9 @@ def random_erasing(key: jax.Array, images: Float[Array, "n h w c"], probability:
 def mixup(
     key: jax.Array, images: Float[Array, "n h w c"], targets: Float[Array, "n k"], alpha: float
 ) -> tuple[Float[Array, "n h w c"], Float[Array, "n k"]]:
-    """Each image as a share of itself and the rest of its partner, targets alike (arXiv:1710.09412).
+    """Mixup (arXiv:1710.09412): replaces images and targets by convex combinations of two examples.
 
-    One share for the batch, from Beta(alpha, alpha); the partners are the batch in reverse order, as in timm.
+    One weight is drawn per batch from Beta(alpha, alpha). Examples are paired with the batch in reverse order, as in timm.
     """
     share = jax.random.beta(key, alpha, alpha, dtype=images.dtype)
     return tuple(share * x + (1 - share) * x[::-1] for x in (images, targets))  # type: ignore[return-value]
@@ -159,10 +160,10 @@ def mixup(
 def cutmix(
     key: jax.Array, images: Float[Array, "n h w c"], targets: Float[Array, "n k"], alpha: float
 ) -> tuple[Float[Array, "n h w c"], Float[Array, "n k"]]:
-    """A rectangle of each image's partner pasted at its place, targets by area (arXiv:1905.04899, algorithm A1).
+    """CutMix (arXiv:1905.04899, algorithm A1): pastes a rectangle of another image; targets are weighted by area.
 
-    One rectangle for the batch: its area is the rest that Beta(alpha, alpha) leaves, its centre anywhere, what lies
-    outside the image cut off; the partners are the batch in reverse order, as in timm.
+    One rectangle is drawn per batch. Its relative area is 1 - Beta(alpha, alpha), its centre is uniform, and it is clipped
+    at the image's border. Images are paired with the batch in reverse order, as in timm.
     """
     share_key, place_key = jax.random.split(key)
     _, height, width, _ = images.shape
@@ -179,7 +180,7 @@ def box(
     top: Float[Array, " n"], left: Float[Array, " n"], bottom: Float[Array, " n"], right: Float[Array, " n"],
     height: int, width: int,
 ) -> Bool[Array, "n h w"]:  # fmt: skip
-    """Which pixels lie in rows ``[top, bottom)`` and columns ``[left, right)``."""
+    """A mask of the pixels in rows ``[top, bottom)`` and columns ``[left, right)``."""
     rows, columns = jnp.arange(height), jnp.arange(width)
     in_rows = (rows >= top[:, None]) & (rows < bottom[:, None])
     in_columns = (columns >= left[:, None]) & (columns < right[:, None])
@@ -189,9 +190,10 @@ def box(
 def random_resized_crop(
     key: jax.Array, images: Float[Array, "n h w c"], size: int, min_area: float = 0.08
 ) -> Float[Array, "n s s c"]:
-    """A window of ``min_area`` to 100 % of each image's area and aspect ratio 3/4 to 4/3, scaled to ``size`` x ``size``.
+    """Crops a window of ``min_area`` to 100 % of each image's area and scales it to ``size`` x ``size``.
 
-    As torchvision: ten draws, the first window that fits in the image; else the whole of a square image.
+    As in torchvision, the aspect ratio is between 3/4 and 4/3, and the first of ten draws that fits into the image is used;
+    otherwise the whole (square) image.
     """
     n, height, width, _ = images.shape
     area_key, ratio_key, place_key = jax.random.split(key, 3)
@@ -211,7 +213,7 @@ def random_resized_crop(
 
 
 def resize_and_center_crop(images: Float[Array, "n h w c"], resize: int, crop: int) -> Float[Array, "n s s c"]:
-    """Square images scaled to ``resize`` pixels and cut to the ``crop`` in the middle, enlarging (``resize >= H``)."""
+    """Enlarges square images to ``resize`` pixels (``resize >= H``) and crops the centre ``crop`` x ``crop``."""
     _, height, width, _ = images.shape
     middle = slice((resize - crop) // 2, (resize - crop) // 2 + crop)
     rows = interpolation(jnp.array(0.0), jnp.array(float(height)), height, resize)[middle]
@@ -220,10 +222,11 @@ def resize_and_center_crop(images: Float[Array, "n h w c"], resize: int, crop: i
 
 
 def interpolation(start: jax.Array, length: jax.Array, source: int, target: int) -> Float[Array, "target source"]:
-    """The matrix that resamples pixels ``[start, start + length)`` of a row of ``source`` into ``target``, bilinearly.
+    """The matrix that resamples pixels ``[start, start + length)`` of ``source`` pixels to ``target`` pixels, bilinearly.
 
-    Pixel centres lie at halves, and the window's edge pixels repeat beyond it, as PIL and torchvision do. Enlarging
-    needs no antialiasing; a row of the matrix holds two weights, so cutting and scaling are one small matrix product.
+    Pixel centres are at half-integers, and edge pixels of the window are repeated, as in PIL and torchvision. There is no
+    antialiasing, which enlarging does not need. Each row of the matrix has two weights, so that cropping and scaling are one
+    small matrix product.
     """
     position = start + (jnp.arange(target) + 0.5) * length / target - 0.5
     position = jnp.clip(position, start, start + length - 1)

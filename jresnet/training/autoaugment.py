@@ -1,9 +1,8 @@
-"""TrivialAugment, RandAugment and colour jitter on batches, on the device: one table of operations, drawn for each image.
+"""TrivialAugment, RandAugment and colour jitter on batches, on the device.
 
-The operations are torchvision's of the same names on floating-point tensors (``torchvision.transforms.functional``), on
-pixels from 0 to 255 that are not rounded in between. Those that shift pixels are one bilinear sampling, those that fade
-towards another image one blend: a batch in which every image has an operation of its own costs a few passes, whatever was
-drawn.
+The operations are those of the same names in ``torchvision.transforms.functional`` for floating-point tensors, on pixels
+from 0 to 255 without rounding in between. Each image has its own operation. All geometric operations share one bilinear
+sampling, and all blending operations one blend, so that a batch costs a few passes, whichever operations are drawn.
 """
 
 from __future__ import annotations
@@ -19,23 +18,23 @@ OPERATIONS = (
     "posterize", "solarize", "autocontrast", "equalize", "invert", "solarize_add",
 )  # fmt: skip
 NUMBER = {name: i for i, name in enumerate(OPERATIONS)}
-GREY = (0.2989, 0.587, 0.114)  # of red, green and blue in a grey level: ITU-R BT.601, as torchvision rounds it
+GREY = (0.2989, 0.587, 0.114)  # weights of red, green and blue in a grey level: ITU-R BT.601, rounded as in torchvision
 BINS = 31  # magnitudes of TrivialAugment (arXiv:2103.10158, table 1)
-LEVELS = 10.0  # magnitude at which RandAugment's operations are strongest, as timm counts
+LEVELS = 10.0  # largest magnitude of RandAugment, as in timm
 SPREAD = 0.5  # standard deviation of RandAugment's magnitudes: timm's mstd0.5
-LAYERS = 2  # operations one after the other, each with probability 1/2: timm's RandAugment
+LAYERS = 2  # number of consecutive operations, each applied with probability 1/2, as in timm's RandAugment
 
 
 def trivial_augment(key: jax.Array, images: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
-    """One operation of an image, with a strength drawn evenly: torchvision's ``TrivialAugmentWide``.
+    """Applies one operation with a uniformly drawn strength to each image: torchvision's ``TrivialAugmentWide``.
 
     Args:
-        key: of the draws.
-        images: from 0 to 255; what is moved in from outside is black.
+        key: random key.
+        images: pixels from 0 to 255; pixels that move in from outside are black.
     """
     n = len(images)
     op_key, bin_key, sign_key = jax.random.split(key, 3)
-    ops = jax.random.randint(op_key, (n,), 0, NUMBER["invert"])  # all before it
+    ops = jax.random.randint(op_key, (n,), 0, NUMBER["invert"])  # all operations before "invert"
     strength = jax.random.randint(bin_key, (n,), 0, BINS) / (BINS - 1)
     signed = jnp.where(jax.random.bernoulli(sign_key, 0.5, (n,)), -strength, strength)
     values = _by_operation(
@@ -51,13 +50,13 @@ def trivial_augment(key: jax.Array, images: Float[Array, "n h w c"]) -> Float[Ar
 def rand_augment(
     key: jax.Array, images: Float[Array, "n h w c"], magnitude: float, fill: Float[Array, " c"]
 ) -> Float[Array, "n h w c"]:
-    """Two operations of fifteen, each with probability 1/2: timm's ``rand-mMAGNITUDE-mstd0.5-inc1`` (arXiv:1909.13719).
+    """RandAugment (arXiv:1909.13719): two of 15 operations, each with probability 1/2, as ``rand-mM-mstd0.5-inc1`` in timm.
 
     Args:
-        key: of the draws.
-        images: from 0 to 255.
-        magnitude: 0 to 10; each operation's is drawn from a normal distribution around it.
-        fill: the colour of what is moved in from outside.
+        key: random key.
+        images: pixels from 0 to 255.
+        magnitude: 0 to 10; the magnitude of each operation is normally distributed around it.
+        fill: colour of pixels that move in from outside.
     """
     n, height, width, _ = images.shape
     for layer in jax.random.split(key, LAYERS):
@@ -80,9 +79,9 @@ def rand_augment(
 
 
 def color_jitter(key: jax.Array, images: Float[Array, "n h w c"], strength: float) -> Float[Array, "n h w c"]:
-    """Brightness, contrast and saturation times factors from 1 - strength to 1 + strength, in an order of the image's own.
+    """Scales brightness, contrast and saturation by factors from 1 - strength to 1 + strength, in random order.
 
-    As torchvision's ``ColorJitter(strength, strength, strength)``.
+    As torchvision's ``ColorJitter(strength, strength, strength)``; order and factors are drawn for each image.
     """
     n = len(images)
     order_key, factor_key = jax.random.split(key)
@@ -97,14 +96,14 @@ def color_jitter(key: jax.Array, images: Float[Array, "n h w c"], strength: floa
 def operate(
     images: Float[Array, "n h w c"], ops: Int[Array, " n"], values: Float[Array, " n"], fill: Float[Array, " c"]
 ) -> Float[Array, "n h w c"]:
-    """Each image after its operation.
+    """Applies its operation to each image.
 
     Args:
-        images: from 0 to 255.
-        ops: positions in ``OPERATIONS``.
-        values: what torchvision's function takes: pixels to move by, degrees, tangents of shears, factors, bits that are
-            kept, the level from which pixels are inverted, what is added to those below 128.
-        fill: the colour of what is moved in from outside.
+        images: pixels from 0 to 255.
+        ops: indices into ``OPERATIONS``.
+        values: the argument of torchvision's function: translation in pixels, angle in degrees, tangent of a shear, factor,
+            number of bits to keep, level from which pixels are inverted, or the value added to pixels below 128.
+        fill: colour of pixels that move in from outside.
     """
     value, op = values[:, None, None, None], ops[:, None, None, None]
 
@@ -140,14 +139,14 @@ def operate(
 
 
 def _by_operation(ops: Int[Array, " n"], **values: jax.Array) -> Float[Array, " n"]:
-    """Each image's value: the one that its operation has; 0 where it has none."""
+    """Selects each image's value by its operation; 0 for operations without a value."""
     return jnp.select([ops == NUMBER[name] for name in values], list(values.values()), 0.0)
 
 
 def _blended(
     images: Float[Array, "n h w c"], ops: Int[Array, " n"], factors: Float[Array, " n"]
 ) -> Float[Array, "n h w c"]:
-    """Towards black, its grey, its mean grey or its blur with a factor below 1; away from them above it."""
+    """Blends each image with black, its grey version, its mean grey or its blurred version; factor 1 is the image itself."""
     op = ops[:, None, None, None]
     grey = images @ jnp.array(GREY)[:, None] if images.shape[-1] == 3 else images
     other = jnp.select(
@@ -160,7 +159,7 @@ def _blended(
 
 
 def _blurred(images: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
-    """A pixel's mean with its eight neighbours, itself five times; the edge as it is (Pillow's SMOOTH)."""
+    """Pillow's SMOOTH filter: a 3x3 mean with weight 5 for the centre; edge pixels are not changed."""
     height, width = images.shape[1:3]
     total = 4 * images[:, 1:-1, 1:-1]
     for y in range(3):
@@ -170,7 +169,7 @@ def _blurred(images: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
 
 
 def _equalized(levels: Float[Array, "h w"]) -> Float[Array, "h w"]:
-    """One channel with its grey levels spread so that each is as frequent as any; levels count as whole numbers."""
+    """Histogram equalisation of one channel; levels are truncated to integers."""
     whole = jnp.clip(levels, 0, 255).astype(jnp.int32)
     counts = jnp.zeros(256, jnp.int32).at[whole].add(1)
     last = counts[255 - jnp.argmax(counts[::-1] > 0)]
@@ -183,7 +182,7 @@ def _equalized(levels: Float[Array, "h w"]) -> Float[Array, "h w"]:
 def _moved(
     images: Float[Array, "n h w c"], ops: Int[Array, " n"], values: Float[Array, " n"], fill: Float[Array, " c"]
 ) -> Float[Array, "n h w c"]:
-    """Sheared about the upper left corner, translated, or turned about the middle; bilinear."""
+    """Shears about the upper left corner, translates, or rotates about the centre, with bilinear sampling."""
     n, height, width, channels = images.shape
     angle = jnp.where(ops == NUMBER["rotate"], values, 0.0) * (math.pi / 180)
     shear_x, shear_y, right, down = (
@@ -191,7 +190,7 @@ def _moved(
         for name in ("shear_x", "shear_y", "translate_x", "translate_y")
     )
     cos, sin = jnp.cos(angle)[:, None, None], jnp.sin(angle)[:, None, None]
-    # Where each pixel of the result comes from; its centre lies at halves, and the turn is about the middle.
+    # The source position of each output pixel. Pixel centres are at half-integers.
     y, x = jnp.mgrid[0:height, 0:width].astype(images.dtype) + 0.5
     cx, cy = x - width / 2, y - height / 2
     source_x = cos * cx - sin * cy + width / 2 + shear_x * y - right - 0.5

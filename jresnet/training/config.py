@@ -1,4 +1,4 @@
-"""A run's configuration: a recipe's row, a dataset's and the user's changes, checked; ``config.json`` holds the outcome."""
+"""The configuration of a run: a recipe with the changes of a data set and of the user; stored in ``config.json``."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from jresnet.training.fields import option, problems
 from jresnet.training.recipes import Hyperparameters
 from jresnet.weights.preprocessing import STATISTICS, Preprocessing
 
-MAX_CONFIG = 2**20  # bytes of a config.json that is read; they have some 2,000
+MAX_CONFIG = 2**20  # largest config.json that is read, in bytes; usual ones have about 2,000
 Config = TypeVar("Config", bound="RunConfig")
-IMAGE = 32  # pixels, height and width of the datasets' images
+IMAGE = 32  # height and width in pixels of the data sets' images
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Hyperparameters):
-    """All that decides a run's outcome."""
+    """All settings that determine the result of a run."""
 
     arch: str = option("any architecture of jresnet.list_models()", "", metavar="NAME")
     dataset: str = option(
         "digits: 1,797 handwritten digits that come with scikit-learn", "data", choices=tuple(recipes.DATASETS)
     )
     recipe: str = option(
-        "where what is not given comes from: "
+        "the defaults of the other options: "
         + "; ".join(
             f"{name}: {row.epochs} epochs, batch {row.batch_size}, lr {row.lr:g}, schedule {row.schedule}"
             + (f", {row.arch} at {row.image_size} pixels" if row.arch else "")
@@ -42,26 +42,27 @@ class RunConfig(Hyperparameters):
         ),
         "", choices=tuple(recipes.RECIPES),
     )  # fmt: skip
-    warmup_epochs: float = option("epochs in which the rate rises linearly", "recipe", metavar="N", least=0)
+    warmup_epochs: float = option("epochs of linear warm-up of the learning rate", "recipe", metavar="N", least=0)
     milestones: tuple[float, ...] = option(
-        "of schedule step: epochs at which the rate falls", "recipe", metavar="EPOCH", above=0, most=recipes.MAX_EPOCHS
-    )
+        "epochs at which schedule step multiplies the learning rate by gamma", "recipe", metavar="EPOCH", above=0,
+        most=recipes.MAX_EPOCHS,
+    )  # fmt: skip
     stem: str = option("first layers of an ImageNet-type architecture", "", choices=get_args(Stem))
     precision: str = option(
-        "what convolutions compute in; auto is bfloat16 on GPU and TPU, float32 on the CPU", "network",
+        "compute dtype of the convolutions; auto is bfloat16 on GPU and TPU, float32 on the CPU", "network",
         choices=("float32", "bfloat16"), automatic=True,
     )  # fmt: skip
     weights: str | None = option(
-        "start from these weights: a file, native or PyTorch's, published ones (resnet50:IMAGENET1K_V2), or hf:ORG/REPO; "
-        "they say the architecture, and the head is a fresh one where their classes are others",
+        "start from these weights: a native or PyTorch file, published weights (resnet50:IMAGENET1K_V2), or hf:ORG/REPO; "
+        "they determine the architecture, and the head is newly initialised if their classes differ",
         "network", None, metavar="W", none="random ones",
     )  # fmt: skip
     augment: str = option(
-        "more of a training image: colour jitter, RandAugment (timm's rand-mM-mstd0.5-inc1) or TrivialAugment", "recipe",
+        "additional augmentation: colour jitter, RandAugment (timm's rand-mM-mstd0.5-inc1) or TrivialAugment", "recipe",
         "none", choices=("none", "jitter", "rand", "trivial"),
     )  # fmt: skip
     magnitude: float = option(
-        "of augment rand, from 0 to 10, or ten times the strength of jitter",
+        "magnitude of augment rand, from 0 to 10, or ten times the strength of augment jitter",
         "recipe",
         4.0,
         metavar="M",
@@ -69,24 +70,24 @@ class RunConfig(Hyperparameters):
         most=10,
     )
     loss: str = option(
-        "cross-entropy of the softmax, or the mean of the binary ones of every class", "recipe", "softmax",
+        "softmax cross-entropy, or the mean binary cross-entropy over all classes", "recipe", "softmax",
         choices=("softmax", "sigmoid"),
     )  # fmt: skip
     target_threshold: float = option(
-        "of loss sigmoid: mixed targets above it become 1, the others 0; 0: they stay as they are", "recipe", 0.0,
+        "for loss sigmoid: targets above it become 1, the others 0; 0: targets are not changed", "recipe", 0.0,
         metavar="F", least=0, below=1,
     )  # fmt: skip
     remat: bool = option(
-        "keep only the blocks' inputs for the backward pass and compute the rest again: less memory, slower", "recipe",
+        "store only the blocks' inputs for the backward pass and recompute the rest: less memory, slower", "recipe",
         False,
     )  # fmt: skip
     bn: str = option(
-        "BatchNorm over the whole batch, or over each device's part as PyTorch's DDP", "devices", "global",
+        "BatchNorm over the whole batch, or over each device's part as in PyTorch's DDP", "devices", "global",
         choices=("global", "per-device"),
     )  # fmt: skip
     on_nan: str = option(
-        "where the loss is not finite: stop, or go back to the last checkpoint and on in another order, three times at "
-        "most", "when something is wrong", "stop", choices=("stop", "rollback"),
+        "if the loss is not finite: stop, or return to the last checkpoint and continue in another order, at most three "
+        "times", "when something is wrong", "stop", choices=("stop", "rollback"),
     )  # fmt: skip
     limit_train: int | None = option("only the first N training images", "data", None, metavar="N", none="all", least=1)
     limit_test: int | None = option("only the first N test images", "data", None, metavar="N", none="all", least=1)
@@ -96,7 +97,7 @@ class RunConfig(Hyperparameters):
     seed: int = option("seed of parameters, order and augmentation", "recipe", 0, metavar="N", least=0, most=2**32 - 1)
 
     def pipeline(self) -> Pipeline:
-        """What happens to the images."""
+        """The augmentation and normalisation of images."""
         mean, std = STATISTICS["imagenet" if self.imagenet_statistics else self.dataset]
         return Pipeline(
             self.crop, self.image_size, self.flip, mean, std, self.random_erasing, self.mixup, self.cutmix,
@@ -105,28 +106,28 @@ class RunConfig(Hyperparameters):
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """Parts of the network that do not learn (:mod:`jresnet.models.paths`)."""
+        """Names of the parts of the network that are not trained (:mod:`jresnet.models.paths`)."""
         return ()
 
     @property
     def repeats(self) -> int:
-        """Views of an image in a batch."""
+        """The number of views of an image in a batch."""
         return 1
 
     def preprocessing(self) -> Preprocessing:
-        """Of images to be evaluated."""
+        """The preprocessing for evaluation."""
         pipeline = self.pipeline()
         resize = round(self.image_size * 8 / 7) if self.crop == "resized" else None
         return Preprocessing(resize, self.image_size, pipeline.mean, pipeline.std)
 
     def check(self) -> None:
-        """Raises :class:`InputError` with everything that is wrong: types, choices, ranges, what does not go together."""
+        """Raises :class:`InputError` that lists all invalid values: types, choices, ranges and contradictions."""
         self._check_fields()
         zoo.find(self.arch)
 
     def _check_fields(self) -> None:
         found = problems(self)
-        if not found:  # else the comparisons below may not even be possible
+        if not found:  # the comparisons below need values of the right types
             found = self._contradictions()
         if found:
             raise InputError("; ".join(found))
@@ -134,10 +135,10 @@ class RunConfig(Hyperparameters):
     def _contradictions(self) -> list[str]:
         found = ["`nesterov` needs a `momentum` above 0"] if self.nesterov and self.momentum == 0 else []
         if self.loss != "sigmoid" and self.target_threshold:
-            found.append(f"`target_threshold` belongs to `loss` sigmoid, not {self.loss}")
+            found.append(f"`target_threshold` is only for `loss` sigmoid, not {self.loss}")
         if self.schedule != "step" and self.milestones:
-            found.append(f"`milestones` belong to `schedule` step, not {self.schedule}")
-        found += [f"milestone {m:g} lies in the warm-up" for m in self.milestones if m < self.warmup_epochs]
+            found.append(f"`milestones` are only for `schedule` step, not {self.schedule}")
+        found += [f"milestone {m:g} is within the warm-up" for m in self.milestones if m < self.warmup_epochs]
         if self.warmup_epochs > self.epochs:
             found.append(
                 f"a warm-up of {self.warmup_epochs:g} epochs is longer than the run's {self.epochs}: fewer "
@@ -146,13 +147,13 @@ class RunConfig(Hyperparameters):
         return found + self._wrong_sizes()
 
     def _wrong_sizes(self) -> list[str]:
-        """What cannot be cut out of a data set's images, which are in memory and of one size."""
+        """Problems of sizes that cannot be cropped from a data set's images, which all have the same size."""
         found = []
         if self.crop == "pad" and self.image_size != IMAGE:
             found.append(
                 f"`image_size` must be {IMAGE} with `crop` pad, which does not scale images, got {self.image_size}"
             )
-        least = IMAGE * 7 // 8  # whose evaluation view is cut out of an image of IMAGE pixels
+        least = IMAGE * 7 // 8  # then the evaluation view is the centre crop of an image of IMAGE pixels
         if self.crop == "resized" and self.image_size < least:
             found.append(f"`image_size` must be at least {least} with `crop` resized, got {self.image_size}")
         return found
@@ -160,14 +161,14 @@ class RunConfig(Hyperparameters):
 
 @dataclass(frozen=True, kw_only=True)
 class FilesConfig(RunConfig):
-    """Of a run on images that come from files, and so are of any size and in the order of their classes."""
+    """The configuration of a run on image files, which may have any size and are ordered by class."""
 
     dataset: str = option("images", "", metavar="DATA")
-    # The first N would be of one class.
+    # The first N images would belong to one class.
     limit_train: int | None = option("not used", "", None)
     limit_test: int | None = option("not used", "", None)
-    val_split: int = option("not used: images to judge by have a place of their own", "", 0, least=0, most=0)
-    images: str = option("where the images are, as the user named them", "", "")
+    val_split: int = option("not used: the validation images are separate", "", 0, least=0, most=0)
+    images: str = option("location of the images, as the user gave it", "", "")
 
     def _wrong_sizes(self) -> list[str]:
         return []
@@ -176,11 +177,11 @@ class FilesConfig(RunConfig):
 def default_config(
     *, recipe: str = "step", dataset: str = "cifar10", arch: str | None = None, **overrides: Any
 ) -> RunConfig:
-    """The configuration of ``recipe`` on ``dataset``; an override of None means the recipe's own value.
+    """The configuration of ``recipe`` on ``dataset``; overrides of None are ignored.
 
     Raises:
-        InputError: for an unknown recipe, dataset or architecture, or values out of range.
-        TypeError: for an override that is no field of :class:`RunConfig`.
+        InputError: unknown recipe, data set or architecture, or values out of range.
+        TypeError: an override is not a field of :class:`RunConfig`.
     """
     if recipe not in recipes.RECIPES:
         raise InputError(f"unknown `recipe` {recipe!r}: there are {', '.join(recipes.RECIPES)}")
@@ -211,17 +212,17 @@ def default_config(
 
 
 def read_config(out: Path, kind: type[Config] = RunConfig) -> Config | None:  # type: ignore[assignment]
-    """The configuration of the run in ``out``, of that kind of runs; None where there is no run.
+    """Reads the configuration of the run in ``out``, of class ``kind``; None if there is no run.
 
     Raises:
-        InputError: where its ``config.json`` is damaged.
+        InputError: its ``config.json`` is damaged.
     """
     content = _read(out, kind)
     return content and content[0]
 
 
 def read_runs(out: Path, kind: type[RunConfig] = RunConfig) -> int | None:
-    """How many seeds the run in ``out`` has; None where it is a single run, or none; raises as :func:`read_config`."""
+    """The number of seeds of the run in ``out``; None for a single run or no run; raises as :func:`read_config`."""
     content = _read(out, kind)
     return content and content[1]
 
@@ -242,35 +243,38 @@ def _read(out: Path, kind: type[Config]) -> tuple[Config, int | None] | None:
             raise InputError(f"runs must be a whole number of at least 1, got {str(runs)[:60]}")
     except (OSError, AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else str(error)[:500]
-        raise InputError(f"{path} is no run's configuration ({reason}): choose another `out`") from error
+        raise InputError(f"{path} is not the configuration of a run ({reason}): choose another `out`") from error
     return config, runs
 
 
 def why_not_longer(before: RunConfig, now: RunConfig, begun: int) -> str | None:
-    """Why a run cannot go on with other ``epochs`` and ``milestones``; None where nothing that was done would be otherwise.
+    """The reason why a run cannot continue with other ``epochs`` and ``milestones``.
 
     Args:
-        before: the run's configuration, and that of the run to be; they differ in these fields alone.
-        now: the latter.
-        begun: how many epochs have begun.
+        before: configuration of the run.
+        now: configuration to continue with, which differs only in these fields.
+        begun: number of epochs that were started.
+
+    Returns:
+        A reason, or None if the started epochs would have been the same with the new configuration.
     """
     if begun == 0:
         return None
     if now.epochs < begun:
-        return f"{begun} epochs have begun already"
+        return f"{begun} epochs have already been started"
     if now.schedule != "step":
         return (
-            f"with `schedule` {now.schedule} every rate depends on the number of epochs, so the {begun} that have begun "
-            "would have had others"
+            f"with `schedule` {now.schedule} all learning rates depend on the number of epochs, so that the {begun} epochs "
+            "already started would have used others"
         )
     passed = [[m for m in config.milestones if m < begun] for config in (before, now)]
     if passed[0] != passed[1]:
-        return f"milestones before epoch {begun} have passed"
+        return f"milestones before epoch {begun} cannot change any more"
     return None
 
 
 def differences(before: RunConfig, now: RunConfig) -> list[str]:
-    """``field was X, now Y`` for each field that differs."""
+    """A phrase ``field was X, now Y`` for each field that differs."""
     return [
         f"`{field.name}`{_meaning(field)} was {getattr(before, field.name)!r}, now {getattr(now, field.name)!r}"
         for field in dataclasses.fields(now)
@@ -279,5 +283,5 @@ def differences(before: RunConfig, now: RunConfig) -> list[str]:
 
 
 def _meaning(field: dataclasses.Field[Any]) -> str:
-    """What a digest is of, which its name and digits do not tell."""
+    """For a digest, the help text that says of what; empty for other fields."""
     return f", {field.metadata['option'].help}," if field.name.endswith("_digest") else ""

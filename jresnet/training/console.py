@@ -1,4 +1,4 @@
-"""What a run prints to a person: its first lines, a progress bar or a line an epoch, durations and sizes."""
+"""Console output of a run: its first lines, a progress bar or one line per epoch."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
 
 
 INDENT = 9  # columns before the text of a line: a title of eight letters and a space
-WIDTH = 80  # columns where there is no terminal to ask
-FEW_STEPS = 100  # in fewer no recipe gets anywhere: the rate is made for thousands
+WIDTH = 80  # columns if the output is not a terminal
+FEW_STEPS = 100  # with fewer steps no recipe works: learning rates are chosen for thousands
 
 
 def size(count: int) -> str:
-    """Bytes as ``812 MiB`` or ``1.2 GiB``."""
+    """Formats a number of bytes as ``812 MiB`` or ``1.2 GiB``."""
     mebibytes = count / 2**20
     return f"{mebibytes:.0f} MiB" if mebibytes < 1023.5 else f"{mebibytes / 1024:.1f} GiB"
 
 
 def device_memory(device: Any) -> int | None:
-    """Bytes in use on a jax device; of a CPU, which keeps no count, what this process holds in the host's memory.
+    """Bytes in use on a JAX device. For a CPU, which keeps no statistics, the resident memory of this process.
 
-    None where neither is known: a CPU outside Linux, or a plugin without statistics.
+    None if neither is known: on a CPU outside Linux, or with a plugin without statistics.
     """
     stats = device.memory_stats() or {}
     if "bytes_in_use" in stats:
@@ -50,10 +50,10 @@ def device_memory(device: Any) -> int | None:
 
 
 def wrapped(text: str, width: int) -> str:
-    """A line in several of at most ``width`` columns, broken between words, after a comma or semicolon if there is one.
+    """Wraps a line to at most ``width`` columns, between words and preferably after a comma, semicolon or colon.
 
-    The lines that follow are indented as the text of the first, behind its title of eight letters. A longer word, such as a
-    path, stays whole.
+    Continuation lines are indented like the text of the first line, after its title of eight letters. A word longer than a
+    line, such as a path, is not broken.
     """
     lines = []
     while len(text) > width:
@@ -71,7 +71,7 @@ def wrapped(text: str, width: int) -> str:
 
 
 def columns(stream: TextIO | None) -> int:
-    """The width of a terminal; 80 of anything else."""
+    """The width of a terminal in columns; 80 for anything else."""
     try:
         return max(40, os.get_terminal_size(stream.fileno()).columns) if stream and stream.isatty() else WIDTH
     except (OSError, ValueError):
@@ -79,7 +79,7 @@ def columns(stream: TextIO | None) -> int:
 
 
 def introduction(config: RunConfig, program: Program, processes: int) -> list[str]:
-    """What a run is about to do, in lines: devices, network, data, recipe."""
+    """The first lines of a run: devices, network, data, recipe."""
     data, where = program.data, program.devices
     count = f"{where.count} x " if where.count > 1 else ""
     together = f" in {processes} processes" if processes > 1 else ""
@@ -95,23 +95,23 @@ def introduction(config: RunConfig, program: Program, processes: int) -> list[st
 
 
 def _few_steps(config: RunConfig, steps: int) -> list[str]:
-    """What there is to say of a run that is too short to show what its recipe can do."""
+    """A warning if a run is too short for its recipe."""
     if steps >= FEW_STEPS:
         return []
     more = "more epochs" if config.limit_train is None else "more epochs or training images"
     return [
-        f"note     {steps:,} steps in all are too few for recipe {config.recipe}: the result will say little; {more} or a "
-        "smaller batch make more steps"
+        f"note     {steps:,} steps in total are too few for recipe {config.recipe}, and the result will not be meaningful; "
+        f"use {more} or a smaller batch"
     ]
 
 
 def _recipe(config: RunConfig, steps_per_epoch: int) -> list[str]:
-    """What a recipe comes to."""
+    """The lines that describe a recipe."""
     milestones = ", ".join(f"{milestone:g}" for milestone in config.milestones) or "no epoch"
     schedules = {
         "step": f"lr {config.lr:g} x{config.gamma:g} at {milestones}",
-        "cosine": f"lr {config.lr:g} falling to 0 as a cosine",
-        "onecycle": f"lr {config.lr:g} falling to 0 linearly",
+        "cosine": f"lr {config.lr:g} with cosine decay to 0",
+        "onecycle": f"lr {config.lr:g} with linear decay to 0",
     }
     warmup = f" after {config.warmup_epochs:g} epochs of warm-up" if config.warmup_epochs else ""
     decay = "none" if config.weight_decay == 0 else (
@@ -122,7 +122,7 @@ def _recipe(config: RunConfig, steps_per_epoch: int) -> list[str]:
         f"label smoothing {config.label_smoothing:g}" if config.label_smoothing else "",
         f"average of weights with decay {config.ema:g}" if config.ema else "",
         f"gradients clipped at norm {config.clip_norm:g}" if config.clip_norm else "",
-        "last BN scale of each block from 0" if config.zero_init_residual else "",
+        "last BN scale of each block initialised to 0" if config.zero_init_residual else "",
         {"none": "no flip", "random": "", "alternate": "alternating flip"}[config.flip],
         f"random erasing {config.random_erasing:g}" if config.random_erasing else "",
         f"mixup {config.mixup:g}" if config.mixup else "",
@@ -150,22 +150,22 @@ def _recipe(config: RunConfig, steps_per_epoch: int) -> list[str]:
 
 
 def estimate(config: RunConfig, program: Program, pace: Pace, left: float) -> list[str]:
-    """How long the whole will take, in lines, once a step has been measured; ``left`` in seconds."""
-    lines = [f"time     {pace.step_seconds:.3g} s a step: about {duration(left)} to go, evaluation not counted"]
+    """The lines that estimate the duration of a run, once a step has been measured; ``left`` is in seconds."""
+    lines = [f"time     {pace.step_seconds:.3g} s per step: about {duration(left)} left, without evaluation"]
     if left > 3600 and program.devices.platform == "cpu":
-        ways = [  # what is not chosen already
+        ways = [  # those that are not chosen yet
             "a network of depth 20" if program.parameters > zoo.find("resnet20_cifar").parameters * 1.1 else "",
             "fewer epochs" if config.epochs > 1 else "",
             "" if config.limit_train else "fewer training images",
             f"the digits instead of {config.dataset}" if config.dataset != "digits" else "",
             "a GPU (pip install 'jax[cuda13]')",
         ]
-        lines.append(f"         on a CPU that is long; shorter: {', '.join(filter(None, ways))}")
+        lines.append(f"         this is long for a CPU; faster options: {', '.join(filter(None, ways))}")
     return lines
 
 
 def epoch_line(row: dict[str, Any], epochs: int, left: float) -> str:
-    """A row of ``metrics.jsonl`` in one line, losses and accuracies; ``left``, the run's remaining seconds."""
+    """A row of ``metrics.jsonl`` as one line with losses and accuracies; ``left``: the run's remaining seconds."""
     splits = "; ".join(
         f"{name} loss {row[f'{name}_loss']:.4f}, {100 * row[f'{name}_accuracy']:.2f} %"
         for name in ("train", "val", "test")
@@ -175,24 +175,24 @@ def epoch_line(row: dict[str, Any], epochs: int, left: float) -> str:
 
 
 class Console:
-    """A bar on a terminal; elsewhere a line an epoch, and one a minute where an epoch takes longer.
+    """A progress bar on a terminal; otherwise one line per epoch, and one per minute within longer epochs.
 
     Args:
-        stream: where to; standard output by default.
-        quiet: print nothing, as in all processes but the first.
-        memory: what to call the memory shown; on a CPU it is "host memory".
+        stream: output stream; standard output by default.
+        quiet: print nothing; used in all processes but the first.
+        memory: label of the displayed memory; "host memory" on a CPU.
     """
 
     def __init__(self, stream: TextIO | None = None, quiet: bool = False, memory: str = "device memory"):
         found = stream or sys.stdout
-        self.quiet, self.memory = quiet or found is None, memory  # None: the process was started without it
+        self.quiet, self.memory = quiet or found is None, memory  # None: the process has no standard output
         self.stream: TextIO = found
         self.tty = not self.quiet and self.stream.isatty()
-        self.bars: list[Any] = []  # the steps, and below it the figures: one line of 80 columns is too short for both
+        self.bars: list[Any] = []  # one for steps and one below for figures: 80 columns are too few for both
         self.last = time.monotonic()
 
     def begin(self, epoch: int, epochs: int, steps: int, done: int) -> None:
-        """Starts an epoch (counted from 1) of which ``done`` steps are already taken."""
+        """Starts an epoch (counted from 1), of which ``done`` steps are already complete."""
         self.title = f"epoch {epoch}/{epochs}"
         if self.quiet or not self.tty:
             return
@@ -204,7 +204,7 @@ class Console:
         ]
 
     def step(self, count: int = 1) -> None:
-        """``count`` more steps are done."""
+        """Advances the bar by ``count`` steps."""
         if self.bars:
             self.bars[0].update(count)
 
@@ -217,15 +217,15 @@ class Console:
         epochs_per_second: float | None = None,
         memory: int | None = None,
     ) -> None:
-        """The epoch's figures so far.
+        """Shows the epoch's figures so far.
 
         Args:
             loss: mean cross-entropy, in nats.
-            accuracy: share of the images.
-            images_per_second: of training.
-            left: the run's remaining seconds.
-            epochs_per_second: of training and evaluation.
-            memory: bytes in use, of :func:`device_memory`.
+            accuracy: fraction of the images, 0 to 1.
+            images_per_second: training throughput.
+            left: remaining seconds of the run.
+            epochs_per_second: epochs per second, including evaluation.
+            memory: bytes in use, as given by :func:`device_memory`.
         """
         figures = f"loss {loss:.4f}, accuracy {100 * accuracy:.1f} %, {images_per_second:.0f} images/s"
         if epochs_per_second is not None:
@@ -240,7 +240,7 @@ class Console:
             self.minute(lambda: f"{self.title}: {figures}, {left_over}")
 
     def minute(self, text: Callable[[], str]) -> None:
-        """A line, where none was printed for a minute."""
+        """Prints a line if none was printed for a minute."""
         if not self.quiet and time.monotonic() - self.last > 60:
             self.say(text())
 
@@ -250,16 +250,16 @@ class Console:
             self.bars.pop().close()
 
     def say(self, text: str) -> None:
-        """One line, broken between words where it is too long, above the bar where there is one."""
+        """Prints a line above the bar, wrapped between words if it is too long."""
         if self.quiet:
             return
-        width = columns(self.stream) - self.tty  # a full line makes some terminals begin another
+        width = columns(self.stream) - self.tty  # some terminals break after a full line
         text = "\n".join(wrapped(line, width) for line in shown(text).split("\n"))
         try:
             if self.bars:
                 self.bars[0].write(text, file=self.stream)
             else:
                 print(text, file=self.stream, flush=True)
-        except BrokenPipeError:  # as with "| head": nobody listens any more, and the run goes on
+        except BrokenPipeError:  # for example with "| head": the run continues without output
             self.quiet = True
         self.last = time.monotonic()

@@ -1,8 +1,8 @@
-"""Data parallelism: which devices a run uses, and how its arrays lie on them.
+"""Data parallelism: the devices of a run and the sharding of its arrays.
 
-One mesh of one axis, ``"data"``: parameters, statistics and optimizer state are whole on every device, a batch is cut into
-equal parts. A jitted function over arrays laid out so is the same function on one device and on many; XLA adds the
-communication. Several processes form one mesh of all their devices once :func:`connect` was called in each.
+There is one mesh with one axis, ``"data"``. Parameters, statistics and optimizer state are replicated on every device; a
+batch is sharded into equal parts. A jitted function computes the same on one device and on many; XLA inserts the
+communication. Several processes form one mesh of all their devices after :func:`connect` was called in each.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class Devices:
 
     @property
     def count(self) -> int:
-        """Devices, over all processes."""
+        """The number of devices over all processes."""
         return self.mesh.size
 
     @property
     def first(self) -> jax.Device:
-        """One of them that belongs to this process."""
+        """A device that belongs to this process."""
         return self.mesh.local_devices[0]
 
     @property
@@ -45,52 +45,52 @@ class Devices:
 
     @property
     def whole(self) -> NamedSharding:
-        """The layout of what every device holds."""
+        """The sharding of replicated arrays."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def cut(self, axis: int = 0) -> NamedSharding:
-        """The layout of an array whose ``axis`` is a batch."""
+        """The sharding of an array whose ``axis`` is the batch."""
         return NamedSharding(self.mesh, PartitionSpec(*[None] * axis, "data"))
 
     def put(self, value: Any, layout: NamedSharding) -> jax.Array:
-        """An array that every process has whole, laid out on the mesh."""
+        """Places an array on the mesh; every process has the whole array."""
         if jax.dtypes.issubdtype(getattr(value, "dtype", None), jax.dtypes.prng_key):
             return jax.random.wrap_key_data(
                 self.put(jax.random.key_data(value), layout), impl=jax.random.key_impl(value)
             )
         if jax.process_count() == 1:
             return jax.device_put(value, layout)
-        array = np.asarray(value)  # device_put would ask all processes whether they hold the same
+        array = np.asarray(value)  # device_put would compare the values of all processes
         return jax.make_array_from_callback(array.shape, layout, lambda index: array[index])
 
     def rows(self, batch_size: int) -> slice:
-        """The rows of a batch that lie on this process's devices."""
+        """The rows of a batch that belong to this process's devices."""
         own = self.cut().addressable_devices_indices_map((batch_size,)).values()
         starts_and_ends = [index[0].indices(batch_size) for index in own if index is not None]
         return slice(min(start for start, *_ in starts_and_ends), max(end for _, end, _ in starts_and_ends))
 
     def assemble(self, rows: np.ndarray, batch_size: int) -> jax.Array:
-        """A batch, cut over the devices, of which this process has the ``rows`` that lie on its own."""
+        """Builds a sharded batch from this process's ``rows``."""
         if jax.process_count() == 1:
             return jax.device_put(rows, self.cut())
         return jax.make_array_from_process_local_data(self.cut(), rows, (batch_size, *rows.shape[1:]))
 
     def replicate(self, tree: Any) -> Any:
-        """A tree of arrays, whole on every device; an array that lies there already is the same one, not a copy."""
+        """Replicates a tree of arrays on all devices; arrays that are already replicated are not copied."""
         return jax.tree.map(lambda value: self.put(value, self.whole), tree)
 
 
 def find(count: int | None = None) -> Devices:
-    """The first ``count`` of each process's devices, all by default.
+    """The first ``count`` devices of each process; all by default.
 
     Raises:
-        InputError: where there are fewer.
+        InputError: there are fewer devices.
     """
     local = jax.local_device_count()
     if count is not None and not 1 <= count <= local:
         raise InputError(
-            f"`devices` {count}: this machine has {local} ({jax.local_devices()[0].platform}). On a CPU, "
-            "JAX_NUM_CPU_DEVICES=N simulates N"
+            f"`devices` must be from 1 to {local}, the number on this machine ({jax.local_devices()[0].platform}), got "
+            f"{count}. On a CPU, JAX_NUM_CPU_DEVICES=N simulates N devices"
         )
     chosen = [
         device
@@ -101,16 +101,16 @@ def find(count: int | None = None) -> Devices:
 
 
 def connect(coordinator: str | None = None, processes: int | None = None, process_id: int | None = None) -> None:
-    """Joins this process with the others of a run, before anything else of JAX is used.
+    """Connects this process to the others of a run. Call it before anything else of JAX is used.
 
     Args:
-        coordinator: ``HOST:PORT`` of process 0. Anybody who reaches that port can disturb the run: trusted networks only.
-            ``None``: JAX finds all three from SLURM, Open MPI, Kubernetes or Cloud TPU.
-        processes: how many there are.
-        process_id: which one this is, from 0.
+        coordinator: ``HOST:PORT`` of process 0. Anybody who can reach this port can disturb the run, so use it only in
+            trusted networks. ``None``: JAX finds all three values from SLURM, Open MPI, Kubernetes or Cloud TPU.
+        processes: number of processes.
+        process_id: index of this process, from 0.
 
     Raises:
-        InputError: where they do not come together.
+        InputError: the connection fails.
     """
     if coordinator is not None and not (
         re.fullmatch(r"[\w.:%\[\]-]{1,255}:[0-9]{1,5}", coordinator) and int(coordinator.rpartition(":")[2]) < 2**16
@@ -126,11 +126,14 @@ def connect(coordinator: str | None = None, processes: int | None = None, proces
         )
     except (RuntimeError, ValueError) as error:
         where = f"{coordinator}, process {process_id} of {processes}" if coordinator else "found by JAX"
-        raise InputError(f"the processes of this run do not come together ({where}): {error}") from error
+        raise InputError(f"cannot connect the processes of this run ({where}): {error}") from error
 
 
 def _is_address(coordinator: str | None) -> bool:
-    """Whether to listen there alone, not on all interfaces as JAX does: a host's name may mean another address inside."""
+    """Whether the coordinator is an address of its own, so that process 0 listens only there instead of on all interfaces.
+
+    A host name is excluded, because it may resolve to another address on that host.
+    """
     host = (coordinator or "").rpartition(":")[0].strip("[]")
     try:
         return host == "localhost" or bool(ipaddress.ip_address(host))
@@ -139,12 +142,12 @@ def _is_address(coordinator: str | None) -> bool:
 
 
 def is_first() -> bool:
-    """Whether this is process 0, the one that writes and speaks."""
+    """Whether this is process 0, which writes files and prints."""
     return jax.process_index() == 0
 
 
 def together(values: Any) -> list[Any]:
-    """A small array of numbers from every process, by process: all must call it at the same place."""
+    """Gathers a small array of numbers from every process; all processes must call it at the same point."""
     if jax.process_count() == 1:
         return [np.asarray(values)]
     from jax.experimental import multihost_utils
@@ -153,13 +156,13 @@ def together(values: Any) -> list[Any]:
 
 
 def meet(place: str) -> None:
-    """Waits until every process has come to ``place``, up to an hour.
+    """A barrier: waits up to an hour until all processes reach ``place``.
 
-    The first collective gives the others only 30 s on the CPU (gloo), while compilation may take one of them longer.
+    On the CPU (gloo), the first collective waits only 30 s for the other processes, but compilation may take longer.
     """
     if jax.process_count() == 1:
         return
-    with contextlib.suppress(ImportError, AttributeError):  # no public function waits without a collective
+    with contextlib.suppress(ImportError, AttributeError):  # JAX has no public barrier without a collective
         from jax._src import distributed
 
         client: Any = distributed.global_state.client
@@ -167,7 +170,7 @@ def meet(place: str) -> None:
 
 
 def from_first(values: Any) -> Any:
-    """Process 0's ``values``, a tree of arrays that has the same shapes in every process."""
+    """Broadcasts process 0's ``values``, a tree of arrays with the same shapes in every process."""
     from jax.experimental import multihost_utils
 
     return multihost_utils.broadcast_one_to_all(values)

@@ -1,6 +1,6 @@
-"""A training split that does not lie on the devices: batches that come to them one by one.
+"""Feeds batches of a streamed training split to the devices, one by one.
 
-Where several processes train together, each decodes the rows of every batch that lie on its own devices.
+If several processes train together, each decodes the rows of every batch that belong to its own devices.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 class Feed:
-    """The batches of an epoch of a stream, on the devices.
+    """The batches of one epoch of a stream, on the devices.
 
     Args:
-        stream: of this process's views and the positions of their images; batches are numbered over all epochs.
-        labels: int32 ``[n]``, of the images by position.
-        devices: where a batch is cut to.
-        batch_size: images, over all processes.
-        first: the number of the epoch's first batch.
+        stream: stream of this process's views; its batches are numbered over all epochs.
+        labels: int32 ``[n]``, the labels of all images.
+        devices: the devices that a batch is sharded over.
+        batch_size: number of images per batch, over all processes.
+        first: number of the epoch's first batch.
     """
 
     def __init__(self, stream: Stream, labels: np.ndarray, devices: Devices, batch_size: int, first: int = 0):
@@ -32,29 +32,29 @@ class Feed:
         self.batch_size, self.first = batch_size, first
 
     def epoch(self, epoch: int, steps: int) -> Feed:
-        """The batches of an epoch, counted from 0, of so many steps."""
+        """The feed of another epoch, counted from 0; ``steps`` is the number of steps per epoch."""
         return Feed(self.stream, self.labels, self.devices, self.batch_size, epoch * steps)
 
     def batch(self, step: int) -> Images:
-        """The batch of a step of the epoch; the next step's is had soonest.
+        """The batch of a step of the epoch. Requesting consecutive steps is fastest.
 
         Raises:
-            DataError: an image can no longer be decoded, or a worker has died.
+            DataError: an image can no longer be decoded, or a worker process died.
         """
         return self._put(*self.stream.batch(self.first + step))
 
     def again(self, step: int) -> Images:
-        """The same, on the side: what is decoded ahead stays."""
+        """As :meth:`batch`, without affecting the batches that are decoded in advance."""
         return self._put(*self.stream.again(self.first + step))
 
     def like(self) -> Images:
-        """A batch of zeros, to compile for."""
+        """A batch of zeros of the same shape, to compile for."""
         size, count = self.stream.size, self.stream.batch_size
         images = np.zeros((count, size, size, self.stream.files.shape[-1]), np.uint8)
         return self._put(images, np.zeros(count, int))
 
     def close(self) -> None:
-        """Ends the stream's workers."""
+        """Stops the stream's workers."""
         self.stream.close()
 
     def _put(self, images: np.ndarray, positions: np.ndarray) -> Images:
@@ -62,5 +62,5 @@ class Feed:
 
 
 def every_image(batch_size: int, steps: int) -> np.ndarray:
-    """The order ``[steps, B]`` of an epoch whose batches are taken whole."""
+    """The order ``[steps, B]`` of an epoch whose steps use all images of their batch."""
     return np.broadcast_to(np.arange(batch_size, dtype=np.int32), (steps, batch_size))

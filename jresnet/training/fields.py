@@ -1,4 +1,4 @@
-"""One list of fields: what each may hold and what it is for. Checks and command-line flags are made from it."""
+"""Dataclass fields with help texts and allowed values, from which checks and command-line flags are made."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ import typing
 from dataclasses import dataclass
 from typing import Any
 
-LARGEST = 3.4e38  # of float32, in which training computes
-LARGEST_WHOLE = 2**31 - 1  # in which JAX counts, where a field does not allow more
+LARGEST = 3.4e38  # largest float32, the dtype of training
+LARGEST_WHOLE = 2**31 - 1  # largest int32, in which JAX counts; the limit of integers unless a field allows more
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", types.NoneType: "null"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """What is known of a field beside its type and default."""
+    """Properties of a field besides its type and default."""
 
-    help: str  # for people, without the default
-    group: str  # the heading under which --help shows the flag; empty: there is no flag
+    help: str  # help text, without the default
+    group: str  # heading of the flag in --help; empty: there is no flag
     choices: tuple[str, ...] = ()
-    automatic: bool = False  # the flag also takes "auto": the same as not to give it
-    switch: bool = False  # the flag can only say yes
-    metavar: str | None = None  # what stands for the value in --help
-    none: str = "none"  # what null means, in a word
-    least: float | None = None  # bounds, themselves allowed...
+    automatic: bool = False  # the flag also accepts "auto", which is the same as omitting it
+    switch: bool = False  # the flag takes no value and means true
+    metavar: str | None = None  # placeholder for the value in --help
+    none: str = "none"  # meaning of null, in a word
+    least: float | None = None  # inclusive bounds
     most: float | None = None
-    above: float | None = None  # ...or not
+    above: float | None = None  # exclusive bounds
     below: float | None = None
 
     @property
@@ -39,7 +39,7 @@ class Option:
         return " and ".join(f"{word} {bound:g}" for word, bound in words.items() if bound is not None)
 
     def admits(self, value: float) -> bool:
-        """Whether a number lies within the bounds."""
+        """Whether a number is within the bounds."""
         return (
             (self.least is None or value >= self.least)
             and (self.most is None or value <= self.most)
@@ -49,20 +49,20 @@ class Option:
 
 
 def option(help: str, group: str, default: Any = dataclasses.MISSING, **more: Any) -> Any:
-    """A dataclass field with an :class:`Option`, of which ``more`` are the other attributes."""
+    """A dataclass field with an :class:`Option`; ``more`` are further attributes of the option."""
     return dataclasses.field(default=default, metadata={"option": Option(help=help, group=group, **more)})
 
 
 @functools.cache
 def hints_of(record: type) -> dict[str, Any]:
-    """The types of a dataclass's fields; to find them takes longer than all that is done with them."""
+    """The types of a dataclass's fields; cached, because resolving them is slow."""
     return typing.get_type_hints(record)
 
 
 def problems(record: Any) -> list[str]:
-    """What is wrong with the values of a dataclass whose fields are made by :func:`option`: a line each.
+    """Checks the values of a dataclass whose fields are made by :func:`option`; returns one line per problem.
 
-    Types count too, since the values may come from a damaged file. NaN and infinity are never allowed.
+    Types are checked too, because values may come from a damaged file. NaN and infinity are never allowed.
     """
     hints = hints_of(type(record))  # type: ignore[arg-type] # a class is hashable
     found = []
@@ -74,7 +74,7 @@ def problems(record: Any) -> list[str]:
             expected = _name(hint)
         elif option.choices and value not in option.choices:
             expected = f"one of {', '.join(option.choices)}"
-        elif not all(abs(number) <= LARGEST for number in numbers):  # not so for NaN either
+        elif not all(abs(number) <= LARGEST for number in numbers):  # the comparison is false for NaN
             expected = "finite"
         elif not all(map(option.admits, numbers)):
             expected = option.range
@@ -87,7 +87,7 @@ def problems(record: Any) -> list[str]:
 
 
 def _is(value: Any, hint: Any) -> bool:
-    """Whether a value is of an annotated type; true is no number, and a whole number serves as any."""
+    """Whether a value is of an annotated type; a bool is not a number, and an int is accepted as a float."""
     if typing.get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(_is(part, typing.get_args(hint)[0]) for part in value)
     if isinstance(hint, types.UnionType):

@@ -1,9 +1,10 @@
-"""Trained weights as the start for other images: a recipe chosen from their number, and two programs for the trainer.
+"""Fine-tunes pretrained weights on other images: chooses a recipe, and provides two programs for the trainer.
 
-    embeddings once -> Probe: the head alone -> Finetune: all layers, the earlier the slower
+    embeddings, computed once -> Probe: trains only the head -> Finetune: trains all layers, earlier ones at lower rates
 
-The two stages are linear probing, then fine-tuning (Kumar et al. 2022, arXiv:2202.10054): a head that is drawn anew would
-send large gradients through layers that are good already. Both are runs of :class:`jresnet.training.trainer.Trainer`.
+The two stages are linear probing and then fine-tuning (Kumar et al. 2022, arXiv:2202.10054): a randomly initialised head
+would send large gradients through layers that are already good. Both are runs of
+:class:`jresnet.training.trainer.Trainer`.
 """
 
 from __future__ import annotations
@@ -39,74 +40,78 @@ from jresnet.training.recipes import MAX_EPOCHS
 from jresnet.weights import native
 from jresnet.weights.preprocessing import STATISTICS, Preprocessing
 
-LISTED = 1000  # images passed over that summary.json names
-SMALL = 64  # pixels up to which an architecture counts as one for CIFAR's images
+LISTED = 1000  # largest number of skipped images that summary.json lists
+SMALL = 64  # architectures for images of up to so many pixels are treated like those for CIFAR
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(FilesConfig):
-    """All that decides the outcome of a fine-tuning run; what it starts from is told by its digest."""
+    """All settings that determine the result of a fine-tuning run; the initial weights are identified by their digest."""
 
     recipe: str = option("the stage", "", choices=("finetune", "probe", "scratch"))
-    weights: str | None = option("what it starts from, as the user named it", "", None, none="random weights")
+    weights: str | None = option("the initial weights, as the user gave them", "", None, none="random weights")
     share: float = option(
-        "share of each class's images to judge by, where the data set holds none for it", "data", 0.2, above=0, below=1
+        "fraction of each class's images for validation, if the data set has no validation images", "data", 0.2, above=0,
+        below=1,
     )  # fmt: skip
-    split_seed: int = option("seed of that draw, and of PER_CLASS's", "data", 0, metavar="N", least=0, most=2**32 - 1)
+    split_seed: int = option(
+        "seed of the choice of validation images, and of the images of PER_CLASS", "data", 0, metavar="N", least=0,
+        most=2**32 - 1,
+    )  # fmt: skip
     per_class: int | None = option(
         "only N training images of each class", "data", None, metavar="N", none="all", least=1
     )
     data_digest: str = option("SHA-256 of the images and their labels", "", "")
-    weights_digest: str = option("SHA-256 of the arrays that it starts from; empty: random ones", "", "")
+    weights_digest: str = option("SHA-256 of the initial arrays; empty: random ones", "", "")
     min_area: float = option(
-        "the smallest share of a photo's area that a random crop keeps (torchvision's for ImageNet: 0.08)", "recipe", 0.25,
+        "smallest fraction of a photo's area that a random crop covers (torchvision's for ImageNet: 0.08)", "recipe", 0.25,
         above=0, most=1,
     )  # fmt: skip
     layer_decay: float = option(
-        "factor of the learning rate from a stage to the one before it; 1: the same for all",
+        "ratio of a stage's learning rate to that of the next stage; 1: the same for all",
         "recipe",
         0.65,
         above=0,
         most=1,
     )
     freeze: str = option(
-        "parts that do not learn, with commas between: backbone, stem, layer1, or a pattern such as layer*.bn*", "network",
+        "comma-separated parts that are not trained: backbone, stem, layer1, or a pattern such as layer*.bn*", "network",
         "", metavar="PARTS",
     )  # fmt: skip
     freeze_bn: str = option(
-        "of every BatchNorm: hold the running statistics, hold scale and bias as well, or hold nothing", "network",
+        "freeze the running statistics of every BatchNorm, also scale and bias, or nothing", "network",
         "statistics", choices=("statistics", "all", "none"),
     )  # fmt: skip
-    resize: int | None = option("pixels of the shorter side before the centre is cut out", "", None, least=1, most=4096)
-    interpolation: str = option("of resizing", "", "bilinear", choices=("bilinear", "bicubic"))
-    mean: tuple[float, ...] = option("of pixels in 0 to 1, by channel", "", (), least=0, most=1)
-    std: tuple[float, ...] = option("likewise", "", (), above=0, most=1)
+    resize: int | None = option("pixels of the shorter side before the centre crop", "", None, least=1, most=4096)
+    interpolation: str = option("interpolation for resizing", "", "bilinear", choices=("bilinear", "bicubic"))
+    mean: tuple[float, ...] = option("mean per channel, for pixels in 0 to 1", "", (), least=0, most=1)
+    std: tuple[float, ...] = option("standard deviation per channel, for pixels in 0 to 1", "", (), above=0, most=1)
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """The parts that do not learn."""
+        """The parts that are not trained."""
         return listed(self.freeze) + (("norms",) if self.freeze_bn == "all" else ())
 
     def pipeline(self) -> Pipeline:
-        """What happens to the images."""
+        """The augmentation and normalisation of images."""
         return Pipeline(
             self.crop, self.image_size, self.flip, self.mean, self.std, self.random_erasing, self.mixup, self.cutmix,
             self.min_area, self.augment, self.magnitude,
         )  # fmt: skip
 
     def preprocessing(self) -> Preprocessing:
-        """Of images to be evaluated."""
+        """The preprocessing for evaluation."""
         return Preprocessing(self.resize, self.image_size, self.mean, self.std, self.interpolation)
 
     def check(self) -> None:
-        """Raises :class:`InputError` with everything that is wrong, but for names of parts, which need the network."""
+        """Raises :class:`InputError` that lists all invalid values. Names of parts are not checked here."""
         self._check_fields()
         self.preprocessing().check()
 
     def _contradictions(self) -> list[str]:
         found = super()._contradictions()
         if self.flip == "alternate" and self.crop == "resized":
-            found.append("`flip` alternate is for images in memory; photos on disk take random")
+            found.append("`flip` alternate is for images in memory; use random for photos on disk")
         if self.schedule == "step" and not self.milestones:
             found.append("`schedule` step needs `milestones`")
         return found
@@ -114,37 +119,38 @@ class FinetuneConfig(FilesConfig):
 
 @dataclass(frozen=True, eq=False)
 class Start:
-    """What a run begins from: a network, and its arrays unless they are drawn."""
+    """The start of a run: a network, and its arrays unless they are random."""
 
-    spec: str  # for people
+    spec: str  # name of the weights, to print
     arch: str | None
     config: ResNetConfig
     values: Mapping[str, np.ndarray] | None  # None: random ones
     preprocessing: Preprocessing
-    origin: str  # of the preprocessing, for people
-    dialect: str | None = None  # how PyTorch's file named its tensors
-    categories: tuple[str, ...] | None = None  # names of the weights' own classes
+    origin: str  # where the preprocessing comes from, to print
+    dialect: str | None = None  # dialect of the PyTorch file
+    categories: tuple[str, ...] | None = None  # names of the weights' classes
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the arrays; empty where they are drawn."""
+        """SHA-256 of the arrays; empty if they are random."""
         return native.digest(self.values) if self.values is not None else ""
 
 
 def resolve(spec: str | None, arch: str | None = None, image_size: int | None = None) -> Start:
-    """Weights to begin from, or an architecture whose weights are drawn.
+    """Loads the initial weights, or chooses an architecture with random weights.
 
     Args:
-        spec: as :func:`jresnet.sources.load`; ``None``: random parameters of ``arch``.
-        arch: an architecture.
-        image_size: pixels of the images instead of those that belong to the weights.
+        spec: weights, as for :func:`jresnet.sources.load`; ``None``: random parameters of ``arch``.
+        arch: name of an architecture.
+        image_size: size of the images in pixels, instead of the weights'.
 
     Raises:
-        InputError, WeightsError, DownloadError: as :func:`jresnet.sources.load`; neither is given.
+        InputError: neither ``spec`` nor ``arch`` is given; or as :func:`jresnet.sources.load`.
+        WeightsError, DownloadError: as :func:`jresnet.sources.load`.
     """
     if spec is None:
         if arch is None:
-            raise InputError("without weights an `arch` is needed, such as resnet18")
+            raise InputError("`arch` is needed without weights: give a name such as resnet18")
         row = zoo.find(arch)
         config, values, known, label, dialect = row.config, None, None, "random weights", None
         categories = None
@@ -159,7 +165,7 @@ def resolve(spec: str | None, arch: str | None = None, image_size: int | None = 
     if known is None:
         origin = "a guess: the weights do not say" if spec is not None else origin
         known = Preprocessing(32, 32, *STATISTICS["cifar10"]) if small else Preprocessing(256, 224)
-    if known.resize is None:  # other people's images have other sizes
+    if known.resize is None:  # the user's images may have any size
         known = dataclasses.replace(known, resize=known.crop)
     if image_size is not None and image_size != known.crop:
         ratio = known.resize / known.crop  # type: ignore[operator]
@@ -168,7 +174,7 @@ def resolve(spec: str | None, arch: str | None = None, image_size: int | None = 
     if len(known.mean) != channels:
         if channels not in (1, 3):
             raise InputError(
-                f"the network takes images of {channels} channels; photos have 3, or 1 where they are grey"
+                f"the network takes images of {channels} channels, but photos have 3, or 1 if they are grey"
             )
         grey = [(sum(values_) / len(values_),) * channels for values_ in (known.mean, known.std)]
         known = dataclasses.replace(known, mean=grey[0], std=grey[1])
@@ -176,7 +182,7 @@ def resolve(spec: str | None, arch: str | None = None, image_size: int | None = 
 
 
 def check_given(given: Mapping[str, Any]) -> None:
-    """Raises :class:`InputError` for values of fields that can be of no run, before anything is fetched or read."""
+    """Raises :class:`InputError` for values that are invalid in any run, before anything is downloaded or read."""
     whole: dict[str, Any] = {
         "epochs": 1, "batch_size": 1, "optimizer": "sgd", "lr": 1.0, "momentum": 0.9, "nesterov": False,
         "weight_decay": 0.0, "decay_norms": False, "decoupled_decay": False, "clip_norm": 0.0, "schedule": "cosine",
@@ -194,16 +200,19 @@ def check_given(given: Mapping[str, Any]) -> None:
 
 
 def choose(start: Start, data: Dataset, *, probe: bool, **given: Any) -> tuple[FinetuneConfig, list[str]]:
-    """The configuration of a run for these images, and why each of its main numbers is as it is.
+    """Chooses the configuration of a run for these images.
 
     Args:
-        start: of :func:`resolve`.
+        start: the result of :func:`resolve`.
         data: the images.
-        probe: the head alone is trained, on embeddings.
+        probe: train only the head, on embeddings.
         given: fields of :class:`FinetuneConfig` that the user chose; None: not chosen.
 
+    Returns:
+        The configuration, and one line per main number that gives the reason for it.
+
     Raises:
-        InputError: for values out of range.
+        InputError: values are out of range.
     """
     given = {name: value for name, value in given.items() if value is not None}
     n, how = len(data.train.labels), start.preprocessing
@@ -211,7 +220,7 @@ def choose(start: Start, data: Dataset, *, probe: bool, **given: Any) -> tuple[F
     seen, least, most = (400_000, 30, 200) if scratch else (20_000, 5, 60)
     if probe:
         seen, least, most = 20_000, 10, 20
-    # A power of two, at least eight steps an epoch, where the images allow it.
+    # A power of two that gives at least eight steps per epoch, if there are enough images.
     largest = 256 if probe else 128 if scratch else 64
     batch = given.get("batch_size", min(largest, max(4, 2 ** int(math.log2(max(n / 8, 1))))))
     batch = min(batch, n) if "batch_size" not in given else batch
@@ -224,7 +233,7 @@ def choose(start: Start, data: Dataset, *, probe: bool, **given: Any) -> tuple[F
     stored = data.train.images.shape[1] if isinstance(data.train.images, np.ndarray) else None
     if stored is not None and how.crop < stored * 7 // 8:
         raise InputError(
-            f"`image_size` must be at least {stored * 7 // 8}, as the images have {stored} pixels; got {how.crop}"
+            f"`image_size` must be at least {stored * 7 // 8} for images of {stored} pixels, got {how.crop}"
         )
     values: dict[str, Any] = {
         "epochs": epochs, "batch_size": batch, "optimizer": optimizer, "lr": lr, "momentum": 0.9,
@@ -242,7 +251,7 @@ def choose(start: Start, data: Dataset, *, probe: bool, **given: Any) -> tuple[F
         "freeze_bn": "none" if scratch else "statistics",
     }  # fmt: skip
     if data.name == "digits":
-        values["flip"] = "none"  # a mirrored digit is another digit or none
+        values["flip"] = "none"  # a mirrored digit is another digit, or not a digit
     values |= given
     if values.get("precision") in (None, "auto"):
         values["precision"] = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -254,11 +263,11 @@ def choose(start: Start, data: Dataset, *, probe: bool, **given: Any) -> tuple[F
 
     steps = n // config.batch_size
     reasons = [
-        why("batch_size", f"a power of two up to {largest} that leaves some eight steps an epoch of {n:,} images"),
-        why("epochs", f"some {seen:,} images seen, from {least} to {most} epochs; {steps * config.epochs:,} steps"),
+        why("batch_size", f"a power of two up to {largest} that gives about eight steps per epoch of {n:,} images"),
+        why("epochs", f"about {seen:,} images in total, {least} to {most} epochs; {steps * config.epochs:,} steps"),
         why(
             "lr",
-            "for standardised embeddings, whatever their number"
+            "for standardised embeddings of any number"
             if probe
             else f"{optimizer}'s {base:g} for a batch of {of}, in proportion to the batch",
         ),
@@ -267,34 +276,34 @@ def choose(start: Start, data: Dataset, *, probe: bool, **given: Any) -> tuple[F
 
 
 def check_parts(freeze: str, begin: Start) -> None:
-    """Raises :class:`InputError` where a part to freeze is none of the network's, or all of it is frozen."""
+    """Raises :class:`InputError` if the network lacks a part to freeze, or nothing is left to train."""
     known = [path for path in params.shapes(begin.config) if not path.endswith((".mean", ".var"))]
     held: set[str] = set()
     for name in listed(freeze):
         held |= paths.select(name, known)
     if len(held) == len(known):
-        raise InputError(f"`freeze` {freeze} leaves nothing to learn")
+        raise InputError(f"`freeze` {freeze} leaves nothing to train: freeze fewer parts")
 
 
 def listed(parts: str) -> tuple[str, ...]:
-    """``"stem, layer1"`` -> ``("stem", "layer1")``."""
+    """Splits a comma-separated list: ``"stem, layer1"`` -> ``("stem", "layer1")``."""
     return tuple(part.strip() for part in parts.split(",") if part.strip())
 
 
 class Finetune(Program):
-    """All layers of a network from given weights; images in memory or streamed from disk.
+    """Trains all layers of a network from given weights; images are in memory or streamed from disk.
 
     Args:
-        config: what to do.
+        config: configuration of the run.
         data: the images.
-        begin: of :func:`resolve`.
-        head: ``fc.kernel`` and ``fc.bias`` to begin with; ``None``: the weights' own where they name the same classes, else
-            drawn from the seed.
+        begin: the result of :func:`resolve`.
+        head: initial ``fc.kernel`` and ``fc.bias``; ``None``: those of the weights if they have the same classes, else
+            random ones.
         where: the devices.
-        workers: processes that decode; 0: threads.
+        workers: number of decoding processes; 0: threads.
 
     Raises:
-        InputError: as :class:`Program`, or a part to freeze is none of the network's, or all of it is.
+        InputError: as :class:`Program`; or the network lacks a part to freeze, or nothing is left to train.
     """
 
     def __init__(
@@ -309,20 +318,20 @@ class Finetune(Program):
         self.begin, self.head = begin, head
         self.network_config = dataclasses.replace(begin.config, num_classes=len(data.classes))
         if config.weights_digest != begin.digest:
-            raise InputError("the run was begun from other weights: give the same `weights`")
+            raise InputError("the run was started from other weights: give the same `weights`")
         check_parts(config.freeze, begin)
         super().__init__(config, data, where, workers=workers)
 
     def pretrained(self, seed: int) -> tuple[train.TrainState, list[str]]:
-        """The state before the first step, which has the weights already."""
+        """The state before the first step, with the initial weights."""
         return self.state(seed), []
 
     def provenance(self) -> dict[str, str]:
-        """What the weights were before."""
+        """Metadata about the initial weights."""
         return _provenance(self.begin, self.data)
 
     def more(self, labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
-        """Precision and recall of every class, and the images that were passed over."""
+        """Precision and recall of every class, and the skipped images."""
         return _more(self, labels, predictions)
 
     def rates(self) -> dict[str, float] | None:
@@ -331,7 +340,7 @@ class Finetune(Program):
         return None if decay == 1 else optim.layer_rates(self.model(None), decay)
 
     def model(self, seed: int | None) -> ResNet:
-        """The network to begin with; with None the shapes of its parameters alone."""
+        """The initial network; with ``seed=None``, only the shapes of its parameters."""
         config = self.config
         dtype = jnp.bfloat16 if config.precision == "bfloat16" else None
         if seed is None or self.begin.values is None:
@@ -341,7 +350,7 @@ class Finetune(Program):
             )  # fmt: skip
         else:
             values, found = dict(self.begin.values), self.begin.config
-            if self.begin.categories != self.data.classes:  # as many classes are not yet the same ones
+            if self.begin.categories != self.data.classes:  # the number of classes may be equal nevertheless
                 values = params.body(values)
                 found = dataclasses.replace(found, num_classes=0)
             values, _ = params.adapt(values, found, self.network_config, nnx.Rngs(seed))
@@ -352,11 +361,11 @@ class Finetune(Program):
 
 
 class Head(nnx.Module):
-    """A last layer on embeddings ``[N, 1, 1, D]``."""
+    """A linear layer on embeddings ``[N, 1, 1, D]``."""
 
     def __init__(self, features: int, classes: int, draws: bool):
         self.fc = Linear(features, classes, rngs=None)
-        if draws:  # the problem is convex: zeros are as good a start as any, and the same for every seed
+        if draws:  # the problem is convex, so that zeros are as good as random values
             for leaf in (self.fc.kernel, self.fc.bias):
                 leaf.set_value(jnp.zeros(leaf.get_value().shape, jnp.float32))
 
@@ -365,13 +374,13 @@ class Head(nnx.Module):
 
 
 class Probe(Program):
-    """The head alone, on standardised embeddings of the images, which are computed once.
+    """Trains only the head, on standardised embeddings of the images, which are computed once.
 
     Args:
-        config: of :func:`choose` with ``probe``.
+        config: the result of :func:`choose` with ``probe``.
         data: the images.
-        begin: of :func:`resolve`, with weights.
-        embeddings: by split, of :func:`embed`.
+        begin: the result of :func:`resolve`, with weights.
+        embeddings: by split, the result of :func:`embed`.
         where: the devices.
     """
 
@@ -384,7 +393,7 @@ class Probe(Program):
         where: Devices | None = None,
     ):
         if config.weights_digest != begin.digest:
-            raise InputError("the run was begun from other weights: give the same `weights`")
+            raise InputError("the run was started from other weights: give the same `weights`")
         self.begin, self.pictures = begin, {"train": data.train, "test": data.test}
         self.center = embeddings["train"].mean(0)
         self.spread = embeddings["train"].std(0) + 1e-6
@@ -393,19 +402,19 @@ class Probe(Program):
         super().__init__(config, dataclasses.replace(data, train=train_split, test=test), where)
 
     def pretrained(self, seed: int) -> tuple[train.TrainState, list[str]]:
-        """The state before the first step: a head of zeros."""
+        """The state before the first step, with a head of zeros."""
         return self.state(seed), []
 
     def model(self, seed: int | None) -> Any:
-        """The head; with None the shapes of its parameters alone."""
+        """The head; with ``seed=None``, only the shapes of its parameters."""
         return Head(self.begin.config.num_features, len(self.data.classes), seed is not None)
 
     def views(self) -> Pipeline:
-        """Embeddings as they are."""
+        """A pipeline that does not change the embeddings."""
         return Pipeline("features", 1, "none", (0.0,), (1.0,))
 
     def network(self, model: Any) -> ResNet:
-        """The whole network with this head, for embeddings as they come."""
+        """The whole network with this head; the standardisation of embeddings is folded into it."""
         kernel, bias = (np.asarray(leaf[...]) for leaf in (model.fc.kernel, model.fc.bias))
         kernel = kernel / self.spread[:, None]
         head = {"fc.kernel": kernel, "fc.bias": bias - self.center @ kernel}
@@ -414,15 +423,15 @@ class Probe(Program):
         return params.fill(config, params.body(self.begin.values) | head)
 
     def shown(self, name: str) -> Any:
-        """The images of a split, for pictures."""
+        """The images of a split, for figures."""
         return self.pictures[name].images
 
     def provenance(self) -> dict[str, str]:
-        """What the weights were before."""
+        """Metadata about the initial weights."""
         return _provenance(self.begin, self.data)
 
     def more(self, labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
-        """Precision and recall of every class, and the images that were passed over."""
+        """Precision and recall of every class, and the skipped images."""
         return _more(self, labels, predictions)
 
 
@@ -436,12 +445,15 @@ def _more(program: Program, labels: np.ndarray, predictions: np.ndarray) -> dict
 
 
 def by_class(labels: np.ndarray, predictions: np.ndarray, classes: Sequence[str]) -> dict[str, dict[str, float | None]]:
-    """By class: how many ``images`` it has, ``precision`` (of those predicted as it, the share that is) and ``recall``.
+    """For each class the number of ``images``, ``precision`` and ``recall``.
 
     Args:
         labels: int ``[n]``.
-        predictions: int ``[n]``; -1, no prediction, counts against the recall alone.
-        classes: names, each once.
+        predictions: int ``[n]``; -1 means no prediction and affects only the recall.
+        classes: names of the classes, all different.
+
+    Returns:
+        Figures by name of the class; precision and recall are None if they are undefined.
     """
     found = {}
     for number, name in enumerate(classes):
@@ -457,23 +469,23 @@ def by_class(labels: np.ndarray, predictions: np.ndarray, classes: Sequence[str]
 
 def _provenance(begin: Start, data: Dataset) -> dict[str, str]:
     dialect = {"dialect": begin.dialect} if begin.dialect else {}
-    known = not Path(begin.spec).exists()  # of a path only the name is anybody's business
+    known = not Path(begin.spec).exists()  # of a path only the name is stored, since folders are private
     held = f"{len(data.test.labels):,} {'validation images of a' if data.name == 'folder' else 'test images of'} {data.name}"
     said = {"begun_from": begin.spec if known else Path(begin.spec).name, "begun_from_digest": begin.digest}
     return {**said, "judged_on": held, **dialect}
 
 
 def head_of(path: Path) -> dict[str, np.ndarray]:
-    """The last layer of a native file."""
+    """The parameters of the last layer in a native file."""
     _, _, values, _ = native.read(path)
     return {name: np.asarray(values[name], np.float32) for name in ("fc.kernel", "fc.bias")}
 
 
 def embed(begin: Start, data: Dataset, devices: Devices, precision: str, batch_size: int = 64) -> dict[str, np.ndarray]:
-    """The embeddings of all images, float32 ``[n, features]`` by split, from their evaluation views.
+    """Computes the embeddings of all images from their evaluation views: float32 ``[n, features]`` by split.
 
     Raises:
-        WeightsError: one of them is not finite.
+        WeightsError: an embedding is not finite.
     """
     assert begin.values is not None
     dtype = jnp.bfloat16 if precision == "bfloat16" else None
@@ -494,5 +506,5 @@ def embed(begin: Start, data: Dataset, devices: Devices, precision: str, batch_s
             rows.append(np.asarray(compute(state, batch.images))[:count])
         found[name] = np.concatenate(rows).astype(np.float32)
         if not np.isfinite(found[name]).all():
-            raise WeightsError(f"{begin.spec}: an image's embedding is NaN or infinite, so the weights are unfit")
+            raise WeightsError(f"{begin.spec}: the embedding of an image is NaN or infinite: use other weights")
     return found

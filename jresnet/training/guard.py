@@ -1,4 +1,4 @@
-"""What is not finite: found in losses and weights, traced to a layer on request, answered by going back."""
+"""Detects non-finite losses and weights, finds the layer that causes them, and decides about rollbacks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jresnet.training.nans import find_non_finite
 from jresnet.training.program import Program
 from jresnet.training.step import Images, TrainState, prepare
 
-ROLLBACKS = 3  # how often a run goes back to its last checkpoint
+ROLLBACKS = 3  # largest number of rollbacks of a run to its last checkpoint
 
 
 class NonFiniteLoss(JresnetError, ArithmeticError):
@@ -24,19 +24,19 @@ class NonFiniteLoss(JresnetError, ArithmeticError):
 
 
 class Guard:
-    """Looks at what training computes.
+    """Checks losses and weights in training.
 
     Args:
-        program: what is trained.
-        checkpoints: the folder of the run's checkpoints, for messages.
-        search: name the layer where a non-finite value comes from; costs a copy of the state before each look.
+        program: the program that trains.
+        checkpoints: folder of the run's checkpoints, for messages.
+        search: find the layer that causes a non-finite value; this needs a copy of the state before each check.
     """
 
     def __init__(self, program: Program, checkpoints: Path, search: bool):
         self.program, self.checkpoints, self.search = program, checkpoints, search
 
     def copy(self, state: TrainState) -> TrainState | None:
-        """The state to search in, should the next step fail; None where nobody searches."""
+        """A copy of the state, to search in if the next step fails; None if ``search`` is off."""
         return jax.tree.map(jnp.copy, state) if self.search else None
 
     def check(
@@ -48,18 +48,18 @@ class Guard:
         order: Order,
         key: jax.Array,
     ) -> None:
-        """Checks the losses of the last steps, and the weights too where it searches.
+        """Checks the losses of the last steps, and with ``search`` also the weights.
 
         Args:
-            state: after these steps.
+            state: state after these steps.
             losses: float32 ``[steps]``.
-            before: what :meth:`copy` gave before them.
-            split: what the epoch's batches are taken from.
-            order: the epoch's batches, int ``[steps an epoch, batch]``.
-            key: of the augmentation.
+            before: result of :meth:`copy` before these steps.
+            split: source of the epoch's batches.
+            order: the epoch's batches, int ``[steps per epoch, batch]``.
+            key: random key of the augmentation.
 
         Raises:
-            NonFiniteLoss: where one of them is NaN or infinite.
+            NonFiniteLoss: a loss or a weight is NaN or infinite.
         """
         bad = np.flatnonzero(~np.isfinite(losses))
         if len(bad):
@@ -69,7 +69,7 @@ class Guard:
             raise self._error("a weight is not finite", int(state.step) - 1, self._layers(before, split, order, key))
 
     def check_weights(self, state: TrainState) -> None:
-        """Raises :class:`NonFiniteLoss` where a weight is not finite: before anything of the state is kept."""
+        """Raises :class:`NonFiniteLoss` if a weight is not finite; called before the state is saved."""
         if not self.program.finite(state):
             raise self._error("a weight is not finite after a finite loss", int(state.step) - 1, [])
 
@@ -78,12 +78,12 @@ class Guard:
         if found:
             return NonFiniteLoss("\n  ".join([message, *found]))
         return NonFiniteLoss(
-            f"{message}: the checkpoint before it, if any, is whole in {self.checkpoints}. A lower `lr`, `clip_norm` or "
-            "`precision` float32 may help, `on_nan` rollback goes back by itself, `debug_nans` names the layer"
+            f"{message}: earlier checkpoints, if any, are intact in {self.checkpoints}. Try a lower `lr`, `clip_norm` or "
+            "`precision` float32; `on_nan` rollback returns to a checkpoint automatically, `debug_nans` names the layer"
         )
 
     def _layers(self, before: TrainState | None, split: Images | Feed, order: Order, key: jax.Array) -> list[str]:
-        """Where in the step after ``before`` the first non-finite value is; nothing where nobody searches."""
+        """Finds the first non-finite value in the step after ``before``; empty if ``search`` is off."""
         if before is None:
             return []
         program = self.program
@@ -93,16 +93,18 @@ class Guard:
         found = jax.jit(views, static_argnums=4)(before.step, batch, order[step], key, len(program.data.classes))
         images, targets = (jnp.asarray(np.asarray(part)) for part in found)  # on one device
         model = nnx.merge(program.graph, *jax.tree.map(np.asarray, (before.params, before.batch_stats)))
-        return find_non_finite(model, images, targets) or ["forward and backward pass are finite: the update is not"]
+        return find_non_finite(model, images, targets) or [
+            "forward and backward pass are finite, but the update is not"
+        ]
 
 
 def next_rollback(error: NonFiniteLoss, on_nan: str, rollbacks: int) -> int:
-    """The number of the rollback that ``error`` is answered with, from 1; raises it where the run is to stop.
+    """The number of the next rollback, from 1; raises ``error`` if the run has to stop.
 
     Args:
-        error: why.
+        error: the reason.
         on_nan: ``"stop"`` or ``"rollback"``.
-        rollbacks: how often the run has gone back already.
+        rollbacks: number of previous rollbacks.
     """
     if on_nan == "stop" or rollbacks == ROLLBACKS:
         raise error

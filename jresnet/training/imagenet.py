@@ -1,7 +1,7 @@
-"""ImageNet from scratch: published recipes as rows of data, and the configuration of a run on images that are streamed.
+"""Training on ImageNet from scratch: a table of published recipes, and the configuration of a run on streamed images.
 
-The accuracies are the sources' own, of ResNet-50 on ImageNet-1k; none of the recipes has been run to its end by jresnet.
-What a recipe's source does otherwise than jresnet can is said beside its row.
+The accuracies are those of the sources, for ResNet-50 on ImageNet-1k; jresnet has not run any of these recipes completely.
+Comments beside a recipe say where jresnet differs from its source.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ARCH = "resnet50"
 
 @dataclass(frozen=True, kw_only=True)
 class ImageNetRecipe(Recipe):
-    """A row of :data:`RECIPES`; fields as :class:`ImageNetConfig`."""
+    """A row of :data:`RECIPES`; its fields are those of :class:`ImageNetConfig`."""
 
     augment: str = "none"
     magnitude: float = 0.0
@@ -42,14 +42,14 @@ class ImageNetRecipe(Recipe):
     test_size: int = 224
     test_resize: int
     interpolation: str = "bilinear"
-    # A run's batch may be another one: the learning rate then changes in proportion ("linear", arXiv:1706.02677) or with
-    # the root of the proportion ("root", arXiv:1904.00962, section 4).
+    # For another batch size, the learning rate is scaled in proportion to the batch ("linear", arXiv:1706.02677) or to its
+    # square root ("root", arXiv:1904.00962, section 4).
     scaling: str = "linear"
 
 
 RECIPES = {
     # 76.13 %: torchvision's IMAGENET1K_V1. https://github.com/pytorch/vision/tree/main/references/classification (ResNet):
-    # train.py's defaults on 8 GPUs; its flags stand beside the values.
+    # train.py's defaults on 8 GPUs; comments give its flags.
     "classic": ImageNetRecipe(
         epochs=90, batch_size=256,  # epochs 90; batch-size 32 on each of 8
         optimizer="sgd", lr=0.1, momentum=0.9, nesterov=False,  # opt sgd lr 0.1 momentum 0.9
@@ -60,10 +60,10 @@ RECIPES = {
         test_resize=256, imagenet_statistics=True, arch=ARCH, stem="imagenet",
         source="torchvision, references/classification: IMAGENET1K_V1, 76.13 %",
     ),
-    # 78.1 %: "ResNet strikes back", arXiv:2110.00476, table 2, column A3; what the table leaves out is timm's: its arguments
-    # "rand-m6-mstd0.5-inc1", BCE with a threshold of 0.2, crop_pct 0.95, and Lamb's max_grad_norm 1. A3 has no repeated
-    # augmentation, which A1 and A2 have. Not as there: the warm-up begins at lr / (its steps), not at 1e-4; the cosine ends
-    # at 0, not at 1e-6; RandAugment samples bilinearly where timm draws bilinear or bicubic.
+    # 78.1 %: "ResNet strikes back", arXiv:2110.00476, table 2, column A3. Settings that are not in the table are timm's:
+    # "rand-m6-mstd0.5-inc1", BCE with a threshold of 0.2, crop_pct 0.95, and Lamb's max_grad_norm 1. Unlike A1 and A2, A3
+    # has no repeated augmentation. Differences: the warm-up starts at lr / (number of warm-up steps), not at 1e-4; the
+    # cosine ends at 0, not at 1e-6; RandAugment always samples bilinearly, where timm draws bilinear or bicubic.
     "a3": ImageNetRecipe(
         epochs=100, batch_size=2048,
         optimizer="lamb", lr=8e-3, momentum=0.9, nesterov=False, scaling="root",
@@ -77,15 +77,16 @@ RECIPES = {
         source="arXiv:2110.00476, table 2, A3: 78.1 %",
     ),
     # 80.86 %: torchvision's IMAGENET1K_V2, https://github.com/pytorch/vision/issues/3995#issuecomment-1013906621 and
-    # https://pytorch.org/blog/how-to-train-state-of-the-art-models-using-torchvision-latest-primitives/. Not as there: the
-    # rate changes every step, not every epoch; fc's bias does not decay; the average is taken every step, not every 32.
+    # https://pytorch.org/blog/how-to-train-state-of-the-art-models-using-torchvision-latest-primitives/. Differences: the
+    # learning rate changes every step, not every epoch; no weight decay on fc's bias; the average is updated every step, not
+    # every 32 steps.
     "tv2": ImageNetRecipe(
         epochs=600, batch_size=1024,  # epochs 600; batch-size 128 on each of 8
         optimizer="sgd", lr=0.5, momentum=0.9, nesterov=False,  # lr 0.5
         weight_decay=2e-5, decay_norms=False, decoupled_decay=False,  # weight-decay 0.00002 norm-weight-decay 0.0
         schedule="cosine", milestones=(), gamma=0.1, warmup=5 / 600,  # lr-scheduler cosineannealinglr lr-warmup-epochs 5
         clip_norm=0.0, label_smoothing=0.1, zero_init_residual=False,  # label-smoothing 0.1
-        # model-ema: model-ema-steps 32 model-ema-decay 0.99998 come to a share of 2e-5 * 1024 * 32 / 600 in 32 steps
+        # model-ema: model-ema-steps 32 model-ema-decay 0.99998 amount to a weight of 2e-5 * 1024 * 32 / 600 per 32 steps
         ema=0.999966,
         crop="resized", image_size=176, flip="random", random_erasing=0.1,  # train-crop-size 176 random-erase 0.1
         mixup=0.2, cutmix=1.0, augment="trivial",  # mixup-alpha 0.2 cutmix-alpha 1.0 auto-augment ta_wide
@@ -98,33 +99,39 @@ RECIPES = {
 
 @dataclass(frozen=True, kw_only=True)
 class ImageNetConfig(FilesConfig):
-    """All that decides the outcome of a run from scratch on images that are streamed."""
+    """All settings that determine the result of a run from scratch on streamed images."""
 
     recipe: str = option(
-        "where what is not given comes from: "
+        "the defaults of the other options: "
         + "; ".join(f"{name}: {row.epochs} epochs, batch {row.batch_size}, {row.source}" for name, row in RECIPES.items()),
         "recipe", choices=tuple(RECIPES),
     )  # fmt: skip
     arch: str = option("any architecture of jresnet.list_models()", "network", metavar="NAME")
-    data_digest: str = option("SHA-256 of the images' names and labels", "", "")  # a million files are not read for it
+    data_digest: str = option("SHA-256 of the images' names and labels", "", "")  # avoids reading a million files
     image_size: int = option(
-        "pixels, height and width of the training views", "recipe", metavar="N", least=1, most=4096
+        "height and width of the training views in pixels", "recipe", metavar="N", least=1, most=4096
     )
-    test_size: int = option("pixels of what is evaluated", "recipe", 224, metavar="N", least=1, most=4096)
+    test_size: int = option(
+        "size of the centre crop for evaluation, in pixels", "recipe", 224, metavar="N", least=1, most=4096
+    )
     test_resize: int = option(
-        "pixels of the shorter side before the centre of it is cut out", "recipe", 256, metavar="N", least=1, most=4096
+        "size of the shorter side before the centre crop, in pixels", "recipe", 256, metavar="N", least=1, most=4096
     )
-    interpolation: str = option("of resizing", "recipe", "bilinear", choices=("bilinear", "bicubic"))
+    interpolation: str = option("interpolation for resizing", "recipe", "bilinear", choices=("bilinear", "bicubic"))
     min_area: float = option(
-        "the smallest share of an image's area that a random crop keeps", "recipe", 0.08, above=0, most=1
+        "smallest fraction of an image's area that a random crop covers", "recipe", 0.08, above=0, most=1
     )
     repeats: int = option(
-        "views of an image in a batch; an epoch then sees one in so many of the images", "recipe", 1, metavar="N", least=1,
+        "views of an image in a batch; an epoch then covers 1 / N of the images",
+        "recipe",
+        1,
+        metavar="N",
+        least=1,
         most=64,
-    )  # fmt: skip
+    )
 
     def pipeline(self) -> Pipeline:
-        """What happens to the images."""
+        """The augmentation and normalisation of images."""
         mean, std = STATISTICS["imagenet"]
         return Pipeline(
             self.crop, self.image_size, self.flip, mean, std, self.random_erasing, self.mixup, self.cutmix, self.min_area,
@@ -132,33 +139,36 @@ class ImageNetConfig(FilesConfig):
         )  # fmt: skip
 
     def preprocessing(self) -> Preprocessing:
-        """Of images to be evaluated."""
+        """The preprocessing for evaluation."""
         return Preprocessing(self.test_resize, self.test_size, *STATISTICS["imagenet"], self.interpolation)
 
     def check(self) -> None:
-        """Raises :class:`InputError` with everything that is wrong."""
+        """Raises :class:`InputError` that lists all invalid values."""
         super().check()
         self.preprocessing().check()
 
     def _contradictions(self) -> list[str]:
         found = super()._contradictions()
         if self.flip == "alternate":
-            found.append("`flip` alternate is for images in memory; images from disk take random")
+            found.append("`flip` alternate is for images in memory; use random for images from disk")
         if self.batch_size % self.repeats:
             found.append(f"`batch_size` must be a multiple of `repeats` {self.repeats}, got {self.batch_size}")
         return found
 
 
 def choose(recipe: str = "classic", **given: Any) -> tuple[ImageNetConfig, list[str]]:
-    """The configuration of a run, and what there is to say about it.
+    """Chooses the configuration of a run.
 
     Args:
-        recipe: a row of :data:`RECIPES`.
-        given: fields of :class:`ImageNetConfig` that the user chose; None: the recipe's own. Warm-up and milestones move
-            with the number of epochs, the learning rate with the batch.
+        recipe: a key of :data:`RECIPES`.
+        given: fields of :class:`ImageNetConfig` that the user chose; None: the recipe's value. Warm-up and milestones are
+            scaled with the number of epochs, and the learning rate with the batch size.
+
+    Returns:
+        The configuration, and notes on it.
 
     Raises:
-        InputError: for an unknown recipe, or values out of range.
+        InputError: unknown recipe, or values out of range.
     """
     if recipe not in RECIPES:
         raise InputError(f"unknown `recipe` {recipe!r}: there are {', '.join(RECIPES)}")
@@ -178,9 +188,9 @@ def choose(recipe: str = "classic", **given: Any) -> tuple[ImageNetConfig, list[
         share = max(batch, 1) / row.batch_size
         values["lr"] = row.lr * (share if row.scaling == "linear" else math.sqrt(share))
         if share != 1:
-            how = "in proportion to" if row.scaling == "linear" else "with the root of"
+            how = "in proportion to the batch" if row.scaling == "linear" else "with the square root of the batch"
             notes.append(
-                f"lr {values['lr']:g}: the recipe's {row.lr:g} for a batch of {row.batch_size:,}, {how} the batch"
+                f"lr {values['lr']:g}: the recipe's {row.lr:g} for a batch of {row.batch_size:,}, scaled {how}"
             )
     if type(values["epochs"]) is int:
         values.setdefault("warmup_epochs", row.warmup * values["epochs"])
@@ -198,18 +208,18 @@ def choose(recipe: str = "classic", **given: Any) -> tuple[ImageNetConfig, list[
 
 
 def dataset(listing: Listing, config: ImageNetConfig) -> Dataset:
-    """The images of a listing as two splits; none of them is opened before it is trained on.
+    """The images of a listing as two splits; images are opened only when they are used.
 
     Args:
-        listing: of :func:`jresnet.data.folder.find`, with images held for validation.
-        config: of the run; the classes of ImageNet's folders get their English names.
+        listing: the result of :func:`jresnet.data.folder.find`, with validation images.
+        config: configuration of the run. ImageNet's classes get their English names.
 
     Raises:
-        DataError: there are no images for validation.
+        DataError: there are no validation images.
     """
     if listing.held is None:
         raise DataError(
-            f"{listing.name} has no images to judge by: put some into a folder val beside train, by class as there"
+            f"{listing.name} has no validation images: put some into a folder val beside train, by class as there"
         )
     parts = (listing.train, listing.held)
     train, held = (Split(Files(part.sources, config.preprocessing()), part.labels) for part in parts)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Many steps and whole splits: the loop over an epoch's batches, evaluation, and the pace of both."""
+"""The loop over the steps of an epoch, the evaluation of a split, and the measurement of their speed."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from jresnet.training.feed import Feed
 from jresnet.training.step import Averaged, Images, Metrics, TrainState, TrainStep
 
 if TYPE_CHECKING:
-    from jresnet.data.stream import Files  # needs grain only where it is used
+    from jresnet.data.stream import Files
 
-Order = np.ndarray | jax.Array  # int32 [steps, B], which images each step of an epoch takes
-STRETCH = 2.0  # seconds of training between two looks: at metrics, signals and the clock
-LOOP = 500  # steps that an accelerator takes between two looks, at most: an epoch of CIFAR-10 in batches of 128 has 390
+Order = np.ndarray | jax.Array  # int32 [steps, B], the indices of the images in each step of an epoch
+STRETCH = 2.0  # seconds of training between two checks of metrics, signals and the clock
+LOOP = 500  # most steps on an accelerator between two checks; an epoch of CIFAR-10 in batches of 128 has 390
 
 
 class Evaluation(NamedTuple):
-    """What evaluation found, each image counted once."""
+    """The result of an evaluation, with each image counted once."""
 
-    loss: float  # mean cross-entropy with the labels, in nats
-    accuracy: float  # share of the images, 0 to 1
-    predictions: np.ndarray  # int32 [N]; -1 where a logit is not finite
+    loss: float  # mean cross-entropy, in nats
+    accuracy: float  # fraction of the images, 0 to 1
+    predictions: np.ndarray  # int32 [N]; -1 if a logit is not finite
     losses: np.ndarray  # float32 [N]
 
 
 def epoch_order(key: jax.Array, epoch: int, images: int, batch_size: int) -> Int[Array, "steps b"]:
-    """Which images each step of an epoch takes; the remainder of less than a batch sits this epoch out."""
+    """The indices of the images in each step of an epoch; images that do not fill a whole batch are left out."""
     steps = images // batch_size
     order = jax.random.permutation(jax.random.fold_in(key, epoch), images)
     return order[: steps * batch_size].reshape(steps, batch_size)
@@ -45,20 +45,19 @@ def epoch_order(key: jax.Array, epoch: int, images: int, batch_size: int) -> Int
 class StepsLoop:
     """Runs steps of an epoch: ``loop(state, split, order [steps, B], start, end, key) -> (state, metrics)``.
 
-    ``split`` is what a data source gives: the images themselves, whole on the devices, or a :class:`Feed` of batches.
-    ``order`` is numpy's, or on the devices already, from where a whole epoch on an accelerator need not fetch it.
+    ``split`` contains the images, replicated on the devices, or is a :class:`Feed` of batches. ``order`` is a numpy array,
+    or an array on the devices, which saves its transfer if an accelerator runs a whole epoch.
 
-    The metrics are numpy arrays, one row for each step that was taken. The state that is given is gone afterwards: its
-    memory is used again.
+    The metrics are numpy arrays with one entry per step. The state passed in is donated and cannot be used afterwards.
 
     Args:
-        step: of :func:`train_step`.
-        devices: where it runs.
-        on_device: loop inside one compiled function, for accelerators: the host then waits once for all the steps, and
-            sends and fetches nothing between them. XLA knows how often the loop turns, so each number of steps in a call
-            is a program of its own. Not on the CPU, where XLA leaves the backward convolutions of a loop body as naive
-            loops, ten times slower (jax#12868): there Python calls the compiled step.
-        compiler_options: of ``jax.jit``; :func:`jresnet.compiler_options` has the CPU's.
+        step: the result of :func:`train_step`.
+        devices: the devices to run on.
+        on_device: run the loop inside one compiled function, for accelerators: there are no transfers between steps, and
+            the host waits only once. The trip count is static, so that each number of steps per call is compiled
+            separately. On the CPU, XLA compiles the backward convolutions of a loop body as naive loops, ten times slower
+            (jax#12868), so that Python calls the compiled step instead.
+        compiler_options: options of ``jax.jit``; :func:`jresnet.compiler_options` returns those for the CPU.
     """
 
     def __init__(
@@ -70,7 +69,7 @@ class StepsLoop:
     ):
         self.devices = devices
         self.on_device = devices.platform != "cpu" if on_device is None else on_device
-        # Every device holds the results whole: XLA would be free to cut them.
+        # Results are replicated explicitly; otherwise XLA might shard them.
         function = jax.jit(
             partial(_many_steps, step) if self.on_device else step,
             donate_argnums=0,
@@ -78,17 +77,17 @@ class StepsLoop:
             compiler_options=compiler_options,
         )
         self._jitted: Any = function
-        self._compiled: dict[int, Callable] = {}  # by the steps that a call takes
+        self._compiled: dict[int, Callable] = {}  # by the number of steps per call
 
     def stretch(self, steps_per_epoch: int) -> int | None:
-        """How many steps of an epoch a call shall take, the last one of the epoch fewer; None: any number, by the clock.
+        """The number of steps per call; the last call of an epoch may have fewer. None: any number, chosen by the clock.
 
-        An accelerator's are whole epochs up to ``LOOP`` steps, else equal parts, as far as they can be: one program.
+        On an accelerator, a call runs a whole epoch of up to ``LOOP`` steps; longer epochs are divided into equal parts.
         """
         return -(-steps_per_epoch // -(-steps_per_epoch // LOOP)) if self.on_device else None
 
     def compile(self, state: TrainState, split: Images | Feed, order: Order, key: jax.Array) -> None:
-        """Compiles for arguments like these and as many steps, all at once: the first call is then as quick as any."""
+        """Compiles for arguments of these shapes and this number of steps, so that the first call is not slower."""
         steps = len(order) if self.on_device else 1
         if steps not in self._compiled:
             images = split.like() if isinstance(split, Feed) else split
@@ -106,17 +105,17 @@ class StepsLoop:
         stop: Callable[[], bool] = lambda: False,
         after_steps: Callable[[int], None] = lambda count: None,
     ) -> tuple[TrainState, Metrics]:
-        """Takes steps ``start`` to ``end`` and tells ``after_steps`` how many were taken; on the host after each one.
+        """Runs steps ``start`` to ``end`` (exclusive) and calls ``after_steps`` with the number of completed steps.
 
-        On the host ``stop`` is asked before each step, and ends the loop where it says yes. So does a batch that cannot be
-        had, where steps were taken before it.
+        If the loop runs on the host, ``after_steps`` is called after each step, and ``stop`` before each step; the loop
+        ends early if it returns true. The loop also ends early if a batch is unavailable after at least one step.
 
         Raises:
-            DataError: the first batch of these cannot be had; the state is as it was given.
+            DataError: the first of these batches is unavailable; the state was not donated.
         """
         taken: list[Metrics] = []
         if self.on_device:
-            assert not isinstance(split, Feed), "a feed gives its batches one by one, on the host"
+            assert not isinstance(split, Feed), "a feed provides batches one by one, on the host"
             call = self._compiled.get(end - start, self._jitted)
             state, metrics = call(state, split, self._taken(order, start, end), key)
             metrics = jax.device_get(metrics)
@@ -131,17 +130,18 @@ class StepsLoop:
             except DataError:
                 if not taken:
                     raise
-                break  # the steps taken count, as the state that was given is gone; asked again, it fails again
+                break  # keep the completed steps, since the state was donated; the next call raises the error
             state, metrics = call(state, images, self._taken(order, i, i + 1), key)
             if taken:
-                taken[-1].loss.block_until_ready()  # one step ahead of the device: no gap, and a signal is soon seen
+                # stay one step ahead of the device: no idle time, quick response to stop
+                taken[-1].loss.block_until_ready()
             taken.append(metrics)
             after_steps(1)
         rows = [np.array(row) for row in zip(*jax.device_get(taken), strict=True)] or [np.zeros(0), np.zeros(0, int)]
         return state, Metrics(*rows)  # type: ignore[arg-type]  # numpy now, fetched
 
     def _taken(self, order: Order, start: int, end: int) -> jax.Array:
-        """The images of the steps from ``start`` to ``end``, as the compiled function takes them."""
+        """The image indices of steps ``start`` to ``end``, as an argument of the compiled function."""
         if not self.on_device:
             return self.devices.put(np.asarray(order[start], np.int32), self.devices.cut())
         if isinstance(order, jax.Array) and (start, end) == (0, len(order)):
@@ -152,14 +152,14 @@ class StepsLoop:
 def _many_steps(
     step: TrainStep, state: TrainState, split: Images, order: jax.Array, key: jax.Array
 ) -> tuple[TrainState, Metrics]:
-    """A step for each row of ``order [steps, B]``; metrics ``[steps]``."""
+    """Runs one step per row of ``order [steps, B]``; the metrics have shape ``[steps]``."""
     return lax.scan(lambda state, indices: step(state, split, indices, key), state, order)
 
 
 def batches(split: Split, batch_size: int, devices: Devices) -> Iterator[tuple[Images, int]]:
-    """(a batch, how many of its images count): every image once, the last batch filled with the last image.
+    """Yields each batch and the number of its images that count; the last batch is padded with copies of the last image.
 
-    Each process gives the rows of a batch that lie on its own devices.
+    Each process provides the rows of a batch that belong to its own devices.
     """
     rows = devices.rows(batch_size)
     starts = range(0, len(split.labels), batch_size)
@@ -172,7 +172,7 @@ def batches(split: Split, batch_size: int, devices: Devices) -> Iterator[tuple[I
 
 
 def _pixels(images: np.ndarray | Files, batch_size: int, rows: slice) -> Iterator[np.ndarray]:
-    """Those rows of the images of a split in batches of one size."""
+    """Yields the given rows of the images of each batch of a split."""
     if not isinstance(images, np.ndarray):
         yield from images.batches(batch_size, rows)
         return
@@ -187,14 +187,17 @@ def evaluate(
     labels: np.ndarray,
     stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation | None:
-    """Loss and accuracy over every image of a split exactly once; None where ``stop`` said so.
+    """Computes loss and accuracy over every image of a split exactly once.
 
     Args:
         step: a jitted :func:`eval_step`.
-        weights: what is evaluated.
-        batches: of the split, as :func:`batches` gives them.
-        labels: of its images, int ``[N]``.
-        stop: asked before each batch.
+        weights: the weights to evaluate.
+        batches: the batches of the split, from :func:`batches`.
+        labels: the labels of its images, int ``[N]``.
+        stop: called before each batch; the evaluation ends if it returns true.
+
+    Returns:
+        The result, or None if ``stop`` ended the evaluation.
     """
     found, counts = [], []
     for batch, count in batches:
@@ -213,10 +216,10 @@ def evaluate(
 
 
 class Pace:
-    """What a step and an evaluation take in this process.
+    """Measures the duration of a step and of an evaluation in this process.
 
     Args:
-        step_seconds: as the session before measured it, until this one has; 0 where nobody did.
+        step_seconds: duration of a step in the previous session, used until this one has measured it; 0: unknown.
     """
 
     def __init__(self, step_seconds: float = 0.0) -> None:
@@ -225,27 +228,27 @@ class Pace:
         self._looks, self._steps, self._seconds = 0, 0, 0.0
 
     def stretch(self, steps_per_epoch: int) -> int:
-        """How many steps to take before the next look: one to measure, then a tenth of an epoch or ``STRETCH`` seconds."""
+        """The number of steps before the next check: at first one, then a tenth of an epoch or ``STRETCH`` seconds."""
         if self._looks == 0:
             return 1
         return max(1, min(-(-steps_per_epoch // 10), int(STRETCH / max(self.step_seconds, 1e-6))))
 
     def count(self, steps: int, seconds: float) -> None:
-        """``steps`` were taken in ``seconds``."""
+        """Records that ``steps`` took ``seconds``."""
         self._looks += 1
-        if self._looks == 2:  # the first step is slower: memory is allocated
+        if self._looks == 2:  # discard the first step, which is slower because it allocates memory
             self._steps, self._seconds = 0, 0.0
         self._steps, self._seconds = self._steps + steps, self._seconds + seconds
         self.step_seconds = self._seconds / max(self._steps, 1)
 
     def is_first_measured(self) -> bool:
-        """Whether this is the moment to say how long the run will take: a step has just been measured."""
+        """Whether a step has just been measured for the first time, so that the run's duration can be estimated."""
         return self._looks == 2
 
     def epoch_seconds(self, steps_per_epoch: int) -> float:
-        """Seconds of an epoch's training and evaluation."""
+        """The duration of an epoch, including evaluation, in seconds."""
         return self.step_seconds * steps_per_epoch + self.eval_seconds
 
     def left(self, steps: int, steps_per_epoch: int) -> float:
-        """Seconds that ``steps`` more will take, with their evaluations."""
+        """The duration of ``steps`` further steps, including evaluations, in seconds."""
         return steps * self.step_seconds + steps / steps_per_epoch * self.eval_seconds

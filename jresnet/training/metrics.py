@@ -1,4 +1,4 @@
-"""The numbers of a run as it goes: metrics.jsonl, TensorBoard and Weights & Biases."""
+"""Writes the metrics of a run to metrics.jsonl, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -23,55 +23,57 @@ SPLITS = ("train", "val", "test")
 
 
 class WandB:
-    """A run in Weights & Biases, for :class:`Metrics`. It needs ``pip install wandb``; nothing else of jresnet does.
+    """A run in Weights & Biases (W&B), for :class:`Metrics`. It needs ``pip install wandb``.
 
-    ``WANDB_MODE=offline`` keeps the rows in ``folder/wandb``, a folder a session, for ``wandb sync``. A resumed run goes
-    on in the run of the same id, which ``folder/wandb-id`` keeps; rows that it already has stay as they were, since W&B
-    takes steps in ascending order only.
+    With ``WANDB_MODE=offline`` the rows are stored in ``folder/wandb``, one folder per session, for ``wandb sync``. A
+    resumed run continues the W&B run whose id is in ``folder/wandb-id``. Rows that W&B already has are not changed, since
+    W&B accepts steps only in ascending order.
 
     Args:
-        project: the project's name.
-        name: the run's.
+        project: name of the project.
+        name: name of the run.
         config: JSON values by name.
-        folder: the run's folder, which exists.
+        folder: folder of the run, which must exist.
 
     Raises:
-        InputError: where wandb is missing, ``wandb-id`` is damaged, or W&B refuses, as it does without a login.
+        InputError: wandb is missing, ``wandb-id`` is damaged, or W&B refuses, for example without a login.
     """
 
     def __init__(self, project: str, name: str, config: dict[str, Any], folder: Path):
         try:
             from wandb import Error, init  # type: ignore[import-not-found]
-        except ImportError as error:  # also where a run's own folder wandb/ is taken for the package
+        except ImportError as error:  # also if Python imports a run's folder wandb/ instead of the package
             raise InputError(
                 f"Weights & Biases cannot be used ({error}): pip install --upgrade wandb, or leave `wandb` out"
             ) from error
         path = folder / "wandb-id"
-        if not path.exists():  # before the run begins, so that one that is killed at once goes on as well
+        if not path.exists():  # written before W&B's run begins, so that a run that is killed at once can be continued
             write_atomically(path, uuid.uuid4().hex.encode())
         try:
             run_id = path.read_bytes().decode()
         except (OSError, ValueError):
             run_id = ""
         if not re.fullmatch(r"[\w-]{1,64}", run_id, re.ASCII):
-            raise InputError(f"{path} is not the id of a run in Weights & Biases: delete it, and a new one begins")
+            raise InputError(f"{path} is not the id of a run in Weights & Biases: delete it to start a new one")
         try:
             self.run = init(project=project, name=name, config=config, dir=str(folder), id=run_id, resume="allow")
         except Error as error:
-            raise InputError(f"Weights & Biases: {error}. To keep its files here, set WANDB_MODE=offline") from error
+            raise InputError(
+                f"Weights & Biases: {error}. To work without a connection, set WANDB_MODE=offline"
+            ) from error
 
     def add(self, row: dict[str, Any]) -> None:
-        """Appends a row of :class:`Metrics`, unless the run has it from a session before."""
+        """Appends a row of :class:`Metrics`, unless the run has it from an earlier session."""
         if row["step"] >= self.run.step:
             self.run.log(row, step=row["step"], commit=True)
 
     def close(self) -> None:
-        """Waits until all rows are sent; where an exception is on its way, the run is marked as failed."""
+        """Waits until all rows are sent; if an exception is being handled, the run is marked as failed."""
         self.run.finish(exit_code=0 if sys.exc_info()[0] is None else 1)
 
 
 def tag(name: str) -> str:
-    """What TensorBoard calls a figure of a row: ``test_loss`` is ``loss/test``, in the group of losses."""
+    """The TensorBoard tag of a figure: ``test_loss`` becomes ``loss/test``, in the group of losses."""
     split, _, figure = name.partition("_")
     if split in SPLITS:
         return f"{figure}/{split}"
@@ -79,22 +81,22 @@ def tag(name: str) -> str:
 
 
 class Metrics:
-    """``metrics.jsonl``, one line an epoch, and the same numbers for TensorBoard (float32 there) and W&B.
+    """Writes ``metrics.jsonl``, one line per epoch, and the same numbers to TensorBoard (as float32) and W&B.
 
-    A row is JSON values by name, with ``epoch`` and ``step``; NaN and infinities become null, and are left out of
-    TensorBoard, which gets the losses of the steps, the configuration and the pictures too. Where tensorboardX is missing,
-    ``note`` says so, and there is no TensorBoard. It is written to by a thread: the losses of an epoch's steps take it some
-    10 ms, in which a GPU would wait.
+    A row contains JSON values by name, with ``epoch`` and ``step``. NaN and infinity become null and are left out of
+    TensorBoard, which also gets the losses of the steps, the configuration and the figures. If tensorboardX is missing,
+    ``note`` says so, and TensorBoard is skipped. A thread writes to TensorBoard, because the losses of an epoch take about
+    10 ms, during which a GPU would be idle.
 
     Args:
-        folder: the run's folder, which exists.
-        epochs: how many epochs a resumed run has behind it. Its file may hold more, written before the run was killed
-            and in no checkpoint: they are trained again.
-        wandb: takes the same rows.
-        step: the run goes on after this one; after the last row's by default.
+        folder: folder of the run, which must exist.
+        epochs: number of epochs that a resumed run has completed. The file may contain more rows, written after the last
+            checkpoint; they are dropped, as these epochs are trained again.
+        wandb: receives the same rows.
+        step: the run continues after this step; by default that of the last row.
 
     Raises:
-        InputError: where the file does not hold that many whole lines.
+        InputError: the file has fewer complete lines than ``epochs``.
     """
 
     def __init__(self, folder: Path, epochs: int, wandb: WandB | None = None, step: int | None = None):
@@ -106,33 +108,33 @@ class Metrics:
         self.rows = read_metrics(self.path, epochs)
         if len(self.rows) < epochs:
             raise InputError(
-                f"{self.path} has {len(self.rows)} whole lines, but {epochs} epochs are behind the checkpoint to go on "
-                "from: put the file back from a copy, or begin again in another folder"
+                f"{self.path} has {len(self.rows)} complete lines, but the checkpoint to resume from is after {epochs} "
+                "epochs: restore the file from a copy, or start again in another folder"
             )
         write_atomically(self.path, "".join(json.dumps(finite(row)) + "\n" for row in self.rows).encode())
         if not step:
             step = self.rows[-1]["step"] if self.rows else -1
         self.writer: Any = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tensorboard")
-        self._told: Future[None] | None = None  # the last that the thread was given
+        self._told: Future[None] | None = None  # the last task of the thread
         try:
-            from tensorboardX import SummaryWriter  # takes a second or two: it imports torch where there is one
+            from tensorboardX import SummaryWriter  # takes one or two seconds, because it imports torch if installed
         except ImportError as error:
             self.note = f"no TensorBoard files are written ({error}): pip install tensorboardX"
             return
         self.writer = SummaryWriter(
             str(self.folder / "tensorboard"),
             purge_step=step + 1,
-            filename_suffix=f".{time.time_ns()}",  # without it, two sessions in one second share a file
+            filename_suffix=f".{time.time_ns()}",  # otherwise two sessions within a second would share a file
         )
 
     def rewind(self, epochs: int, step: int | None = None) -> None:
-        """Drops the rows after the first ``epochs``, for a run that goes back to a checkpoint; W&B keeps what it has."""
+        """Drops the rows after the first ``epochs``, for a run that returns to a checkpoint; W&B keeps its rows."""
         self._close()
         self._begin(epochs, step)
 
     def add(self, row: dict[str, Any]) -> None:
-        """Appends an epoch."""
+        """Appends the row of an epoch."""
         row = finite(row)
         self.rows.append(row)
         with self.path.open("ab") as file:
@@ -149,7 +151,7 @@ class Metrics:
             self.wandb.add(row)
 
     def steps(self, step: int, losses: np.ndarray) -> None:
-        """Adds the losses of the steps up to and with ``step``, float ``[steps]``, to TensorBoard."""
+        """Adds the losses of the last steps up to and including ``step``, float ``[steps]``, to TensorBoard."""
 
         def tell() -> None:
             for number, loss in enumerate(losses.tolist(), step - len(losses) + 1):
@@ -159,11 +161,11 @@ class Metrics:
         self._tell(tell)
 
     def text(self, name: str, text: str) -> None:
-        """Shows a text, as it stands, in TensorBoard."""
+        """Adds a verbatim text to TensorBoard."""
         self._tell(lambda: self.writer.add_text(name, "\n".join(f"    {line}" for line in text.splitlines())))
 
     def picture(self, name: str, path: Path, step: int) -> None:
-        """Shows a PNG file in TensorBoard."""
+        """Adds a PNG file to TensorBoard."""
 
         def tell() -> None:
             from PIL import Image
@@ -174,7 +176,7 @@ class Metrics:
         self._tell(tell)
 
     def _tell(self, work: Callable[[], None]) -> None:
-        """Has the thread tell TensorBoard; raises what went wrong before, if it is known by now."""
+        """Submits a task to the TensorBoard thread; raises the error of an earlier task, if any."""
         if self.writer is not None:
             if self._told is not None and self._told.done():
                 self._told.result()

@@ -1,4 +1,4 @@
-"""Where NaN or infinity enters a training step: the search behind a run's option ``debug_nans``."""
+"""Finds where NaN or infinity first occurs in a training step, for a run's option ``debug_nans``."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from jaxtyping import Array, Float
 
 from jresnet.models.resnet import ResNet
 
-LINES = 10  # after one bad update every parameter is NaN: the first ones say enough
+LINES = 10  # after one bad update every parameter is NaN, so that the first lines suffice
 
 
 def find_non_finite(model: ResNet, images: Float[Array, "n h w c"], targets: Float[Array, "n classes"]) -> list[str]:
-    """Names the first place where NaN or infinity shows in a training step.
+    """Finds the first place with NaN or infinity in a training step.
 
-    The places are looked at in the order of the computation: images and targets; parameters; the output of each layer and
-    block; the mean cross-entropy; the updated running statistics; then, from the loss back, the gradients that each layer
-    makes of its output's. The optimizer's update is not part of it. The step runs compiled, as in training, since XLA
-    rounds differently where it fuses; it compiles about twice as long.
+    Values are checked in the order of the computation: images and targets; parameters; the output of each layer and block;
+    the mean cross-entropy; the updated running statistics; then, from the loss backwards, the gradients computed by each
+    layer. The optimizer's update is not included. The step is compiled as in training, since XLA rounds differently when it
+    fuses; compilation takes about twice as long.
 
     Args:
-        model: left as it is, its running statistics too.
-        images: normalised, as the model takes them in training.
-        targets: the probability of each class; 0 and 1 for plain labels.
+        model: the model, which is not changed, including its running statistics.
+        images: normalised images, as for training.
+        targets: probability of each class; 0 and 1 for plain labels.
 
     Returns:
         Lines such as ``"layer3.1.bn2: 12 of 8,192 values infinite; largest magnitudes: input 3.1e38, bias 0, scale 1
-        (bfloat16 ends at 3.4e38)"``; none where all is finite. What follows from an earlier finding is left out. Running
-        statistics that were non-finite before take no part in the step: they are named, and the search goes on.
+        (bfloat16 ends at 3.4e38)"``; empty if everything is finite. Consequences of an earlier finding are left out.
+        Running statistics that were non-finite before the step do not affect it: they are listed, and the search continues.
 
     Raises:
-        ValueError, TypeError: for images that the model does not take.
+        ValueError, TypeError: the model does not accept the images.
     """
     images, targets = jnp.asarray(images), jnp.asarray(targets)
     given = {"images": _measure(images), "targets": _measure(targets)}
@@ -54,17 +54,16 @@ def find_non_finite(model: ResNet, images: Float[Array, "n h w c"], targets: Flo
 @partial(jax.tree_util.register_dataclass, data_fields=["numbers"], meta_fields=["size", "dtype"])
 @dataclass(frozen=True)
 class Values:
-    """What is known of an array."""
+    """Statistics of an array."""
 
-    numbers: Float[
-        Array, " 3"
-    ]  # NaNs, infinities, the largest magnitude of the rest; floats, to be a gradient (_probe)
+    # numbers of NaNs and infinities, largest finite magnitude; floats, because they are computed as a gradient (_probe)
+    numbers: Float[Array, " 3"]
     size: int
     dtype: Any
 
     @property
     def finite(self) -> bool:
-        """Whether all values are."""
+        """Whether all values are finite."""
         return not self.numbers[:2].any()
 
     def __str__(self) -> str:
@@ -83,7 +82,7 @@ def _measure(x: jax.Array) -> Values:
 
 @jax.custom_vjp
 def _probe(x: jax.Array, probe: Float[Array, " 3"]) -> jax.Array:
-    """``x``; the gradient of ``probe`` is the numbers of ``x``'s gradient, which thus need not be kept."""
+    """Returns ``x``. The gradient of ``probe`` is defined as the statistics of ``x``'s gradient, which is not stored."""
     return x
 
 
@@ -91,7 +90,7 @@ _probe.defvjp(lambda x, probe: (x, None), lambda _, dy: (dy, _measure(dy).number
 
 
 class _Watched(nnx.Module):
-    """A layer or block whose input and output pass through ``watch``: PyTorch's forward hooks."""
+    """A layer or block whose input and output pass through ``watch``, like PyTorch's forward hooks."""
 
     def __init__(self, layer: Callable[..., jax.Array], name: str, watch: Callable[[str, jax.Array], jax.Array]):
         self.layer, self.name, self.watch = layer, name, watch
@@ -106,7 +105,7 @@ def _name(path: Iterable[Any]) -> str:
 
 
 def _layers(model: ResNet) -> dict[tuple[Any, ...], Any]:
-    """Layers and blocks by their path."""
+    """All layers and blocks by path."""
     return {path: module for path, module in nnx.iter_modules(model) if path and callable(module)}
 
 
@@ -122,23 +121,23 @@ def _watch_layers(model: ResNet, watch: Callable[[str, jax.Array], jax.Array]) -
 
 @dataclass(frozen=True)
 class _Step:
-    """All the arrays of a training step. A place is a layer's output, ``layer1.0.conv1``, or ``input of`` it."""
+    """Statistics of all arrays of a training step. A place is the output of a layer, ``layer1.0.conv1``, or its input."""
 
-    order: list[str]  # places, as the forward pass comes by them
-    before: dict[str, Values]  # parameters and running statistics, in that order too
+    order: list[str]  # places in the order of the forward pass
+    before: dict[str, Values]  # parameters and running statistics, in the same order
     outputs: dict[str, Values]  # by place
-    after: dict[str, Values]  # running statistics
+    after: dict[str, Values]  # updated running statistics
     gradients: dict[str, Values]  # by place, and by parameter
 
 
 def _run(model: ResNet, images: jax.Array, targets: jax.Array) -> _Step:
     graph, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)  # type: ignore[misc]
     probes = {place: jnp.zeros(3) for path in _layers(model) for place in (f"input of {_name(path)}", _name(path))}
-    order: list[str] = []  # jax sorts what it returns
+    order: list[str] = []  # recorded here, because jax sorts the keys of returned dicts
 
     def loss_of(params: nnx.State, probes: dict[str, jax.Array], batch_stats: nnx.State, images, targets):
         copy = nnx.merge(graph, params, batch_stats, copy=True)
-        copy.remat = False  # what a rematerialized block hands out is gone when it ends
+        copy.remat = False  # values cannot leave a rematerialised block
         running = {_name(path): leaf for path, leaf in nnx.iter_graph(copy) if isinstance(leaf, nnx.BatchStat)}
         outputs = {}
 
@@ -171,18 +170,18 @@ def _forward(step: _Step) -> list[str]:
     for i, place in enumerate(step.order):
         if step.outputs[place].finite:
             continue
-        if f"input of {place}" in step.order:  # a layer's output; a block's is a sum of its layers' outputs
+        if f"input of {place}" in step.order:  # the output of a layer or block
             inside = step.order[step.order.index(f"input of {place}") : i]
             sources = {p.removeprefix(f"{place}."): step.outputs[p] for p in inside if not p.startswith("input of ")}
             sources = {"input": step.outputs[inside[0]]} | sources | _parameters(step, place)
-        else:  # what lies between two layers, or after the last
+        else:  # a value between two layers, or after the last
             sources = {step.order[i - 1]: step.outputs[step.order[i - 1]]}
         return [_line(place, step.outputs[place], sources)]
     return []
 
 
 def _updates(step: _Step) -> list[str]:
-    """Running statistics that the step makes non-finite."""
+    """Running statistics that became non-finite in the step."""
     return [
         _line(f"{name} after the step", values, {"input": step.outputs[f"input of {name.rpartition('.')[0]}"]})
         for name, values in step.after.items()
@@ -191,16 +190,17 @@ def _updates(step: _Step) -> list[str]:
 
 
 def _backward(step: _Step) -> list[str]:
-    """The non-finite gradients of the place nearest the loss that has any."""
+    """The non-finite gradients at the place closest to the loss that has any."""
     for place in reversed(step.order[:-1]):
         layer = place.removeprefix("input of ")
         found = {"output": step.gradients[place]}
         sources = {}
         if place != layer:
             found = _parameters(step, layer, step.gradients)
-            if place != step.order[0]:  # nobody asks for the images' gradient
+            if place != step.order[0]:  # the images' gradient is not computed in training
                 found = {"input": step.gradients[place]} | found
-            inside = [p for p in step.order if p.startswith(f"input of {layer}.")]  # a block's is a sum of these
+            # a block's input gradient sums these
+            inside = [p for p in step.order if p.startswith(f"input of {layer}.")]
             sources = {f"gradient of {p.removeprefix(f'input of {layer}.')}'s input": step.gradients[p] for p in inside}
             sources = {"gradient of its output": step.gradients[layer], "input": step.outputs[place]} | sources
             sources |= _parameters(step, layer)
@@ -210,7 +210,7 @@ def _backward(step: _Step) -> list[str]:
 
 
 def _parameters(step: _Step, layer: str, values: dict[str, Values] | None = None) -> dict[str, Values]:
-    """A layer's own parameters, ``kernel`` for one, or what else ``values`` holds by their names."""
+    """Statistics of a layer's own parameters by name, such as ``kernel``; taken from ``values`` if given."""
     names = [name for name in step.before if name in step.gradients and name.rpartition(".")[0] == layer]
     return {name.rpartition(".")[2]: (values or step.before)[name] for name in names}
 
@@ -227,5 +227,5 @@ def _line(what: str, values: Values, sources: dict[str, Values]) -> str:
 
 
 def _short(number: Any) -> str:
-    """``3.4e38`` for 3.4028235e+38."""
+    """Formats a number briefly: 3.4028235e+38 as ``3.4e38``."""
     return f"{float(number):.2g}".replace("e+0", "e").replace("e+", "e").replace("e-0", "e-")

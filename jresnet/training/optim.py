@@ -1,7 +1,7 @@
-"""Optimizers and learning-rate schedules with PyTorch's arithmetic, in optax; parts of a network that learn apart.
+"""Optimizers and learning-rate schedules with PyTorch's arithmetic, in optax, with settings for parts of a network.
 
-Parts are named as in :mod:`jresnet.models.paths`: ``"head"``, ``"backbone"``, ``"layer1"``, ``"layer*.bn*"``. Where several
-names mean a parameter, the last one counts.
+Parts are named as in :mod:`jresnet.models.paths`: ``"head"``, ``"backbone"``, ``"layer1"``, ``"layer*.bn*"``. If several
+names match a parameter, the last one applies.
 
 >>> import jresnet, optax
 >>> from flax import nnx
@@ -29,29 +29,29 @@ from jresnet.training.recipes import OPTIMIZERS, SCHEDULES
 
 LAST_STEP = 2**31 - 1  # steps are counted in int32
 
-Names = str | Sequence[str]  # of parts of a network
+Names = str | Sequence[str]  # names of parts of a network
 
 
 def step_decay(lr: float, milestones: Sequence[float], gamma: float, steps_per_epoch: int) -> optax.Schedule:
-    """``lr`` times ``gamma`` for each milestone that has passed.
+    """Schedule that multiplies the learning rate by ``gamma`` at each milestone.
 
     Args:
-        lr: the first learning rate.
-        milestones: epochs, fractions of one allowed; the step that begins at a milestone has the lower rate.
+        lr: initial learning rate.
+        milestones: epochs, which may be fractional; the step that begins at a milestone has the new rate.
         gamma: factor at each milestone.
-        steps_per_epoch: steps.
+        steps_per_epoch: number of steps per epoch.
 
     Returns:
         A function from the step, counted from 0, to the learning rate.
 
     Raises:
-        InputError: for a number out of range.
+        InputError: a number is out of range.
     """
     _in_range(lr=lr, gamma=gamma, steps_per_epoch=steps_per_epoch, milestone=min(milestones, default=0))
     if not steps_per_epoch:
         raise InputError("steps_per_epoch must be at least 1, got 0")
     scales: dict[int, float] = {}
-    for milestone in milestones:  # two milestones may fall on one step
+    for milestone in milestones:  # two milestones may be at the same step
         step = min(round(milestone * steps_per_epoch), LAST_STEP)
         scales[step] = scales.get(step, 1.0) * gamma
     return optax.piecewise_constant_schedule(lr, scales)
@@ -67,17 +67,29 @@ def schedule(
     milestones: Sequence[float] = (),
     gamma: float = 0.1,
 ) -> optax.Schedule:
-    """A function from the step, counted from 0, to the learning rate.
+    """Builds a learning-rate schedule with optional linear warm-up.
 
-    With W steps of warm-up in a run of T, the first W rates are lr/W, 2 lr/W, ..., lr. Then:
+    With W warm-up steps in a run of T steps, the first W rates are lr/W, 2 lr/W, ..., lr. After that:
 
     * ``"step"``: :func:`step_decay`, as ``torch.optim.lr_scheduler.MultiStepLR``; no milestone within the warm-up.
     * ``"cosine"``: lr (1 + cos(pi t / (T - W))) / 2 with t = 0 at the end of the warm-up, as ``CosineAnnealingLR`` to 0
       (arXiv:1608.03983).
-    * ``"onecycle"``: lr (1 - t / (T - W)): with the warm-up a triangle (arXiv:1708.07120 without its momentum cycle).
+    * ``"onecycle"``: lr (1 - t / (T - W)), a triangle together with the warm-up (arXiv:1708.07120, without its momentum
+      cycle).
+
+    Args:
+        kind: ``"step"``, ``"cosine"`` or ``"onecycle"``.
+        lr: peak learning rate.
+        epochs: length of the run in epochs.
+        steps_per_epoch: number of steps per epoch.
+        warmup_epochs: length of the warm-up in epochs, which may be fractional.
+        milestones, gamma: as in :func:`step_decay`, for ``"step"``.
+
+    Returns:
+        A function from the step, counted from 0, to the learning rate.
 
     Raises:
-        InputError: for another kind, or a number out of range.
+        InputError: unknown kind, or a number is out of range.
     """
     if kind not in SCHEDULES:
         raise InputError(f"the schedule must be one of {', '.join(SCHEDULES)}, got {kind!r}")
@@ -108,29 +120,36 @@ def optimizer(
     rates: Mapping[str, float] | None = None,
     frozen: Names = (),
 ) -> optax.GradientTransformation:
-    """``torch.optim.SGD``, ``torch.optim.AdamW`` or timm's ``Lamb``, as a chain whose order tells where the decay acts.
+    """Builds an optimizer with the arithmetic of ``torch.optim.SGD``, ``torch.optim.AdamW`` or timm's ``Lamb``.
 
     Args:
-        kind: ``"sgd"`` (g += weight_decay * p; buf = momentum * buf + g; p -= lr * buf, or lr * (g + momentum * buf)
-            with ``nesterov``), ``"adamw"`` with ``momentum`` as b1, b2 = 0.999, eps = 1e-8, or ``"lamb"``
-            (arXiv:1904.00962) with ``momentum`` as b1, b2 = 0.999, eps = 1e-6: Adam's step and the decay, times each
-            array's norm by that of its step; what does not decay takes Adam's step, as in timm.
+        kind: one of
+
+            * ``"sgd"``: g += weight_decay * p; buf = momentum * buf + g; p -= lr * buf, or with ``nesterov``
+              p -= lr * (g + momentum * buf);
+            * ``"adamw"``: b1 = ``momentum``, b2 = 0.999, eps = 1e-8;
+            * ``"lamb"`` (arXiv:1904.00962): b1 = ``momentum``, b2 = 0.999, eps = 1e-6. The sum of Adam's update and the
+              weight decay is scaled by the ratio of the parameter's norm to that sum's norm; parameters without weight
+              decay take Adam's update, as in timm.
         learning_rate: a number or a :func:`schedule`.
-        momentum: 0 to below 1.
-        nesterov: Nesterov's momentum, in AdamW too.
-        weight_decay: times the learning rate: the share of each parameter that a step takes away. A mapping has one for
-            each part by its name, and 0 for what it does not name.
-        decoupled_decay: SGD's decay also after the momentum, p -= lr * weight_decay * p. Decay inside the momentum acts
-            1 / (1 - momentum) times as strongly.
-        decay_norms: whether parameters of one dimension (BN's scale and bias, fc's bias) decay too.
-        clip_norm: gradients are scaled down to this length, over all parameters together, before all else, as
-            ``torch.nn.utils.clip_grad_norm_``; 0: never. Frozen ones do not count.
-        rates: factors of the learning rate by names of parts, as ``lr`` of PyTorch's parameter groups; 1 for what is not
-            named. :func:`layer_rates` makes such a mapping.
-        frozen: names of parts that stay bit by bit as they are, as with ``requires_grad_(False)``; they have no state.
+        momentum: at least 0 and below 1.
+        nesterov: use Nesterov momentum, also in AdamW.
+        weight_decay: coefficient, multiplied by the learning rate. A mapping gives one for each part by name, and 0 for
+            all other parts.
+        decoupled_decay: apply SGD's weight decay after the momentum, p -= lr * weight_decay * p. Decay before the momentum
+            is stronger by 1 / (1 - momentum).
+        decay_norms: whether one-dimensional parameters (BN's scale and bias, fc's bias) have weight decay, too.
+        clip_norm: gradients are clipped to this global norm before everything else, as in
+            ``torch.nn.utils.clip_grad_norm_``; 0: no clipping. Gradients of frozen parameters do not count.
+        rates: factors of the learning rate by names of parts, like ``lr`` of PyTorch's parameter groups; 1 for all other
+            parts. :func:`layer_rates` returns such a mapping.
+        frozen: names of parts that are not changed, as with ``requires_grad_(False)``; they have no optimizer state.
+
+    Returns:
+        An optax transformation.
 
     Raises:
-        InputError: for another kind, or a number out of range; in ``init``, for a name of no part.
+        InputError: unknown kind, or a number is out of range; in ``init``, unknown name of a part.
     """
     if kind not in OPTIMIZERS:
         raise InputError(f"the optimizer must be {' or '.join(OPTIMIZERS)}, got {kind!r}: optax has others")
@@ -139,7 +158,7 @@ def optimizer(
     if not callable(learning_rate):
         _in_range(learning_rate=learning_rate)
     if kind == "lamb" and isinstance(weight_decay, Mapping):
-        raise InputError("weight_decay by parts is for sgd and adamw; lamb takes one number")
+        raise InputError("weight_decay must be one number for lamb; only sgd and adamw accept one for each part")
     if not isinstance(weight_decay, Mapping):
         _in_range(weight_decay=weight_decay)
     if isinstance(weight_decay, Mapping):
@@ -163,40 +182,40 @@ def optimizer(
 
 
 def _kernels(params: Any) -> Any:
-    """Which parameters are kernels."""
+    """A mask of the kernels among the parameters."""
     return jax.tree.map(lambda value: value.ndim > 1, params)
 
 
 def labels(groups: Mapping[str, Names], rest: str = "rest") -> Callable[[Any], Any]:
-    """Parts of a network by label, for ``optax.multi_transform``.
+    """Labels the parameters of a network by parts, for ``optax.multi_transform``.
 
     Args:
-        groups: label to a name or names of parts.
-        rest: the label of what no name means.
+        groups: maps a label to a name or names of parts.
+        rest: label of all other parameters.
 
     Returns:
         A function from parameters, a ``flax.nnx.State`` or any tree of the same paths, to a tree of labels.
 
     Raises:
-        InputError: in that function, for a name of no part; the message suggests the nearest.
+        InputError: in that function, unknown name of a part; the message suggests similar names.
     """
     named = [(name, label) for label, names in groups.items() for name in _listed(names)]
     return lambda params: _assigned(named, rest, params)
 
 
 def mask(*names: str) -> Callable[[Any], Any]:
-    """Whether a parameter is of one of the parts, for ``optax.masked`` and ``optax.add_decayed_weights``.
+    """Selects the parameters of the named parts, for ``optax.masked`` and ``optax.add_decayed_weights``.
 
     Returns:
-        A function from parameters to a tree of booleans; errors as :func:`labels`.
+        A function from parameters to a tree of booleans; errors as in :func:`labels`.
     """
     return lambda params: _assigned([(name, True) for name in names], False, params)
 
 
 def freeze(optimizer: optax.GradientTransformation, *names: str) -> optax.GradientTransformation:
-    """``optimizer`` for all but the parts named, which stay bit by bit as they are, whatever their gradients are.
+    """Wraps an optimizer so that the named parts are never changed, whatever their gradients are.
 
-    BatchNorm's running statistics are no parameters: ``model.freeze_statistics()`` holds those.
+    BatchNorm's running statistics are not parameters: ``model.freeze_statistics()`` freezes those.
     """
     return optax.multi_transform(
         {"frozen": optax.stateless(_nothing), "trained": optimizer}, labels({"frozen": names}, rest="trained")
@@ -204,10 +223,10 @@ def freeze(optimizer: optax.GradientTransformation, *names: str) -> optax.Gradie
 
 
 def scale_rates(factors: Mapping[str, float]) -> optax.GradientTransformation:
-    """The updates times a factor by part, 1 for what is not named: behind an optimizer, factors of its learning rate.
+    """Scales updates by a factor for each part, 1 for all other parts; used after an optimizer, it scales learning rates.
 
     Raises:
-        InputError: for a factor below 0; in ``init`` and ``update``, for a name of no part.
+        InputError: a factor is negative; in ``init`` and ``update``, unknown name of a part.
     """
     _check("rates", factors)
 
@@ -218,9 +237,9 @@ def scale_rates(factors: Mapping[str, float]) -> optax.GradientTransformation:
 
 
 def layer_rates(model: ResNet, decay: float) -> dict[str, float]:
-    """Layer-wise decay of the learning rate: 1 for the head, ``decay`` for the last stage, its square for the one before.
+    """Layer-wise decay of the learning rate: 1 for the head, ``decay`` for the last stage, ``decay**2`` for the one before.
 
-    As in Howard & Ruder 2018 (arXiv:1801.06146, section 3.2) and BEiT's fine-tuning, by stage instead of by layer.
+    As in Howard & Ruder 2018 (arXiv:1801.06146, section 3.2) and BEiT's fine-tuning, but by stage instead of by layer.
 
     Returns:
         Factors by name from the stem to the head, for ``optimizer(..., rates=...)``.
@@ -247,7 +266,7 @@ def _decay_parts(decays: Mapping[str, float]) -> optax.GradientTransformation:
 
 
 def _checked_early(names: Mapping[str, float], update: Callable[[Any, Any], Any]) -> optax.GradientTransformation:
-    """A transformation without state, whose names are looked up in ``init`` as well: there an error is an early one."""
+    """A transformation without state that also looks up its names in ``init``, to report errors early."""
     stateless = optax.stateless(update)
 
     def init(params: Any) -> Any:
@@ -258,7 +277,7 @@ def _checked_early(names: Mapping[str, float], update: Callable[[Any, Any], Any]
 
 
 def _in_range(below: float = math.inf, **numbers: Any) -> None:
-    """Raises InputError for a number of Python's that is below 0, not finite, or not ``below``; arrays may be traced."""
+    """Raises InputError for Python numbers that are negative, not finite, or not ``below``; arrays are not checked."""
     for name, number in numbers.items():
         if isinstance(number, int | float) and not 0 <= number < below:
             most = "" if below == math.inf else f" and below {below:g}"
@@ -272,7 +291,7 @@ def _check(what: str, numbers: Mapping[str, float]) -> None:
 
 
 def _nothing(updates: Any, _: Any) -> Any:
-    """Zeros below 0: a parameter of -0.0 plus 0.0 would be 0.0."""
+    """Updates of -0.0, which change no parameter: adding 0.0 would turn -0.0 into 0.0."""
     return jax.tree.map(lambda u: jnp.full_like(u, -0.0), updates)
 
 
@@ -281,7 +300,7 @@ def _listed(names: Names) -> Sequence[str]:
 
 
 def _assigned(named: Sequence[tuple[str, Any]], rest: Any, params: Any) -> Any:
-    """A tree like ``params`` with the value that belongs to each parameter's name; what is masked stays so."""
+    """A tree like ``params`` with the value for each parameter's name; masked leaves stay masked."""
     leaves, tree = jax.tree.flatten_with_path(params, is_leaf=_is_masked)
     dotted = [_dotted(path) for path, _ in leaves]
     values = dict.fromkeys(dotted, rest)
@@ -297,7 +316,7 @@ def _is_masked(leaf: Any) -> bool:
 
 
 def _dotted(path: tuple[Any, ...]) -> str:
-    """JAX's path of a leaf as ``layer1.0.conv1.kernel``; the last step into a ``flax.nnx.Variable`` is none."""
+    """Converts JAX's path of a leaf to ``layer1.0.conv1.kernel``; the value inside a ``flax.nnx.Variable`` is left out."""
     if path and isinstance(path[-1], jax.tree_util.GetAttrKey):
         path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator=".")

@@ -1,4 +1,4 @@
-"""A run's folder: what may be begun in it, the lock that keeps others out, and what a run leaves there."""
+"""The folder of a run: its checks, its lock against concurrent runs, and the files that a run writes."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ FILES = (
     "config.json", "metrics.jsonl", "summary.json", "last.safetensors", "best.safetensors", "checkpoints", "curves.png",
     "confusion.png", "worst.png",
 )  # fmt: skip
-MAX_SUMMARY = 2**24  # bytes of a summary.json that is read; they have some 3,000
-PROGRESS = 4096  # bytes for a checkpoint's progress on its way to the other processes
+MAX_SUMMARY = 2**24  # largest summary.json that is read, in bytes; usual ones have about 3,000
+PROGRESS = 4096  # bytes reserved for sending a checkpoint's progress to the other processes
 
 
 class Outputs:
-    """What a run writes, and reads again; in all processes but the first every method does nothing.
+    """Writes and reads the files of a run. In all processes but the first, methods do nothing.
 
     Args:
-        out: the run's folder.
-        config: of the run; that of the program may have another seed.
-        program: what is trained.
+        out: folder of the run.
+        config: configuration of the run; the program's may have another seed.
+        program: the program.
         say: prints a line.
     """
 
@@ -60,19 +60,19 @@ class Outputs:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """The epochs so far, as in ``metrics.jsonl``."""
+        """The rows of ``metrics.jsonl`` so far."""
         return self._metrics.rows if self._metrics else []
 
     @contextlib.contextmanager
     def opened(self, resume: bool, **more: Any) -> Iterator[None]:
-        """Makes the folder or checks that it holds this very run, keeps others out, and writes ``config.json``.
+        """Creates the folder, or checks that it contains this run; locks it and writes ``config.json``.
 
         Args:
-            resume: go on with the run that is there, if any.
+            resume: continue an existing run.
             more: further entries of ``config.json``.
 
         Raises:
-            InputError: where the folder cannot be used, is in use, or holds another run.
+            InputError: the folder cannot be used, is in use, or contains another run.
         """
         if not devices.is_first():
             yield
@@ -89,10 +89,10 @@ class Outputs:
                     self._metrics.close()
 
     def restore(self, like: train.TrainState) -> tuple[train.TrainState, dict[str, Any]] | None:
-        """The state of the newest whole checkpoint, in every process, and the progress beside it; None without any.
+        """Restores the state and the progress of the newest undamaged checkpoint, in every process; None if there is none.
 
         Raises:
-            WeightsError: where no checkpoint is whole, or it is of another network.
+            WeightsError: all checkpoints are damaged, or belong to another network.
         """
         found = self._checkpoints.restore(like) if self._checkpoints else None
         for note in found.notes if found else ():
@@ -108,22 +108,22 @@ class Outputs:
         return self.program.devices.replicate(state), json.loads(bytes(text))
 
     def checkpoint(self, state: train.TrainState, progress: dict[str, Any], score: float | None = None) -> None:
-        """Begins a checkpoint, as :meth:`Checkpoints.save`."""
+        """Starts writing a checkpoint, as :meth:`Checkpoints.save`."""
         if self._checkpoints:
             self._checkpoints.save(state, progress, score)
 
     def wait(self) -> None:
-        """Waits for the checkpoint under way."""
+        """Waits for the current checkpoint."""
         if self._checkpoints:
             self._checkpoints.wait()
 
     def begin_rows(self, epochs: int, step: int, project: str | None) -> None:
-        """Opens ``metrics.jsonl``, of which the first ``epochs`` rows stay, TensorBoard, and a project of W&B.
+        """Opens ``metrics.jsonl``, keeping its first ``epochs`` rows, TensorBoard, and a project of W&B.
 
-        ``step`` is the one that the run goes on after.
+        ``step`` is the last completed step.
         """
         if devices.is_first():
-            name = f"{self.out.parent.name}/{self.out.name}"  # a seed's folder alone is seed-0 in every run
+            name = f"{self.out.parent.name}/{self.out.name}"  # the last part alone may be seed-0, which is not unique
             wandb = WandB(project, name, dataclasses.asdict(self.config), self.out) if project else None
             self._metrics = Metrics(self.out, epochs, wandb, step)
             if self._metrics.note:
@@ -136,7 +136,7 @@ class Outputs:
             self._metrics.rewind(epochs, step)
 
     def steps(self, step: int, losses: np.ndarray) -> None:
-        """Adds the losses of the steps up to ``step``."""
+        """Adds the losses of the last steps up to ``step``."""
         if self._metrics:
             self._metrics.steps(step, losses)
 
@@ -146,7 +146,7 @@ class Outputs:
             self._metrics.add(row)
 
     def weights(self, name: str, state: train.TrainState, row: dict[str, Any]) -> None:
-        """Writes the model of a state, with how to prepare images for it and the figures of ``row``."""
+        """Writes the model of a state to a native file, with its preprocessing and the figures of ``row``."""
         if not devices.is_first():
             return
         weights.save(
@@ -163,13 +163,16 @@ class Outputs:
         )
 
     def finish(self, test: Evaluation, judge: str, best_epoch: int, **more: Any) -> dict[str, Any]:
-        """Writes the plots and ``summary.json``, and returns its contents; in other processes than the first nothing.
+        """Writes the figures and ``summary.json``.
 
         Args:
-            test: the figures of the test images after the last epoch.
+            test: evaluation of the test images after the last epoch.
             judge: the split on which the best epoch was chosen, ``"val"`` or ``"test"``.
-            best_epoch: from 1; 0 where no epoch's logits were all finite.
-            more: fields of the summary that only the run itself knows.
+            best_epoch: the best epoch, counted from 1; 0 if no epoch's logits were all finite.
+            more: further fields of the summary.
+
+        Returns:
+            The contents of ``summary.json``; an empty dict in all processes but the first.
         """
         if not devices.is_first():
             return {}
@@ -177,7 +180,7 @@ class Outputs:
         self._plot(test)
         last, best = rows[-1], rows[best_epoch - 1] if best_epoch else {}
         labels = program.splits["test"].labels
-        # What has no prediction counts as wrong: as any class but its own.
+        # An image without a prediction counts as misclassified: it is assigned some class other than its own.
         predictions = np.where(test.predictions < 0, (labels + 1) % len(data.classes), test.predictions)
         chosen_on = {
             "val": f"the {config.val_split} training images held out for validation",
@@ -216,7 +219,7 @@ class Outputs:
         return write_json(self.out / "summary.json", summary)
 
     def _plot(self, test: Evaluation) -> None:
-        """The curves, and of the images that got a prediction the confusion matrix and the worst mistakes."""
+        """Plots the curves, the confusion matrix and the worst mistakes; the last two only of images with a prediction."""
         config, data, held = self.config, self.program.data, self.program.splits["test"]
         title = f"{config.arch} on {data.name}, recipe {config.recipe}"
         scored = f"{title}: {100 * test.accuracy:.2f} % of {len(held.labels):,} test images, last epoch"
@@ -242,10 +245,10 @@ class Outputs:
 def claimed(
     config: RunConfig, out: Path, resume: bool, say: Callable[[str], None], runs: int | None = None
 ) -> Iterator[None]:
-    """Makes a run's folder, or checks that it holds this very run, and keeps others out of it.
+    """Creates the folder of a run, or checks that it contains this run, and locks it.
 
     Raises:
-        InputError: where the folder cannot be used, is in use, or holds another run.
+        InputError: the folder cannot be used, is in use, or contains another run.
     """
     check(config, out, resume, runs)  # before anything is written
     try:
@@ -255,35 +258,38 @@ def claimed(
     with Lock(out) as lock:
         if lock.note:
             say(f"note     {lock.note}")
-        check(config, out, resume, runs)  # another run may just have ended
+        check(config, out, resume, runs)  # again, since another run may have ended while waiting for the lock
         if (before := read_config(out, type(config))) and (changed := differences(before, config)):
-            say(f"note     the run goes on with another configuration: {'; '.join(changed)}")
-            (out / "summary.json").unlink(missing_ok=True)  # of the shorter run; its end writes it anew
-        for name in FILES:  # of a run that was killed while it wrote
+            say(f"note     the run continues with another configuration: {'; '.join(changed)}")
+            (out / "summary.json").unlink(missing_ok=True)  # that of the shorter run is outdated
+        for name in FILES:  # temporary files of a run that was killed
             for path in out.glob(f".{name}.*"):
                 path.unlink(missing_ok=True)
         yield
 
 
 def check(config: RunConfig, out: Path, resume: bool, runs: int | None = None) -> None:
-    """Checks that the folder is free or, where it is to be resumed, holds this very run.
+    """Checks that the folder is free, or contains this run if it is to be resumed.
+
+    More ``epochs`` are allowed if the learning rates of the started epochs do not change.
 
     Args:
-        config: of the run.
+        config: configuration of the run.
         out: the folder.
-        resume: whether to go on with what is there.
-        runs: how many seeds; None for a single run.
+        resume: whether to continue the run in the folder.
+        runs: number of seeds; None for a single run.
 
     Raises:
-        InputError: otherwise; a difference in the configuration is listed field by field. More ``epochs`` alone are none
-            where the rates of those that have begun are the same in the longer run.
+        InputError: the folder contains another run, or none that can be resumed; the message lists all fields that differ.
     """
     if why := unusable(out):
         raise InputError(f"cannot use `out` {out}: {why}; choose another folder")
     before = read_config(out, type(config))
     taken = [name for name in FILES if (out / name).exists()]
     if taken and not resume:
-        raise InputError(f"`out` {out} already holds a run ({', '.join(taken)}): `resume` it, or choose another folder")
+        raise InputError(
+            f"`out` {out} already contains a run ({', '.join(taken)}): `resume` it, or choose another folder"
+        )
     changed = differences(before, config) if before else []
     begun = read_runs(out, type(config)) if before else None
     if before and runs != begun:
@@ -298,17 +304,19 @@ def check(config: RunConfig, out: Path, resume: bool, runs: int | None = None) -
             why = f" ({reason})"
         way = ""
         if last := next((path for path in _seed_folders(out) if (path / "last.safetensors").exists()), None):
-            way = f". A new run that starts from its weights: `weights` {last / 'last.safetensors'}, and another `out`"
-        raise InputError(f"`resume` goes on with the run in {out} as it was begun, but {'; '.join(changed)}{why}{way}")
+            way = f". To start a new run from its weights, give `weights` {last / 'last.safetensors'} and another `out`"
+        raise InputError(
+            f"`resume` cannot change the configuration of the run in {out}: {'; '.join(changed)}{why}{way}"
+        )
 
 
 def _seed_folders(out: Path) -> list[Path]:
-    """A run's folder and those of its seeds."""
+    """The folder of a run and those of its seeds."""
     return [out, *sorted(out.glob("seed-*"))]
 
 
 def _begun(out: Path) -> int:
-    """How many epochs of a run have begun; of several seeds, of the one with the most."""
+    """The number of epochs that a run has started; with several seeds, the largest number."""
     most = 0
     for folder in _seed_folders(out):
         rows = read_metrics(folder / "metrics.jsonl")
@@ -319,16 +327,16 @@ def _begun(out: Path) -> int:
 
 
 def unusable(out: Path) -> str | None:
-    """Why a folder cannot be made or written in, as far as can be told without trying; None: it can."""
+    """The reason why a folder cannot be created or written to, as far as can be known without trying; None if it can."""
     try:
         out.stat()
     except FileNotFoundError:
-        return f"{out} is a link that leads nowhere" if out.is_symlink() else unusable(out.parent)
+        return f"{out} is a broken link" if out.is_symlink() else unusable(out.parent)
     except (OSError, ValueError) as error:
         return getattr(error, "strerror", None) or str(error)
     if not out.is_dir():
-        return f"{out} is no folder"
-    return None if os.access(out, os.W_OK | os.X_OK) else f"{out} may not be written in"
+        return f"{out} is not a folder"
+    return None if os.access(out, os.W_OK | os.X_OK) else f"{out} is not writable"
 
 
 def write_config(out: Path, config: RunConfig, **more: Any) -> None:
@@ -337,63 +345,65 @@ def write_config(out: Path, config: RunConfig, **more: Any) -> None:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> dict[str, Any]:
-    """Writes a JSON file, and returns its contents; NaN and infinities become null."""
+    """Writes a JSON file and returns its contents; NaN and infinity become null."""
     contents = finite(values)
     write_atomically(path, json.dumps(contents, indent=1).encode())
     return contents
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """A run's ``summary.json``.
+    """Reads the ``summary.json`` of a run.
 
     Raises:
-        InputError: where it cannot be read or is damaged.
+        InputError: the file cannot be read or is damaged.
     """
     try:
         summary = json.loads(read_ordinary(path, MAX_SUMMARY))
         if not isinstance(summary, dict) or not all(isinstance(summary.get(part), dict) for part in ("final", "best")):
-            raise TypeError("it is no JSON object with the objects final and best")
+            raise TypeError("it is not a JSON object with the objects final and best")
         bad = [name for part in (summary, summary["final"], summary["best"]) for name in no_figures(part)]
         bad += ["seed"] if type(summary.get("seed")) is not int else []
         if bad:
-            raise TypeError(f"{', '.join(bad)} is not what it should be")
+            raise TypeError(f"{', '.join(bad)} has an invalid value")
     except (OSError, RecursionError, TypeError, ValueError) as error:
-        raise InputError(f"{path} cannot be used ({error}): delete it, and the run's end writes it anew") from error
+        raise InputError(
+            f"{path} cannot be used ({error}): delete it and resume the run, which writes it again"
+        ) from error
     return summary
 
 
 def versions() -> dict[str, str]:
-    """What a run was made with."""
+    """The versions of Python, jresnet and the main packages."""
     ours = {"python": platform.python_version(), "jresnet": __version__}
     return ours | installed("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 class Lock:
-    """Keeps other processes out of a run's folder; a context manager.
+    """A lock that keeps other processes from using a run's folder; a context manager.
 
-    The kernel releases it however the process ends, by SIGKILL too; child processes do not inherit it.
+    The kernel releases the lock when the process ends, even by SIGKILL; child processes do not inherit it.
 
     Args:
-        folder: of the run; the file ``lock`` is made in it, and stays.
+        folder: folder of the run; the file ``lock`` is created in it and not deleted.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.note: str | None = None  # why nothing is locked: a filesystem without locks
+        self.note: str | None = None  # the reason why nothing is locked, if the file system has no locks
         self._lock = filelock.FileLock(folder / "lock", timeout=0, thread_local=False, on_acquired=_sign)
 
     def __enter__(self) -> Lock:
-        """Takes the lock.
+        """Acquires the lock.
 
         Raises:
-            InputError: where another run holds it, or the folder cannot be written.
+            InputError: another run holds the lock, or the folder is not writable.
         """
         try:
             self._lock.acquire()
         except filelock.Timeout:
             try:
                 holder = printable((self.folder / "lock").read_text(errors="replace"))
-            except OSError:  # Windows keeps a locked file from being read
+            except OSError:  # on Windows a locked file cannot be read
                 holder = ""
             raise InputError(
                 f"another run is using {self.folder} ({holder or 'of an unknown process'}): wait for it, stop it, or "
@@ -404,7 +414,7 @@ class Lock:
                 raise InputError(
                     f"cannot use `out` {self.folder}: {error.strerror or error}; choose another folder"
                 ) from error
-            self.note = f"the filesystem of {self.folder} has no locks, so nothing keeps a second run out of it"
+            self.note = f"the file system of {self.folder} has no locks: do not start a second run in this folder"
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -412,7 +422,7 @@ class Lock:
 
 
 def _sign(descriptor: int) -> None:
-    """Says in the locked file who holds it."""
+    """Writes the owner of the lock to the locked file."""
     os.ftruncate(descriptor, 0)
     now = time.strftime("%Y-%m-%d %H:%M:%S")
     os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()} since {now}".encode())

@@ -1,4 +1,4 @@
-"""What a configuration comes to, whatever the seed: images on the devices and compiled functions."""
+"""The parts of a run that do not depend on the seed: images on the devices and compiled functions."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ from jresnet.training.initial import Initial
 from jresnet.training.loop import Evaluation, Order, StepsLoop
 from jresnet.training.stop import Interrupted, StopRequest
 
-# Pixels of a batch in evaluation on one accelerator: its kernels are launched seldom, and ResNet-50's largest activations
+# Pixels per evaluation batch on one accelerator: large enough for few kernel launches, while ResNet-50's largest activations
 # in bfloat16 take 0.5 GB.
 EVALUATED = 2**22
 
 
 class Program:
-    """What the runs of a configuration share whatever their seed: the images on the devices and the compiled functions.
+    """The parts that runs with different seeds share: the images on the devices and the compiled functions.
 
     Args:
-        config: what to do.
-        data: the dataset, of :func:`load_data`.
-        where: the devices; all of this process by default.
-        initial: what ``config.weights`` names, where it is read already.
-        workers: processes that decode images which come from disk; 0: threads of this one.
+        config: the configuration.
+        data: the data set, from :func:`load_data`.
+        where: the devices; all devices of this process by default.
+        initial: the weights of ``config.weights``, if they are already loaded.
+        workers: number of processes that decode image files; 0: threads of this process.
 
     Raises:
-        InputError: where data, configuration and devices do not go together.
+        InputError: data, configuration and devices do not match.
     """
 
     def __init__(
@@ -66,19 +66,19 @@ class Program:
         if images < config.batch_size:
             problems.append(f"a batch of {config.batch_size} is larger than the {images} training images")
         if config.batch_size % self.devices.count:
-            problems.append(f"a batch of {config.batch_size} cannot be cut into {self.devices.count} equal parts")
+            problems.append(f"a batch of {config.batch_size} cannot be divided into {self.devices.count} equal parts")
         if problems:
             raise InputError("; ".join(problems) + ": change `batch_size`" + (" or `devices`" if problems[1:] else ""))
         devices.meet("data")
         digests = devices.together(np.frombuffer(bytes.fromhex(data.digest)[:8], np.uint8))
         if any((digest != digests[0]).any() for digest in digests):
-            raise InputError("the processes have read different images: give each the same `data_dir`")
+            raise InputError("the processes read different images: give all of them the same `data_dir`")
         self.images = {name: len(split.labels) for name, split in self.splits.items()}
         self.steps_per_epoch = images // config.batch_size
         self.total_steps = self.steps_per_epoch * config.epochs
         if self.total_steps > optim.LAST_STEP:
             raise InputError(
-                f"`epochs` {config.epochs:,} are {self.total_steps:,} steps; at most {optim.LAST_STEP:,} can be"
+                f"`epochs` {config.epochs:,} are {self.total_steps:,} steps, but at most {optim.LAST_STEP:,} are possible"
             )
         self.schedule = optim.schedule(
             config.schedule, config.lr, config.epochs, self.steps_per_epoch, warmup_epochs=config.warmup_epochs,
@@ -93,7 +93,7 @@ class Program:
         training = self.splits["train"]
         self.min_area = self.pipeline.min_area
         self.streams = not isinstance(training.images, np.ndarray)
-        if self.streams:  # what remains for the device
+        if self.streams:  # the host crops; the rest is done on the device
             self.pipeline = dataclasses.replace(self.pipeline, crop="done")
         else:
             self.train_images = train.Images(*self.devices.replicate((training.images, training.labels)))
@@ -122,7 +122,7 @@ class Program:
         self._order = jax.jit(loop.epoch_order, static_argnums=(2, 3))
 
     def model(self, seed: int | None) -> ResNet:
-        """The network with a seed's initial parameters; with None their shapes alone."""
+        """The network with initial parameters from a seed; with ``seed=None``, only their shapes."""
         config = self.config
         return ResNet(
             zoo.configure(config.arch, num_classes=len(self.data.classes), in_channels=3, stem=config.stem),
@@ -133,27 +133,27 @@ class Program:
         )
 
     def views(self) -> Pipeline:
-        """What happens to the images on the devices."""
+        """The augmentation and normalisation on the devices."""
         return self.config.pipeline()
 
     def rates(self) -> dict[str, float] | None:
-        """Factors of the learning rate by parts of the network; None: the same for all."""
+        """Factors of the learning rate by part of the network; None: the same for all."""
         return None
 
     def network(self, model: Any) -> ResNet:
-        """The network to be kept, of the model that was trained."""
+        """The network to save, from the trained model."""
         return model
 
     def shown(self, name: str) -> Any:
-        """The images of a split as people look at them."""
+        """The images of a split, for figures."""
         return self.splits[name].images
 
     def provenance(self) -> dict[str, str]:
-        """More metadata for the files of weights."""
+        """Further metadata for weights files."""
         return {}
 
     def more(self, labels: np.ndarray, predictions: np.ndarray) -> dict[str, Any]:
-        """More fields of the summary; of the test images' labels and predictions, -1 where there is none."""
+        """Further fields of the summary, from the test images' labels and predictions (-1: no prediction)."""
         return {}
 
     def state(self, seed: int) -> train.TrainState:
@@ -161,18 +161,18 @@ class Program:
         return self.devices.replicate(train.init(self.model(seed), self.optimizer, average=self.config.ema > 0))
 
     def source(self, seed: int, rollbacks: int = 0) -> train.Images | Feed:
-        """What batches are taken from: the images on the devices, or a stream of them in a seed's order.
+        """The source of batches: the images on the devices, or a stream of images in an order given by the seed.
 
         Args:
-            seed: of the run.
-            rollbacks: how often the run went back, and on in another order.
+            seed: seed of the run.
+            rollbacks: number of rollbacks; each changes the order.
         """
         if not self.streams:
             return self.train_images
         from jresnet.data.stream import Stream
 
         config, training = self.config, self.splits["train"]
-        files: Any = training.images  # no array: decoded as they are asked for
+        files: Any = training.images  # not an array: decoded on access
         stream = Stream(
             files, batch_size=config.batch_size, epochs=config.epochs, seed=seed + (rollbacks << 32),
             size=config.image_size, min_area=self.min_area, workers=self.workers,
@@ -181,10 +181,10 @@ class Program:
         return Feed(stream, training.labels, self.devices, config.batch_size)
 
     def pretrained(self, seed: int) -> tuple[train.TrainState, list[str]]:
-        """The state before the first step with ``config.weights`` in it, and what there is to say about these.
+        """The state before the first step with the weights of ``config.weights``, and notes on them.
 
         Raises:
-            WeightsError, InputError, DownloadError: they cannot be had, or are of another network.
+            WeightsError, InputError, DownloadError: the weights cannot be loaded, or belong to another network.
         """
         assert self.config.weights is not None
         self._initial = self._initial or initial.load(self.config.weights, self.config.arch)
@@ -192,7 +192,7 @@ class Program:
         values, notes = self._initial.fit(config, self.data.classes, seed)
         if self._initial.image_size not in (None, self.config.image_size):
             notes.append(
-                f"they are for images of {self._initial.image_size} pixels; these are of {self.config.image_size}"
+                f"the weights are for images of {self._initial.image_size} pixels, but these have {self.config.image_size}"
             )
         state = train.init(params.fill(config, values), self.optimizer, average=self.config.ema > 0)
         return self.devices.replicate(state), notes
@@ -206,13 +206,18 @@ class Program:
         stop: StopRequest,
         tick: Callable[[], None] = lambda: None,
     ) -> None:
-        """Compiles what training and evaluation call, once for all seeds.
+        """Compiles the functions of training and evaluation, once for all seeds.
 
-        ``order`` has as many steps as are to be taken in one call. In a thread of its own: compilation takes up to minutes,
-        in which Python would not hear a signal. ``tick`` is called all the while.
+        It compiles in a thread, because compilation takes up to minutes, during which Python would not handle signals.
+
+        Args:
+            state, split, key: arguments of the shapes to compile for.
+            order: the order of as many steps as one call will run.
+            stop: ends the wait if a signal arrived.
+            tick: called repeatedly during compilation.
 
         Raises:
-            Interrupted: the thread may still be compiling.
+            Interrupted: a signal arrived; the thread may still be compiling.
         """
         if self.compile_seconds:
             return
@@ -240,7 +245,7 @@ class Program:
         self.compile_seconds = time.perf_counter() - began
 
     def order(self, key: jax.Array, epoch: int) -> Order:
-        """An epoch's batches, int32 ``[steps, B]``: where the loop is on the device, they stay there."""
+        """An epoch's batches, int32 ``[steps, B]``; on the devices if the loop runs there."""
         images, batch_size = self.images["train"], self.config.batch_size
         if not self.loop.on_device:
             return np.asarray(loop.epoch_order(key, epoch, images, batch_size))
@@ -248,7 +253,7 @@ class Program:
         return self.devices.put(order, self.devices.cut(1))
 
     def batches(self, name: str) -> Iterable[tuple[train.Images, int]]:
-        """A split in batches to evaluate, and how many of each one's images count; an accelerator keeps them."""
+        """The evaluation batches of a split, with the number of images that count; kept in memory on accelerators."""
         if self._from_host(name):
             return loop.batches(self.splits[name], self.eval_batch, self.devices)
         if name not in self._held:
@@ -256,11 +261,11 @@ class Program:
         return self._held[name]
 
     def _from_host(self, name: str) -> bool:
-        """Whether batches of a split come anew from the host's memory, which is a CPU's own, or from the disk."""
+        """Whether evaluation batches are read again each time, from the host's memory (on a CPU) or from disk."""
         return self.devices.platform == "cpu" or not isinstance(self.splits[name].images, np.ndarray)
 
     def _large_batch(self) -> int:
-        """Images of a batch in evaluation on accelerators, one size for all splits: one program."""
+        """The evaluation batch size on accelerators; one size for all splits, so that one program is compiled."""
         count, longest = self.devices.count, max(len(s.labels) for name, s in self.splits.items() if name != "train")
         most = max(self.config.batch_size, EVALUATED // self.pipeline.size**2 * count)
         return -(-longest // -(-longest // most) // count) * count
@@ -268,21 +273,21 @@ class Program:
     def evaluate(
         self, state: train.TrainState, name: str, stop: Callable[[], bool] = lambda: False
     ) -> Evaluation | None:
-        """The figures of a split; None where ``stop`` said so."""
+        """Evaluates a split; None if ``stop`` ended the evaluation."""
         weights = train.evaluated(state)
         return loop.evaluate(self.eval_step, weights, self.batches(name), self.splits[name].labels, stop)
 
 
 def load_data(config: RunConfig, data_dir: Path | None) -> Dataset:
-    """The configured dataset; raises DataError as :func:`jresnet.data.load` says."""
+    """Loads the configured data set; errors as in :func:`jresnet.data.load`."""
     return jresnet.data.load(config.dataset, data_dir)
 
 
 def split_dataset(config: RunConfig, data: Dataset) -> dict[str, Split]:
-    """``train``, ``test`` and, with a validation split, ``val``; the test images are last.
+    """Splits a data set into ``train``, ``val`` if configured, and ``test``, in this order.
 
-    The validation images are the last ``val_split`` training images (for 5,000 of CIFAR-10 the sizes of He et al.);
-    the limits take the first images of what is then left.
+    The validation images are the last ``val_split`` training images (5,000 for CIFAR-10, as in He et al.). The limits select
+    the first of the remaining images.
     """
     kept = len(data.train.labels) - config.val_split
     if kept < 1:

@@ -1,4 +1,4 @@
-"""Several runs that differ in their seed alone, compiled once."""
+"""Several runs that differ only in their seed, with one compilation."""
 
 from __future__ import annotations
 
@@ -34,28 +34,28 @@ def fit_seeds(
     options: Options | None = None,
     initial: Initial | None = None,
 ) -> dict[str, Any]:
-    """Runs of the seeds ``config.seed``, ``config.seed + 1``, ..., one after the other, compiled once.
+    """Trains with the seeds ``config.seed``, ``config.seed + 1``, ... one after the other, with one compilation.
 
-    Each is a run of its own in ``out/seed-N``; ``out/summary.json`` holds mean and standard deviation. One after the other
-    since at once, under ``jax.vmap``, kernels that differ by seed become grouped convolutions, which are slower on a CPU
+    Each seed is a separate run in ``out/seed-N``; ``out/summary.json`` contains means and standard deviations. Training all
+    seeds at once with ``jax.vmap`` would turn convolutions into grouped ones, which are slower on a CPU
     (docs/log/2026-11-seeds-at-once.md).
 
     Args:
-        config: of the first.
-        data: the dataset, of :func:`jresnet.training.program.load_data`.
-        out: the folder for the folders.
-        runs: how many.
-        resume: go on with those that are not finished.
+        config: configuration of the first run.
+        data: the data set, from :func:`jresnet.training.program.load_data`.
+        out: the folder that contains the folders of the runs.
+        runs: number of runs.
+        resume: continue runs that are not finished.
         stop: as for :class:`Trainer`.
         where: as for :class:`Program`.
         options: as for :class:`Trainer`.
         initial: as for :class:`Program`.
 
     Returns:
-        The contents of ``summary.json``; nothing in all processes but the first.
+        The contents of ``summary.json``; an empty dict in all processes but the first.
 
     Raises:
-        InputError: where a seed would be too large, and as :meth:`Trainer.fit`, as for the other exceptions.
+        InputError: a seed would be too large; or as :meth:`Trainer.fit`, also for other exceptions.
     """
     dataclasses.replace(config, seed=config.seed + runs - 1).check()
     console, first = Console(quiet=not devices.is_first()), devices.is_first()
@@ -67,7 +67,8 @@ def fit_seeds(
         summaries = []
         for seed in range(config.seed, config.seed + runs):
             summary, again = out / f"seed-{seed}" / "summary.json", dataclasses.replace(config, seed=seed)
-            finished = first and summary.exists() and read_config(summary.parent) == again  # else it is to be longer
+            # else it has to be prolonged
+            finished = first and summary.exists() and read_config(summary.parent) == again
             if resume and devices.together(np.array([finished]))[0][0]:
                 summaries.append(read_summary(summary) if first else {})
                 continue

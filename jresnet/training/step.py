@@ -1,7 +1,7 @@
-"""Training as pure functions: a state and a batch in, a state and metrics out.
+"""Training steps as pure functions of a state and a batch, which return a state and metrics.
 
-The uint8 images live on the device; a step gathers its batch from them, augments it, and takes one step of the optimizer.
-:class:`jresnet.training.loop.StepsLoop` compiles it, with the state donated, and runs many of them.
+The uint8 images are on the device. A step gathers its batch from them, augments it, and runs one step of the optimizer.
+:class:`jresnet.training.loop.StepsLoop` compiles the step, with the state donated, and runs many steps.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ class Averaged(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """All that changes in training."""
+    """The training state."""
 
-    step: Int[Array, ""]  # optimizer steps taken
+    step: Int[Array, ""]  # number of completed optimizer steps
     params: nnx.State  # nnx.Param leaves
     batch_stats: nnx.State  # nnx.BatchStat leaves
     opt_state: optax.OptState
-    averaged: Averaged | None  # where the recipe averages
+    averaged: Averaged | None  # None: the recipe does not average weights
 
 
 class Images(NamedTuple):
@@ -49,10 +49,10 @@ class Images(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """What one training step reports, on the device until it is fetched."""
+    """The metrics of one training step, on the device."""
 
-    loss: Float[Array, ""]  # of mean_loss with the batch's targets, smoothed and mixed as they are, in nats
-    correct: Int[Array, ""]  # images whose prediction is the label, of a mixed image the first one's
+    loss: Float[Array, ""]  # mean_loss with the batch's smoothed and mixed targets, in nats
+    correct: Int[Array, ""]  # number of correctly classified images; the label of a mixed image is the first one's
 
 
 TrainStep = Callable[[TrainState, Images, "Int[Array, ' b']", jax.Array], tuple[TrainState, Metrics]]
@@ -61,25 +61,25 @@ TrainStep = Callable[[TrainState, Images, "Int[Array, ' b']", jax.Array], tuple[
 def init(model: ResNet, optimizer: optax.GradientTransformation, average: bool = False) -> TrainState:
     """The state before the first step."""
     _, params, batch_stats = nnx.split(model, nnx.Param, nnx.BatchStat)  # type: ignore[misc]
-    # Copies, since a step is given its state to overwrite, and one buffer cannot be given twice.
+    # Copies, since a step donates its state, and a buffer cannot be donated twice.
     averaged = jax.tree.map(jnp.copy, Averaged(params, batch_stats)) if average else None
-    opt_state = jax.jit(optimizer.init)(params)  # one program, not one for each shape
+    opt_state = jax.jit(optimizer.init)(params)  # compiles one program instead of one per shape
     return TrainState(jnp.zeros((), jnp.int32), params, batch_stats, opt_state, averaged)
 
 
 def evaluated(state: TrainState) -> Averaged:
-    """What evaluation and the weight files take: the average, or without one the weights themselves."""
+    """The weights for evaluation and for weights files: the average if there is one, else the weights themselves."""
     return state.averaged or Averaged(state.params, state.batch_stats)
 
 
 def snapshot(state: TrainState) -> TrainState:
-    """A copy of what :func:`model_of` needs, which is still there when the state has been given to a step."""
+    """A copy of the parts that :func:`model_of` needs, which stays valid after the state was donated."""
     step, (params, batch_stats) = jax.tree.map(jnp.copy, (state.step, evaluated(state)))
     return TrainState(step, params, batch_stats, (), None)
 
 
 def model_of(graph: nnx.GraphDef, state: TrainState) -> ResNet:
-    """The model in a state, as :func:`evaluated`."""
+    """The model with the weights of :func:`evaluated`."""
     return nnx.merge(graph, *evaluated(state))
 
 
@@ -97,24 +97,24 @@ def train_step(
     loss: str = "softmax",
     target_threshold: float = 0.0,
 ) -> TrainStep:
-    """A pure function: one step of ``optimizer`` on the batch ``split[indices]``.
+    """Returns a pure function that runs one step of ``optimizer`` on the batch ``split[indices]``.
 
-    The returned function takes (state, split, indices ``[B]``, key) and returns (state, metrics). Each step draws its
-    augmentation from ``fold_in(key, step)``, so that a resumed run draws what an undisturbed one would.
+    The function takes (state, split, indices ``[B]``, key) and returns (state, metrics). Random numbers of a step come from
+    ``fold_in(key, step)``, so that a resumed run draws the same numbers as an uninterrupted one.
 
     Args:
-        graph: of the model.
-        optimizer: of :func:`jresnet.training.optim.optimizer`.
-        pipeline: what happens to the images.
-        steps_per_epoch: tells the epoch, which an alternating flip needs.
-        label_smoothing: share of a target that is spread over all classes.
-        ema: decay of the average of weights and BN statistics; the first steps' is lower, (1 + step) / (10 + step).
-        devices: cuts the batch over them.
-        bn: ``"global"``: BatchNorm sees the whole batch, as ``torch.nn.SyncBatchNorm``; ``"per-device"``: each device's
-            part, and the running statistics follow the first device's, as in ``DistributedDataParallel``.
-        frozen: parts that the optimizer holds (:func:`jresnet.training.optim.freeze`): no gradient is computed for them.
-        loss: "softmax" or "sigmoid", of which ``target_threshold`` is (:func:`mean_loss`).
-        target_threshold: 0 to below 1.
+        graph: graph definition of the model.
+        optimizer: the optimizer, from :func:`jresnet.training.optim.optimizer`.
+        pipeline: augmentation and normalisation of images.
+        steps_per_epoch: steps per epoch; an alternating flip needs it to compute the epoch.
+        label_smoothing: fraction of a target that is spread over all classes.
+        ema: decay of the moving average of weights and BN statistics; in the first steps (1 + step) / (10 + step) if lower.
+        devices: the batch is sharded over these devices.
+        bn: ``"global"``: BatchNorm uses the whole batch, as ``torch.nn.SyncBatchNorm``; ``"per-device"``: each device's
+            part, and the running statistics are those of the first device, as in ``DistributedDataParallel``.
+        frozen: parts that the optimizer freezes (:func:`jresnet.training.optim.freeze`); their gradients are not computed.
+        loss: "softmax" or "sigmoid" (:func:`mean_loss`).
+        target_threshold: threshold for "sigmoid" (:func:`mean_loss`), at least 0 and below 1.
     """
     views = prepare(pipeline, steps_per_epoch, label_smoothing)
 
@@ -141,7 +141,7 @@ def train_step(
 def prepare(
     pipeline: Pipeline, steps_per_epoch: int, label_smoothing: float
 ) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """A pure function: (step, split, indices ``[B]``, key, number of classes) -> the step's images and targets."""
+    """Returns a pure function (step, split, indices ``[B]``, key, number of classes) -> (images, targets) of the step."""
 
     def views(
         step: jax.Array, split: Images, indices: Int[Array, " b"], key: jax.Array, classes: int
@@ -164,13 +164,13 @@ def _gradients(
     images: jax.Array,
     targets: jax.Array,
 ):
-    """-> (mean loss, logits, new BN statistics), the gradients of the loss, 0 for what is frozen."""
+    """Computes (mean loss, logits, new BN statistics) and the gradients of the loss, which are 0 for frozen parts."""
     constant = optim.mask(*frozen)(params) if frozen else None
 
     def loss_of(params: nnx.State) -> tuple[jax.Array, tuple[jax.Array, nnx.State]]:
-        if constant is not None:  # nothing is computed for their derivatives
+        if constant is not None:  # avoids the computation of their gradients
             params = jax.tree.map(lambda held, value: lax.stop_gradient(value) if held else value, constant, params)
-        model = nnx.merge(graph, params, batch_stats, copy=True)  # its own variables, to be updated
+        model = nnx.merge(graph, params, batch_stats, copy=True)  # copied, because the call updates BN statistics
         logits = model(images, train=True)
         return loss(logits, targets), (logits, nnx.state(model, nnx.BatchStat))
 
@@ -181,13 +181,13 @@ def _gradients(
 def mean_loss(
     kind: str, threshold: float, logits: Float[Array, "n k"], targets: Float[Array, "n k"]
 ) -> Float[Array, ""]:
-    """The mean over a batch of the cross-entropy of the softmax, or of the binary ones over all classes (arXiv:2110.00476).
+    """The mean softmax cross-entropy, or the mean binary cross-entropy over all classes (arXiv:2110.00476).
 
     Args:
         kind: "softmax" or "sigmoid".
-        threshold: above 0: targets of "sigmoid" that are greater are 1, the others 0, as timm's ``BinaryCrossEntropy``.
-        logits: of the network.
-        targets: shares of the classes.
+        threshold: if above 0, targets of "sigmoid" above it become 1 and the others 0, as in timm's ``BinaryCrossEntropy``.
+        logits: the network's outputs.
+        targets: probabilities of the classes.
     """
     if kind == "softmax":
         return optax.softmax_cross_entropy(logits, targets).mean()
@@ -196,17 +196,17 @@ def mean_loss(
 
 
 def _on_each_device(gradients: Callable, devices: Devices) -> Callable:
-    """``gradients`` of each device's part of the batch by itself, then their mean."""
+    """Computes ``gradients`` on each device's part of the batch separately, then averages them."""
 
     def on_one(*args: Any):
         (loss, logits, batch_stats), grads = gradients(*args)
-        # The first device's, as a sum with nothing: XLA then exchanges them together with the gradients.
+        # Broadcasts the first device's statistics as a sum with zeros, which XLA combines with the reduction of gradients.
         mine = lax.axis_index("data") == 0
         batch_stats = lax.psum(jax.tree.map(lambda value: jnp.where(mine, value, 0), batch_stats), "data")
         return (lax.pmean(loss, "data"), logits, batch_stats), lax.pmean(grads, "data")
 
     whole, cut = PartitionSpec(), PartitionSpec("data")
-    # check_vma=False: JAX then leaves the sum over the devices to the pmean above.
+    # check_vma=False: otherwise JAX would sum gradients over the devices itself, in addition to the pmean above.
     return jax.shard_map(
         on_one, mesh=devices.mesh, in_specs=(whole, whole, cut, cut), out_specs=((whole, cut, whole), whole),
         check_vma=False,
@@ -214,13 +214,13 @@ def _on_each_device(gradients: Callable, devices: Devices) -> Callable:
 
 
 def _average(old: Averaged, new: Averaged, step: jax.Array, decay: float) -> Averaged:
-    # The lower decay of the first steps: else the random initial weights would count for long.
+    # The decay is lower in the first steps; otherwise the random initial weights would have an effect for long.
     share = 1 - jnp.minimum(decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda a, b: a + share.astype(a.dtype) * (b - a), old, new)
 
 
 def eval_step(graph: nnx.GraphDef, pipeline: Pipeline) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """A pure function: (what is :func:`evaluated`, a batch ``Images``) -> (losses ``[B]``, predictions ``[B]``)."""
+    """Returns a pure function (weights of :func:`evaluated`, batch) -> (losses ``[B]``, predictions ``[B]``)."""
 
     def step(weights: Averaged, batch: Images) -> tuple[jax.Array, jax.Array]:
         logits = nnx.merge(graph, *weights)(pipeline.evaluate(batch.images), train=False)
@@ -231,14 +231,14 @@ def eval_step(graph: nnx.GraphDef, pipeline: Pipeline) -> Callable[..., tuple[ja
 
 
 def predict(logits: Float[Array, "n k"]) -> Int32[Array, " n"]:
-    """The class with the largest logit; -1, which is no class, where a logit is NaN or infinite.
+    """The class with the largest logit; -1 (no class) if a logit is NaN or infinite.
 
-    ``argmax`` alone takes NaN for the largest: a broken network would score as many images as class 0 has.
+    ``argmax`` alone treats NaN as the largest value, so that a broken network would classify all images as class 0.
     """
     return jnp.where(jnp.isfinite(logits).all(-1), logits.argmax(-1), -1).astype(jnp.int32)
 
 
 def all_finite(state: TrainState) -> jax.Array:
-    """Whether all floating-point values of the state are finite; a bool of shape ``[]``."""
+    """Whether all floating-point values of the state are finite, as a bool of shape ``[]``."""
     floats = [value for value in jax.tree.leaves(state) if jnp.issubdtype(value.dtype, jnp.floating)]
     return jnp.stack([jnp.isfinite(value).all() for value in floats]).all()

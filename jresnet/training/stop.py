@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, heard between two steps."""
+"""Handles Ctrl-C and SIGTERM between two steps."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from types import FrameType
 
 
 class Interrupted(Exception):
-    """A signal ended the run early, after its state was saved; the first argument is the signal's number."""
+    """A signal ended the run early, after its state was saved; the first argument is the number of the signal."""
 
 
 class StopRequest:
-    """Ctrl-C and SIGTERM as a question that the training loop asks; a second Ctrl-C interrupts at once."""
+    """Records Ctrl-C and SIGTERM, for the training loop to check; a second Ctrl-C interrupts at once."""
 
     def __init__(self) -> None:
         self.signal: int | None = None

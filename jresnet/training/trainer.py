@@ -1,4 +1,4 @@
-"""A training run: configuration in, a folder of results out. :mod:`jresnet.commands.train` is its command line."""
+"""Runs training from a configuration and writes a folder of results; :mod:`jresnet.commands.train` is its command line."""
 
 from __future__ import annotations
 
@@ -30,48 +30,54 @@ from jresnet.training.step import Images, Metrics, TrainState
 from jresnet.training.stop import Interrupted, StopRequest
 
 TROUBLE = "when something is wrong"
-PAUSE = 10.0  # seconds between checkpoints on an accelerator, where an epoch may last half of one
+PAUSE = 10.0  # least seconds between checkpoints on an accelerator, where an epoch may take half a second
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a run's outcome does not depend on."""
+    """Settings that do not affect the result of a run."""
 
     checkpoint_minutes: float | None = option(  # None: only at an epoch's end
-        "a checkpoint every N minutes within an epoch, beside the one at its end", "results", 10.0, metavar="N", least=0
+        "a checkpoint every N minutes within an epoch, besides the one at its end",
+        "results",
+        10.0,
+        metavar="N",
+        least=0,
     )
     checkpoint_seconds: float | None = option(
-        "no checkpoint at an epoch's end within N seconds of the one before, but for the last epoch's; the best weights are "
-        "written with a checkpoint",
+        "no checkpoint at the end of an epoch within N seconds of the previous one, except after the last epoch; the best "
+        "weights are written with a checkpoint",
         "results", None, metavar="N", none=f"0 on a CPU, {PAUSE:g} elsewhere", least=0,
     )  # fmt: skip
-    wandb: str | None = option("report to Weights & Biases too (pip install wandb)", "results", None, metavar="PROJECT")
-    debug_nans: bool = option("name the layer that a non-finite loss comes from; slower", TROUBLE, False, switch=True)
-    deterministic: bool = option(  # here for config.json: XLA is told before it starts
-        "the same bits in every run on a GPU too, slower there; CPU and TPU always give them",
+    wandb: str | None = option(
+        "also report to Weights & Biases (pip install wandb)", "results", None, metavar="PROJECT"
+    )
+    debug_nans: bool = option("name the layer that causes a non-finite loss; slower", TROUBLE, False, switch=True)
+    deterministic: bool = option(  # recorded here for config.json; the command sets XLA's flags before XLA starts
+        "bitwise reproducible results on a GPU, slower; results on CPU and TPU are always reproducible",
         TROUBLE,
         False,
         switch=True,
     )
 
     def check(self) -> None:
-        """Raises :class:`InputError` with everything that is out of range."""
+        """Raises :class:`InputError` that lists all values out of range."""
         if found := fields.problems(self):
             raise InputError("; ".join(found))
 
 
 @dataclass
 class Done:
-    """What a checkpoint keeps of a run beside its state; JSON values."""
+    """The progress of a run that a checkpoint stores in addition to the state; JSON values."""
 
-    # trained, evaluated and in metrics.jsonl; a signal may fall between the last step and the evaluation
+    # epochs that are trained, evaluated and in metrics.jsonl; a signal may arrive after the last step, before the evaluation
     epochs: int = 0
-    loss_sum: float = 0.0  # of the steps taken in the current epoch
-    correct: int = 0  # images of those steps that were classified rightly
-    best_accuracy: float = -1.0  # share, on the split that judges
+    loss_sum: float = 0.0  # sum of losses over the steps of the current epoch
+    correct: int = 0  # number of correctly classified images in these steps
+    best_accuracy: float = -1.0  # fraction of the images of the split that chooses the best epoch
     best_epoch: int = 0
-    step_seconds: float = 0.0  # what a step took lately
-    seconds: float = 0.0  # training and evaluation, over all sessions, compilation not included
+    step_seconds: float = 0.0  # recent duration of a step
+    seconds: float = 0.0  # training and evaluation over all sessions, without compilation
     rollbacks: int = 0
 
     def count(self, rows: Metrics) -> None:
@@ -81,18 +87,18 @@ class Done:
 
 
 class Trainer:
-    """One run. Made without touching the disk; :meth:`fit` does the work.
+    """A training run. Creating it does not write to disk; :meth:`fit` does the work.
 
     Args:
-        config: what to do.
-        data: the dataset, of :func:`jresnet.training.program.load_data`.
-        out: the folder for the results.
-        stop: asked between steps; when it says yes the state is saved and the run ends.
-        program: of the same configuration but for the seed; a new one by default.
-        options: of the session.
+        config: the configuration.
+        data: the data set, from :func:`jresnet.training.program.load_data`.
+        out: folder for the results.
+        stop: called between steps; if it returns true, the state is saved and the run ends.
+        program: a program of the same configuration, possibly with another seed; a new one by default.
+        options: settings of the session.
 
     Raises:
-        InputError: where data and configuration do not go together.
+        InputError: data and configuration do not match.
     """
 
     def __init__(
@@ -115,7 +121,7 @@ class Trainer:
         self._draw_keys()
         self.source = self.program.source(config.seed)
         self.saved_at = time.monotonic()
-        self.best: tuple[TrainState, dict[str, Any]] | None = None  # with its row, to be written with a checkpoint
+        self.best: tuple[TrainState, dict[str, Any]] | None = None  # with its row; written with the next checkpoint
         usual = 0.0 if self.program.devices.platform == "cpu" else PAUSE
         self.pause = usual if self.options.checkpoint_seconds is None else self.options.checkpoint_seconds
 
@@ -123,22 +129,22 @@ class Trainer:
         """Trains to the end and writes the results.
 
         Args:
-            resume: go on from the newest checkpoint in the folder, or begin where there is none.
+            resume: continue from the newest checkpoint in the folder, or start if there is none.
 
         Returns:
-            The contents of ``summary.json``; nothing in all processes but the first.
+            The contents of ``summary.json``; an empty dict in all processes but the first.
 
         Raises:
-            InputError: where the folder cannot be used, is in use, or holds another run.
-            WeightsError: where no checkpoint to go on from is whole.
-            NonFiniteLoss: the last good checkpoint is left alone.
-            Interrupted: after a signal; the state is saved.
+            InputError: the folder cannot be used, is in use, or contains another run.
+            WeightsError: all checkpoints are damaged.
+            NonFiniteLoss: a loss or weight is NaN or infinite; the last good checkpoint is kept.
+            Interrupted: a signal arrived; the state is saved.
         """
         with contextlib.ExitStack() as stack:
             stack.enter_context(self.outputs.opened(resume, options=dataclasses.asdict(self.options)))
             stack.callback(self.console.end)
             stack.callback(self._close)
-            stack.callback(self._write_best)  # also where an error ends the run
+            stack.callback(self._write_best)  # also if an error ends the run
             for line in console.introduction(self.config, self.program, jax.process_count()):
                 self.console.say(line)
             if not (resume and self._restore()):
@@ -157,7 +163,7 @@ class Trainer:
             return self._finish()
 
     def _epoch(self) -> None:
-        """Takes the rest of the epoch that the state is in, evaluates, and keeps what came of it."""
+        """Trains the rest of the current epoch, evaluates, and records the results."""
         program, done, pace, steps = self.program, self.done, self.pace, self.program.steps_per_epoch
         split, order, key = self._split(done.epochs), self._order(done.epochs), self.image_key
         taken = int(self.state.step) - done.epochs * steps
@@ -190,17 +196,18 @@ class Trainer:
         done.epochs, done.loss_sum, done.correct = row["epoch"], 0.0, 0
         self.console.say(console.epoch_line(row, self.config.epochs, self._left()))
         judged = results[self.judge]
-        score = judged.accuracy if math.isfinite(judged.loss) else None  # what is not finite is never the best
+        # an epoch with non-finite logits is never the best
+        score = judged.accuracy if math.isfinite(judged.loss) else None
         due = done.epochs == self.config.epochs or time.monotonic() - self.saved_at >= self.pause
         if score is not None and score > done.best_accuracy:
             done.best_accuracy, done.best_epoch = score, done.epochs
-            # All processes call the same programs, whoever's clock says that a checkpoint is due.
+            # All processes must call the same programs, so this does not depend on a clock.
             self.best = program.snapshot(self.state) if self.pause else self.state, row
         if due:
             self._save(score)
 
     def _evaluate(self) -> dict[str, Evaluation]:
-        """The figures of every split but the training images'; saves and stops where a signal comes."""
+        """Evaluates every split except the training images; saves and stops if a signal arrives."""
         began = time.perf_counter()
         results: dict[str, Evaluation] = {}
         for name in (name for name in self.program.splits if name != "train"):
@@ -213,7 +220,7 @@ class Trainer:
         return results
 
     def _row(self, results: dict[str, Evaluation]) -> dict[str, Any]:
-        """The line of metrics.jsonl on the epoch that ends here."""
+        """The row of metrics.jsonl for the current epoch."""
         step, steps, batch = int(self.state.step), self.program.steps_per_epoch, self.config.batch_size
         scores = {
             f"{name}_{figure}": getattr(results[name], figure)
@@ -233,9 +240,9 @@ class Trainer:
         }
 
     def _finish(self) -> dict[str, Any]:
-        """Writes the last weights, the plots and the summary."""
+        """Writes the last weights, the figures and the summary."""
         test = self.program.evaluate(self.state, "test", self._watched("test", stops=False))
-        assert test is not None  # nobody asked it to stop
+        assert test is not None  # it was not asked to stop
         done, rows = self.done, self.outputs.rows
         self.outputs.weights("last.safetensors", self.state, rows[-1] if rows else {})
         summary = self.outputs.finish(test, self.judge, done.best_epoch, rollbacks=done.rollbacks, seconds=done.seconds)
@@ -249,13 +256,13 @@ class Trainer:
         self.console.say(f"results  {self.outputs.out}")
         return summary
 
-    # Beginning, stopping and going back.
+    # Starting, stopping and rolling back.
 
     def _compile(self) -> None:
         known, began = self.program.compile_seconds > 0, time.monotonic()
         if not known:
             self.console.say(
-                "compiling the steps of training and evaluation (about a minute; seconds where they are kept)"
+                "compiling the steps of training and evaluation (about a minute; seconds if they are cached)"
             )
 
         def tick() -> None:
@@ -265,12 +272,12 @@ class Trainer:
             order = self._order(0)[: self._end(0)]
             self.program.compile(self.state, self._split(0), order, self.image_key, self.stop, tick)
         except Interrupted:
-            self.console.say("stopped  while compiling: nothing is lost")
+            self.console.say("stopped  during compilation: nothing is lost")
             raise
         self.console.say("compiled already" if known else f"compiled in {self.program.compile_seconds:.1f} s")
 
     def _begin_from_weights(self) -> None:
-        """Puts the weights that the run starts from, if any, into the state."""
+        """Loads the initial weights, if any, into the state."""
         if self.config.weights is not None:
             self.state, notes = self.program.pretrained(self.config.seed)
             self.console.say(f"weights  the run starts from {self.config.weights}")
@@ -278,10 +285,10 @@ class Trainer:
                 self.console.say(f"note     {note}")
 
     def _restore(self) -> bool:
-        """Goes on from the newest whole checkpoint; returns whether there is one."""
+        """Restores the newest undamaged checkpoint; returns whether there is one."""
         found = self.outputs.restore(self.state)
         if found is None:
-            self.console.say("resumed  nothing: no checkpoint yet, so the run begins")
+            self.console.say("resumed  nothing: there is no checkpoint yet, so the run starts from the beginning")
             return False
         self.state, self.done = found[0], Done(**found[1])
         if self.done.rollbacks:
@@ -291,7 +298,7 @@ class Trainer:
         return True
 
     def _save(self, score: float | None = None) -> None:
-        """Writes the best weights, if they are new, and begins a checkpoint."""
+        """Writes the best weights, if they are new, and starts writing a checkpoint."""
         self._write_best()
         self.outputs.checkpoint(self.state, dataclasses.asdict(self.done), score)
         self.saved_at = time.monotonic()
@@ -313,9 +320,9 @@ class Trainer:
         raise Interrupted(self.stop.signal)
 
     def _save_what_is(self, error: DataError) -> NoReturn:
-        """Saves the state of the last whole look, where images can no longer be had, and raises the error.
+        """Saves the current state after images became unavailable, and raises the error.
 
-        In another process than the first there is nothing to save: its end ends the others, and the last checkpoint stays.
+        Processes other than the first save nothing: their exit ends the other processes, and the last checkpoint is kept.
         """
         self.console.end()
         self.guard.check_weights(self.state)
@@ -324,12 +331,12 @@ class Trainer:
         saved = (
             f"the state at step {int(self.state.step):,} is saved"
             if devices.is_first()
-            else "the last checkpoint stays"
+            else "the last checkpoint is kept"
         )
-        raise DataError(f"{error}\n{saved}: mend the data, and resume") from error
+        raise DataError(f"{error}\n{saved}: fix the data and resume") from error
 
     def _roll_back(self, error: NonFiniteLoss) -> None:
-        """Goes back to the last checkpoint, or to the beginning, and on in another order; or raises the error."""
+        """Returns to the last checkpoint, or to the beginning, and continues in another order; or raises the error."""
         number = next_rollback(error, self.config.on_nan, self.done.rollbacks)
         self.console.end()
         self.console.say(f"rollback {number} of {ROLLBACKS}: {str(error).partition(':')[0]}")
@@ -343,10 +350,10 @@ class Trainer:
         self.source = self.program.source(self.config.seed, number)
         self.outputs.rewind_rows(self.done.epochs, int(self.state.step))
 
-    # What the loop asks for.
+    # Used by the loop.
 
     def _split(self, epoch: int) -> Images | Feed:
-        """What the epoch's batches are taken from."""
+        """The source of the epoch's batches."""
         return self.source.epoch(epoch, self.program.steps_per_epoch) if isinstance(self.source, Feed) else self.source
 
     def _close(self) -> None:
@@ -355,12 +362,12 @@ class Trainer:
 
     def _order(self, epoch: int) -> Order:
         """The epoch's batches."""
-        if isinstance(self.source, Feed):  # the stream has an order of its own
+        if isinstance(self.source, Feed):  # the stream determines the order
             return every_image(self.config.batch_size, self.program.steps_per_epoch)
         return self.program.order(self.order_key, epoch)
 
     def _draw_keys(self) -> None:
-        """The keys of order and augmentation; others after each rollback."""
+        """Sets the random keys of order and augmentation, which change with each rollback."""
         keys = jax.random.split(jax.random.key(self.config.seed))
         order_key, image_key = (
             jax.random.fold_in(key, self.done.rollbacks) if self.done.rollbacks else key for key in keys
@@ -368,7 +375,7 @@ class Trainer:
         self.order_key, self.image_key = order_key, self.program.devices.replicate(image_key)
 
     def _end(self, taken: int) -> int:
-        """Where the stretch of steps ends that begins after ``taken`` of the epoch's."""
+        """The end of the stretch of steps that begins after ``taken`` steps of the epoch."""
         steps = self.program.steps_per_epoch
         if self.guard.search:
             return taken + 1
@@ -377,11 +384,11 @@ class Trainer:
         return min(steps, taken + self.pace.stretch(steps))
 
     def _stop_at_once(self) -> bool:
-        """Whether a signal ends the run before the next step or batch; several processes must agree first."""
+        """Whether a signal ends the run before the next step or batch; never with several processes, which must agree."""
         return jax.process_count() == 1 and self.stop()
 
     def _watched(self, name: str, stops: bool = True) -> Callable[[], bool]:
-        """What the evaluation of a split asks before each batch: whether to stop; a line a minute comes with it."""
+        """A callback before each batch of an evaluation: prints a line per minute and returns whether to stop."""
         done = 0
 
         def ask() -> bool:
@@ -394,26 +401,26 @@ class Trainer:
         return ask
 
     def _agree(self) -> tuple[bool, bool]:
-        """Whether a signal ends the run here, and whether a checkpoint is due: in all processes at the same step.
+        """Whether to stop because of a signal, and whether a checkpoint is due; the same in all processes.
 
-        Any process may have heard the signal; the clock is the first one's.
+        The signal may have arrived in any process; the clock is that of the first.
         """
         minutes = self.options.checkpoint_minutes
         due = minutes is not None and time.monotonic() - self.saved_at > 60 * minutes
         if jax.process_count() == 1:
             return self.stop(), due
         heard = devices.together(np.array([self.stop.signal or 0, due, self.pace.step_seconds]))
-        _, due, self.pace.step_seconds = heard[0].tolist()  # the next stretch must be as long for all
+        _, due, self.pace.step_seconds = heard[0].tolist()  # so that all processes run the same number of steps next
         signals = [int(number) for number, *_ in heard if number]
         self.stop.signal = self.stop.signal or (signals[0] if signals else None)
         return bool(signals), bool(due)
 
     def _left(self) -> float:
-        """Seconds until the run ends."""
+        """The estimated time until the run ends, in seconds."""
         return self.pace.left(self.program.total_steps - int(self.state.step), self.program.steps_per_epoch)
 
     def _show(self, taken: int) -> None:
-        """The epoch's figures so far, after ``taken`` of its steps."""
+        """Shows the epoch's figures after ``taken`` steps."""
         pace, batch, steps = self.pace, self.config.batch_size, self.program.steps_per_epoch
         if pace.is_first_measured():
             for line in console.estimate(self.config, self.program, pace, self._left()):

@@ -1,13 +1,13 @@
 """Weights on the Hugging Face Hub: ``hf:ORG/REPO[@REVISION]``, through ``huggingface_hub`` (the extra ``hub``).
 
-Only ``model.safetensors`` and ``config.json`` are fetched, the latter as timm or transformers write it
-(:mod:`jresnet.weights.timm_config`), and with the latter's ``preprocessor_config.json``. They lie in the Hub's own cache
-(``HF_HUB_CACHE``, ``HF_HOME``), shared with every other library that uses it. A folder of these files is read alike
-(:func:`local`), without the library and the network.
+Only ``model.safetensors`` and ``config.json`` are fetched, the latter in the format of timm or transformers
+(:mod:`jresnet.weights.timm_config`); for transformers also ``preprocessor_config.json``. The files are stored in the cache
+of ``huggingface_hub`` (``HF_HUB_CACHE``, ``HF_HOME``), which other libraries share. A folder with these files can be read,
+too (:func:`local`), which needs neither the library nor the network.
 
-**Integrity.** The cache keeps a file of Git LFS or Xet under its SHA-256, which is computed and compared at every load.
-Where the file system has no symbolic links the cache does not keep that name: there the digest is compared only by a call
-that the Hub has answered, and not offline.
+**Integrity.** The cache stores files of Git LFS or Xet under their SHA-256, which is computed and compared at every load.
+On file systems without symbolic links the cache does not keep that name: there the digest is checked only if the Hub
+answered the call, and not offline.
 """
 
 import contextlib
@@ -34,56 +34,58 @@ if TYPE_CHECKING:
 
 PREFIX = "hf:"
 WEIGHTS, CONFIG, PREPROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
-# Of a folder, in the order in which they are taken: whole files, then those in several with an index.
+# Weights files in a folder, in order of preference: single files, then indices of sharded checkpoints.
 LOCAL = (WEIGHTS, "pytorch_model.bin", f"{WEIGHTS}.index.json", "pytorch_model.bin.index.json")
 MAX_BYTES = {
     WEIGHTS: 4 << 30,
     CONFIG: timm_config.MAX_BYTES,
     PREPROCESSOR: timm_config.MAX_BYTES,
 }  # the zoo's largest network has 0.5 GB
-ANSWER_SECONDS = 4.0  # for the Hub's first answer: a command without network must end within 5 s
+ANSWER_SECONDS = 4.0  # time limit for the Hub's first answer: without network a command must end within 5 s
 _COMMIT = re.compile("[0-9a-f]{40}")
 _SHA256 = re.compile("[0-9a-f]{64}")
-_REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_.+/-]*")  # a branch, a tag or a commit, and never a way out
+# a branch, tag or commit; no "..", against traversal
+_REVISION = re.compile(r"(?!.*\.\.)[A-Za-z0-9_][A-Za-z0-9_.+/-]*")
 
 
 @dataclass(frozen=True)
 class Published:
-    """Weights on the Hub, fetched; or in a folder."""
+    """Weights fetched from the Hub, or in a folder."""
 
-    spec: str  # with the commit in full, such as "hf:timm/resnet50.a1_in1k@<40 hex digits>"
-    path: Path  # model.safetensors in the Hub's cache
-    sha256: str  # of that file
-    commit: str  # empty of a folder
-    arch: str | None  # a name of the zoo; None, as those below, where no config.json says
+    spec: str  # with the full commit hash, such as "hf:timm/resnet50.a1_in1k@<40 hex digits>"
+    path: Path  # the weights file, in the Hub's cache or in the folder
+    sha256: str  # digest of that file
+    commit: str  # empty for a folder
+    arch: str | None  # a name in the zoo. This and the following fields are None if no config.json states them.
     num_classes: int | None
     preprocessing: Preprocessing | None
     categories: tuple[str, ...] | None  # in the order of the logits
-    network: Mapping[str, Any] | None = None  # fields of its ResNetConfig
-    notes: tuple[str, ...] = ()  # what of the configuration was passed over
+    network: Mapping[str, Any] | None = None  # fields of the network's ResNetConfig
+    notes: tuple[str, ...] = ()  # what was ignored in the configuration
 
 
 def is_spec(text: str | os.PathLike[str]) -> bool:
-    """Whether ``text`` means weights on the Hub, well formed or not."""
+    """Whether ``text`` is an address on the Hub, even a malformed one."""
     return isinstance(text, str) and text.startswith(PREFIX)
 
 
 def fetch(spec: str, *, progress: bool = True) -> Published:
-    """Weights from the Hub, or from its cache where they are there and the Hub does not answer.
+    """Fetches weights from the Hub. If the Hub does not answer, weights in the cache are used.
 
-    The Hub is asked which commit a branch or a tag is at now. A commit in full that is in the cache needs no network;
-    nor does anything in the cache with ``HF_HUB_OFFLINE=1``. Without network the first question is given up after
-    ``ANSWER_SECONDS``, or ``HF_HUB_ETAG_TIMEOUT`` where that is set.
+    The Hub is asked for the current commit of a branch or tag. A full commit hash that is in the cache needs no network;
+    with ``HF_HUB_OFFLINE=1`` nothing in the cache does. The first request times out after ``ANSWER_SECONDS``, or
+    ``HF_HUB_ETAG_TIMEOUT`` if that is set.
 
     Args:
-        spec: ``hf:ORG/REPO`` or ``hf:ORG/REPO@REVISION``: a branch (by default ``main``), a tag or a commit in full.
+        spec: ``hf:ORG/REPO`` or ``hf:ORG/REPO@REVISION``; the revision is a branch (default: ``main``), a tag or a full
+            commit hash.
         progress: show the downloads on stderr.
 
     Raises:
-        InputError: ``huggingface_hub`` is missing, ``spec`` is malformed, or the repository holds another network.
-        DownloadError: the files are neither in the cache nor to be had.
-        WeightsError: there are no weights in safetensors, the file in the cache is damaged, or the configuration is not
-            usable; one message lists all that is wrong with it.
+        InputError: ``huggingface_hub`` is missing, ``spec`` is malformed, or the network is not in the zoo.
+        DownloadError: the files are not in the cache and cannot be downloaded.
+        WeightsError: the repository has no safetensors, the file in the cache is damaged, or the configuration is invalid;
+            one message lists all its problems.
     """
     repo, revision = parse(spec)
     path = _cached(repo, revision, WEIGHTS)
@@ -91,7 +93,7 @@ def fetch(spec: str, *, progress: bool = True) -> Published:
     if path is None or path.parent.name != revision:
         try:
             head = _head(repo, revision, WEIGHTS)
-        except DownloadError:  # whatever the Hub answers, or fails to
+        except DownloadError:  # use the cache, whatever the reason
             if path is None:
                 raise
     if head:
@@ -100,13 +102,13 @@ def fetch(spec: str, *, progress: bool = True) -> Published:
         commit = path.parent.name
     else:
         raise WeightsError(_no_weights(repo, revision))
-    # The small file first: it tells whether the large one is of any use.
+    # The small file is fetched first, because it tells whether the large one can be used.
     config = _beside(repo, commit, CONFIG, progress)
     described = timm_config.Described()
     if config:
         transformers = "model_type" in timm_config.load(config)
         described = timm_config.read(config, _beside(repo, commit, PREPROCESSOR, progress) if transformers else None)
-    if head:  # asked for by branch or tag, so that the cache remembers where that was
+    if head:  # requested by branch or tag, so that the cache stores which commit that is
         path = _download(repo, revision, WEIGHTS, progress)
         if path is None or path.parent.name != commit:
             raise DownloadError(f"{repo}@{revision} changed while it was fetched: run this again")
@@ -116,11 +118,11 @@ def fetch(spec: str, *, progress: bool = True) -> Published:
 
 
 def local(folder: Path) -> Published:
-    """The weights in a folder such as ``save_pretrained`` of transformers, or timm's ``save_for_hf``, writes.
+    """Reads a folder as written by transformers' ``save_pretrained`` or timm's ``save_for_hf``.
 
     Raises:
-        InputError: its configuration names a network that the zoo has not.
-        WeightsError: there are no weights, or a configuration that is not usable; one message lists everything.
+        InputError: its configuration names a network that is not in the zoo.
+        WeightsError: the folder has no weights, or an invalid configuration; one message lists all problems.
     """
     try:
         names = sorted(os.listdir(folder))
@@ -133,7 +135,7 @@ def local(folder: Path) -> Published:
 
 
 def beside(path: Path) -> Published:
-    """The weights in a file, with what the configuration in its folder says; errors as :func:`local`."""
+    """The weights in a file, described by the configuration in its folder; errors as in :func:`local`."""
     config, preprocessor = (path.parent / name for name in (CONFIG, PREPROCESSOR))
     described = timm_config.Described()
     if config.is_file():
@@ -144,24 +146,24 @@ def beside(path: Path) -> Published:
 def _no_weights_in(folder: Path, names: list[str]) -> str:
     if ".metadata" in names or any(name.endswith(".distcp") for name in names):
         return (
-            f"{folder} is a checkpoint of torch.distributed in several files: make one file of it with "
+            f"{folder} is a sharded torch.distributed checkpoint: merge it into one file with "
             f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} model.pth"
         )
     if "zero_to_fp32.py" in names:
-        return f"{folder} is a checkpoint of DeepSpeed in several files: make one of it with its own zero_to_fp32.py"
+        return f"{folder} is a sharded DeepSpeed checkpoint: merge it into one file with the zero_to_fp32.py inside"
     if "saved_model.pb" in names:
-        return f"{folder} is a SavedModel of TensorFlow: only PyTorch's weights are converted"
+        return f"{folder} is a TensorFlow SavedModel, but only PyTorch weights can be converted"
     if any(name.startswith("_CHECKPOINT") or name in ("_METADATA", "manifest.ocdbt") for name in names):
-        return f"{folder} is a checkpoint of Orbax: restore it with the library that wrote it"
+        return f"{folder} is an Orbax checkpoint: restore it with the library that wrote it"
     weights = [name for name in names if Path(name).suffix in (".safetensors", ".pth", ".pt", ".th", ".bin", ".ckpt")]
     advice = f"name one of its files, {few(weights)}" if weights else f"there are {few(names) or 'no files'}"
     return f"{folder} is a folder without {' or '.join(LOCAL[:2])}: {advice}"
 
 
 def metadata(published: Published) -> dict[str, str]:
-    """What a native file says of weights from the Hub: source, commit, and as JSON preprocessing and categories."""
+    """The metadata entries of a native file for weights from the Hub; preprocessing and categories are JSON."""
     entries = {"source": published.spec, "commit": published.commit}
-    if not published.commit:  # a file here, of which only the name is anybody's business
+    if not published.commit:  # a local file: its folder is private and must not be stored
         entries = {"source": os.fsencode(Path(published.spec).name).decode(errors="replace")}
     if published.preprocessing:
         entries["preprocessing"] = published.preprocessing.to_json()
@@ -171,7 +173,7 @@ def metadata(published: Published) -> dict[str, str]:
 
 
 def check(published: Published, arch: str, config: "ResNetConfig | None" = None) -> None:
-    """Raises :class:`WeightsError` where ``arch``, or a network made of these weights, is not what config.json describes."""
+    """Raises :class:`WeightsError` if ``arch`` or ``config`` differs from the description in config.json."""
     problems = []
     if published.arch not in (None, arch):
         problems.append(f"a {published.arch}, not a {arch}")
@@ -191,9 +193,9 @@ def check(published: Published, arch: str, config: "ResNetConfig | None" = None)
 
 
 def parse(spec: str) -> tuple[str, str]:
-    """Repository and revision of ``hf:ORG/REPO[@REVISION]``; raises InputError for anything else."""
+    """Splits ``hf:ORG/REPO[@REVISION]`` into repository and revision; raises InputError for anything else."""
     if not is_spec(spec):
-        raise InputError(f"weights on the Hub are written {PREFIX}ORG/REPO[@REVISION], not {spec!r}")
+        raise InputError(f"expected weights on the Hub as {PREFIX}ORG/REPO[@REVISION], got {spec!r}")
     try:
         from huggingface_hub.errors import HFValidationError
         from huggingface_hub.utils import validate_repo_id
@@ -218,7 +220,7 @@ def parse(spec: str) -> tuple[str, str]:
 
 
 def _cached(repo: str, revision: str, filename: str) -> Path | None:
-    """Where a file of a revision lies in the cache; None if it does not."""
+    """The path of a file in the cache; None if it is not cached."""
     from huggingface_hub import try_to_load_from_cache
 
     found = try_to_load_from_cache(repo, filename, revision=revision)
@@ -226,7 +228,7 @@ def _cached(repo: str, revision: str, filename: str) -> Path | None:
 
 
 def _beside(repo: str, commit: str, filename: str, progress: bool) -> Path | None:
-    """A small file of a commit, from the cache or the Hub; None where the commit has none."""
+    """A small file of a commit, from the cache or the Hub; None if the commit does not have it."""
     from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
 
     found = try_to_load_from_cache(repo, filename, revision=commit)
@@ -240,9 +242,9 @@ def _beside(repo: str, commit: str, filename: str, progress: bool) -> Path | Non
 
 def _no_weights(repo: str, revision: str) -> str:
     if _head(repo, revision, f"{WEIGHTS}.index.json"):
-        return f"{repo}@{revision} has its weights in several files, which no ResNet needs: one {WEIGHTS} is read"
+        return f"{repo}@{revision} has sharded weights, but only a single {WEIGHTS} is supported"
     return (
-        f"{repo}@{revision} has no {WEIGHTS}. Pickles (.bin, .pth) are not fetched from the Hub: look for a revision "
+        f"{repo}@{revision} has no {WEIGHTS}, and pickles (.bin, .pth) are not fetched from the Hub: look for a revision "
         f"or a repository with safetensors"
     )
 
@@ -255,14 +257,14 @@ def _seconds() -> float:
 
 
 def _head(repo: str, revision: str, filename: str) -> "HfFileMetadata | None":
-    """What the Hub says of a file; None where the revision has no such file.
+    """Asks the Hub for the metadata of a file; None if the revision does not have the file.
 
-    Asked before ``hf_hub_download``, which without network retries for minutes. In a thread of its own: a name look-up
-    hangs beyond any socket timeout, and a daemon thread does not keep the program from ending.
+    It is called before ``hf_hub_download``, which retries for minutes if there is no network. The request runs in a daemon
+    thread, because socket timeouts do not apply to name look-ups; a daemon thread does not keep the program from exiting.
 
     Raises:
-        DownloadError: there is no answer, or it is a refusal.
-        WeightsError: the file is larger than any that could be used.
+        DownloadError: the Hub does not answer, or refuses.
+        WeightsError: the file is larger than that of any supported network.
     """
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
 
@@ -272,7 +274,7 @@ def _head(repo: str, revision: str, filename: str) -> "HfFileMetadata | None":
     def ask() -> None:
         try:
             url = hf_hub_url(repo, filename, revision=revision)
-            future.set_result(get_hf_file_metadata(url, timeout=seconds + 1))  # ends the thread
+            future.set_result(get_hf_file_metadata(url, timeout=seconds + 1))  # the timeout ends the thread
         except Exception as error:
             future.set_exception(error)
 
@@ -283,16 +285,14 @@ def _head(repo: str, revision: str, filename: str) -> "HfFileMetadata | None":
     except errors.EntryNotFoundError:
         return None
     if not _COMMIT.fullmatch(found.commit_hash or "") or not found.etag:
-        raise DownloadError(
-            f"{found.location} does not answer as the Hub does: check HF_ENDPOINT and the proxy settings"
-        )
+        raise DownloadError(f"{found.location} does not answer like the Hub: check HF_ENDPOINT and the proxy settings")
     if found.size is not None and found.size > MAX_BYTES[WEIGHTS if filename == WEIGHTS else CONFIG]:
-        raise WeightsError(f"{filename} of {repo}@{revision} has {found.size:,} bytes: it cannot be that of a ResNet")
+        raise WeightsError(f"{filename} of {repo}@{revision} has {found.size:,} bytes, which is too large for a ResNet")
     return found
 
 
 def _download(repo: str, revision: str, filename: str, progress: bool) -> Path | None:
-    """A file of a revision, from the cache or else downloaded; None where the revision has no such file."""
+    """A file of a revision, from the cache or downloaded; None if the revision does not have it."""
     from huggingface_hub import errors, hf_hub_download
     from huggingface_hub.utils import tqdm
 
@@ -312,10 +312,10 @@ def _download(repo: str, revision: str, filename: str, progress: bool) -> Path |
 
 @contextlib.contextmanager
 def _explained(repo: str, revision: str, filename: str) -> Iterator[None]:
-    """Turns what huggingface_hub raises into a :class:`DownloadError` that says what to do.
+    """Converts exceptions of huggingface_hub into a :class:`DownloadError` that says what to do.
 
-    ``EntryNotFoundError``, where the revision has no such file, is let through. Neither messages nor causes of errors
-    below HTTP are kept, since one about a malformed header quotes the token.
+    ``EntryNotFoundError`` (the revision does not have the file) is passed on. Messages and causes of errors below the HTTP
+    level are dropped, because the message about a malformed header contains the token.
     """
     from huggingface_hub import constants, errors
 
@@ -325,41 +325,41 @@ def _explained(repo: str, revision: str, filename: str) -> Iterator[None]:
     page = f"{constants.ENDPOINT}/{repo}"
     try:
         yield
-    except errors.LocalEntryNotFoundError:  # an entry "not found" because the Hub no longer answers
+    except errors.LocalEntryNotFoundError:  # "not found" means here that the Hub stopped answering
         raise failed(f"{constants.ENDPOINT} does not answer: try again later") from None
     except errors.EntryNotFoundError:
         raise
     except errors.OfflineModeIsEnabled:
         raise failed(
-            f"it is not in the cache, {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: unset it, or fetch it elsewhere "
-            f"with hf download {repo} {WEIGHTS} {CONFIG} --revision {revision}, and copy the cache"
+            f"it is not in the cache, {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: unset HF_HUB_OFFLINE, or run "
+            f"hf download {repo} {WEIGHTS} {CONFIG} --revision {revision} on another machine, and copy the cache"
         ) from None
     except errors.GatedRepoError as error:
-        raise failed(f"access is granted at {page}; then log in with `hf auth login`") from error
+        raise failed(f"the repository is gated: request access at {page}, then log in with `hf auth login`") from error
     except errors.RepositoryNotFoundError as error:
-        raise failed(f"there is no {page}, or it is private: check the name, or log in with `hf auth login`") from error
+        raise failed(f"{page} does not exist or is private: check the name, or log in with `hf auth login`") from error
     except errors.RevisionNotFoundError as error:
         raise failed(f"{page} has no branch, tag or commit {revision!r}") from error
     except errors.HfHubHTTPError as error:
         code = error.response.status_code
         advice = "log in again with `hf auth login`" if code in (401, 403) else "try again later"
-        raise failed(f"{constants.ENDPOINT} answers HTTP {code}: {advice}") from error
+        raise failed(f"{constants.ENDPOINT} answered HTTP {code}: {advice}") from error
     except TimeoutError:
         raise failed(
-            f"no answer from {constants.ENDPOINT} within {_seconds():g} s (HF_HUB_ETAG_TIMEOUT sets another number)"
+            f"no answer from {constants.ENDPOINT} within {_seconds():g} s: check the network, or set HF_HUB_ETAG_TIMEOUT"
         ) from None
     except UnicodeEncodeError:
         raise failed("the token in HF_TOKEN is not valid: log in with `hf auth login`") from None
-    except Exception as error:  # httpx's, hf_xet's and the file system's: no closed set
+    except Exception as error:  # from httpx, hf_xet or the file system: there is no common base class
         if isinstance(error, OSError) and error.errno:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            advice = "free some space there" if full else "choose another folder by HF_HOME"
+            advice = "free some space there" if full else "choose another folder with HF_HOME"
             raise failed(f"{error.filename or constants.HF_HUB_CACHE}: {error.strerror}; {advice}") from error
         raise failed(f"{reason(error)}; check the network, HF_ENDPOINT and the proxy settings, or try again") from None
 
 
 def reason(error: BaseException | None) -> str:
-    """What the operating system said at the bottom of an error, else the error's kind."""
+    """The operating system's message in an error or its causes, else the type of the error."""
     kind = type(error).__name__
     while error is not None:
         if isinstance(error, OSError) and error.strerror:
@@ -369,12 +369,12 @@ def reason(error: BaseException | None) -> str:
 
 
 def _checked(path: Path, etag: str | None) -> str:
-    """The SHA-256 of a file in the cache, compared with what the Hub calls it.
+    """Computes the SHA-256 of a file in the cache and compares it with the Hub's.
 
     Raises:
-        WeightsError: they differ.
+        WeightsError: the digests differ, or the file cannot be read.
     """
-    # One link only: the blob may itself be a link, to a file named by another kind of digest.
+    # Follow one link only: its target may itself be a link, to a file named by another kind of digest.
     name = Path(os.readlink(path)).name if path.is_symlink() else etag
     try:
         actual = sha256_of(path)
@@ -382,7 +382,7 @@ def _checked(path: Path, etag: str | None) -> str:
         raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
     if _SHA256.fullmatch(name or "") and actual != name:
         raise WeightsError(
-            f"{path} is damaged: its SHA-256 is {actual}, but the Hub's is {name}. "
+            f"{path} is damaged: expected SHA-256 {name} as on the Hub, found {actual}. "
             f"Delete {path.resolve()} and run this again."
         )
     return actual

@@ -1,7 +1,7 @@
-"""Native weight files: safetensors with a configuration, provenance, and digests over the arrays and over the metadata.
+"""Native weight files: safetensors with the configuration, provenance, and digests of the arrays and of the metadata.
 
-safetensors finds truncation and bad headers; the digests find the flipped bit that it does not. Files are written under
-a temporary name and moved into place, so that one that exists is whole.
+safetensors itself detects truncation and bad headers; the digests detect changed bits. Files are written atomically, so that
+an existing file is always complete.
 """
 
 from __future__ import annotations
@@ -35,56 +35,56 @@ from jresnet.models.zoo import FREE, configure, find, name_of
 from jresnet.weights.preprocessing import Preprocessing
 
 FORMAT = "jresnet-1"
-RESERVED = ("format", "arch", "config", "digest", "metadata_digest", "versions")  # entries of the metadata
+RESERVED = ("format", "arch", "config", "digest", "metadata_digest", "versions")  # metadata entries written by `save`
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-# Of a safetensors header, which becomes Python objects of many times its size. A resnet1202_cifar has 1 MB and 30,000
-# texts, the categories of ImageNet-21k are 1 MB more.
+# Limits of a safetensors header, whose Python objects take many times its size. The header of a resnet1202_cifar has 1 MB
+# and 30,000 strings; the categories of ImageNet-21k add 1 MB.
 MAX_HEADER = 8 << 20  # bytes
-MAX_TEXTS = 200_000  # in quotes: five a tensor, two an entry of the metadata
+MAX_TEXTS = 200_000  # quoted strings: five per tensor, two per metadata entry
 
 
 def digest(values: Mapping[str, np.ndarray]) -> str:
-    """SHA-256 in hex over name, dtype, shape and bytes of every array, in the order of the names."""
+    """SHA-256 in hex over name, dtype, shape and bytes of all arrays, in the order of their names."""
     total = hashlib.sha256()
     for name in sorted(values):
         value = np.ascontiguousarray(values[name])
         total.update(f"{name} {value.dtype.str} {list(values[name].shape)}\n".encode())
-        total.update(value.reshape(-1).view(np.uint8).data)  # bfloat16 has no buffer of its own
+        total.update(value.reshape(-1).view(np.uint8).data)  # bfloat16 arrays do not support the buffer protocol
     return total.hexdigest()
 
 
 def save(path: str | Path, model: ResNet, arch: str | None = None, **provenance: Any) -> None:
-    """Writes ``model`` to a native file, atomically.
+    """Writes a model to a native file, atomically.
 
-    The file holds every parameter and statistic in the dtype it has, and the configuration. A head that is another
-    ``flax.nnx.Linear`` than the model began with is saved with its own number of classes.
+    The file contains all parameters and statistics in their dtypes, and the configuration. If the head was replaced by
+    another ``flax.nnx.Linear``, the file has that head's number of classes.
 
     Args:
-        path: the file; by custom ``*.safetensors``.
-        model: a row of the zoo or any other configuration.
-        arch: the row that it has to be one of; ``None``: it is not asked.
-        provenance: more metadata as text, for example ``source`` and ``source_sha256``. ``preprocessing`` may be a
-            :class:`~jresnet.weights.preprocessing.Preprocessing`, ``categories`` a sequence of names, one a class, and
-            ``scores`` a mapping of numbers, as :func:`jresnet.get_weights` has them; ``None`` is left out.
+        path: the file, usually ``*.safetensors``.
+        model: a model of any configuration, in the zoo or not.
+        arch: the expected architecture; ``None``: not checked.
+        provenance: further metadata as strings, such as ``source`` and ``source_sha256``. ``preprocessing`` may be a
+            :class:`~jresnet.weights.preprocessing.Preprocessing`, ``categories`` a sequence with one name per class, and
+            ``scores`` a mapping of numbers, as in :func:`jresnet.get_weights`. Entries that are ``None`` are left out.
 
     Raises:
-        InputError: where ``model`` is not an ``arch``, was fused, holds what this format has no place for or what is not
-            finite, where metadata is not text or has a name of the format's own, or where the file cannot be written.
-            One message lists everything.
+        InputError: ``model`` is not an ``arch``, is fused, contains layers that the format cannot store, or values that are
+            not finite; a metadata entry is not a string or has a reserved name; or the file cannot be written. One message
+            lists all problems.
     """
     config = config_of(model)
     values = {name: np.asarray(value) for name, value in arrays(model).items()}
     if isinstance(model, FusedResNet):
         raise InputError(
-            "this model is fused and has no BatchNorm to write: save the model that was given to jresnet.fuse"
+            "this model is fused and has no BatchNorm to save: save the model that was passed to jresnet.fuse"
         )
     if arch is not None and configure(arch, **{name: getattr(config, name) for name in FREE}) != config:
         raise InputError(f"this model is not a {arch}: its configuration is {config}")
     metadata, problems = _provenance(provenance, config)
     if Path(path).suffix in TORCH_SUFFIXES:
         problems.append(
-            f"files that end in {Path(path).suffix} are PyTorch's, which this one is not: name it *.safetensors "
-            "(jresnet export-torch writes PyTorch's from it)"
+            f"{Path(path).suffix} is a suffix of PyTorch files, and this is a native file: name it *.safetensors "
+            "(jresnet export-torch converts it to a PyTorch file)"
         )
     problems += _foreign(model, config)
     problems += differences(shapes(config), {name: value.shape for name, value in values.items()})
@@ -92,7 +92,7 @@ def save(path: str | Path, model: ResNet, arch: str | None = None, **provenance:
         if value.dtype.name not in DTYPES:
             problems.append(f"{name} is {value.dtype}, not {', '.join(DTYPES)}")
         elif broken := value.size - int(np.isfinite(value).sum()):
-            problems.append(f"{name} holds {broken:,} values that are NaN or infinite")
+            problems.append(f"{name} contains {broken:,} values that are NaN or infinite")
     if problems:
         raise InputError(f"cannot save this model to {path}: {_some(problems)}")
     arch = arch or name_of(config)
@@ -100,30 +100,30 @@ def save(path: str | Path, model: ResNet, arch: str | None = None, **provenance:
     metadata = {
         "format": FORMAT,
         **({"arch": arch} if arch else {}),
-        # What is None is left out: so a file says no more of its network than it has to.
+        # None is left out, so that files of most networks do not contain the optional fields.
         "config": json.dumps({name: said for name, said in dataclasses.asdict(config).items() if said is not None}),
         "versions": json.dumps(versions),
         **metadata,
     }
-    # safetensors scrambles arrays that are not contiguous, without a word.
+    # safetensors silently scrambles arrays that are not contiguous.
     values = {name: np.ascontiguousarray(value) for name, value in values.items()}
     write_atomically(path, safetensors.numpy.save(values, sealed(values, metadata)))
 
 
 def sealed(values: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> dict[str, str]:
-    """``metadata`` with the digest of the arrays, and one of itself that covers the former."""
+    """``metadata`` with two added entries: the digest of the arrays, and that of all metadata including the former."""
     whole = {**metadata, "digest": digest(values)}
     return {**whole, "metadata_digest": _metadata_digest(whole)}
 
 
 def _metadata_digest(metadata: Mapping[str, str]) -> str:
-    """SHA-256 in hex over every entry but this one."""
+    """SHA-256 in hex over all entries except ``metadata_digest``."""
     said = sorted((name, text) for name, text in metadata.items() if name != "metadata_digest")
     return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def _foreign(model: ResNet, config: ResNetConfig) -> list[str]:
-    """The parts of ``model`` that a model of ``config`` built anew would not have, or not with these settings."""
+    """The problems of submodules that differ in type or settings from those of a new model of ``config``."""
 
     def parts(model: ResNet) -> dict[str, Any]:
         found = {".".join(map(str, path)): part for path, part in nnx.iter_graph(model) if isinstance(part, nnx.Module)}
@@ -136,27 +136,27 @@ def _foreign(model: ResNet, config: ResNetConfig) -> list[str]:
             continue
         if path == "fc" and type(part) is not Linear:
             problems.append(
-                f"fc is a {type(part).__name__}, and the format has a place for one linear layer with a bias: "
-                "Orbax's checkpoints (flax.nnx.state) take any model"
+                f"fc is a {type(part).__name__}, but the format stores one linear layer with a bias: use an Orbax "
+                "checkpoint (flax.nnx.state), which stores any model"
             )
         elif path in expected and type(part) is not type(expected[path]):
-            problems.append(f"{path} is a {type(part).__name__} of {type(part).__module__}, not jresnet's own")
+            problems.append(f"{path} is a {type(part).__name__} of {type(part).__module__}, not of jresnet")
         elif path in expected:
             for name in ("stride", "padding", "groups", "dilation", "eps"):
                 own, usual = (getattr(one, name, None) for one in (part, expected[path]))
                 if own != usual:
-                    problems.append(f"{path} has {name} {own}, and a network of this configuration {usual}")
+                    problems.append(f"{path} has {name} {own}, but a network of this configuration has {usual}")
     return problems
 
 
 def _provenance(given: Mapping[str, Any], config: ResNetConfig) -> tuple[dict[str, str], list[str]]:
-    """``given`` as text, and what is wrong with it."""
+    """The metadata as strings, and a list of problems."""
     said, problems = {}, []
     for name, value in given.items():
         if value is None:
             continue
         if name in RESERVED:
-            problems.append(f"the format writes the entry {name!r} itself: choose another name for yours")
+            problems.append(f"the metadata name {name!r} is reserved: choose another name")
         elif isinstance(value, Preprocessing):
             value = value.to_json()
         elif name == "categories" and isinstance(value, list | tuple):
@@ -170,7 +170,7 @@ def _provenance(given: Mapping[str, Any], config: ResNetConfig) -> tuple[dict[st
             value = json.dumps(value)
         elif name == "scores" and isinstance(value, Mapping):
             try:
-                value = json.dumps(dict(value), default=float)  # float: numbers of numpy's and JAX's
+                value = json.dumps(dict(value), default=float)  # float: for numpy and JAX numbers
             except (TypeError, ValueError):
                 problems.append(f"scores must be numbers and text by name, got {value!r:.80}")
                 continue
@@ -186,7 +186,7 @@ def _provenance(given: Mapping[str, Any], config: ResNetConfig) -> tuple[dict[st
 
 
 def _unreadable(name: str, text: str) -> str | None:
-    """Why this entry, given as text, could not be read again as what it has to be."""
+    """The reason why this entry, given as a string, could not be read back; None if it can."""
     kind = {"categories": list, "scores": dict}.get(name)
     try:
         if name == "preprocessing":
@@ -207,13 +207,13 @@ def _some(problems: list[str]) -> str:
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """The arrays and the metadata of any safetensors file, bfloat16 included.
+    """Reads the arrays and the metadata of any safetensors file; bfloat16 is supported.
 
     Raises:
-        WeightsError: where the file is not there, is damaged, or holds a dtype that numpy has not (float8, float4).
+        WeightsError: the file is missing or damaged, or contains a dtype that numpy does not have (float8, float4).
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would never answer
+        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would block
             raise OSError("it is a folder or a device; name the file itself")
         _check_header(path)
         with safetensors.safe_open(path, framework="numpy") as file:
@@ -228,29 +228,29 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str,
 
 
 def _check_header(path: str | Path) -> None:
-    """Raises ValueError where the header of a safetensors file is so large that no network can need it."""
+    """Raises ValueError if the header of a safetensors file is larger than any network needs."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if MAX_HEADER < length < os.fstat(file.fileno()).st_size:  # a longer one is damage, which safetensors tells
+        if MAX_HEADER < length < os.fstat(file.fileno()).st_size:  # safetensors reports a header longer than the file
             raise ValueError(f"its header has {length:,} bytes; expected at most {MAX_HEADER:,}")
         if (texts := file.read(min(length, MAX_HEADER)).count(b'"') // 2) > MAX_TEXTS:
             raise ValueError(f"its header has {texts:,} texts; expected at most {MAX_TEXTS:,}")
 
 
 def read(path: str | Path) -> tuple[str | None, ResNetConfig, dict[str, np.ndarray], dict[str, str]]:
-    """Reads a native file and checks it whole.
+    """Reads a native file and checks all of it.
 
     Returns:
-        (arch, config, arrays by path, metadata); arch is None where the configuration is no row of the zoo.
+        (arch, config, arrays by path, metadata); arch is None if the configuration is not in the zoo.
 
     Raises:
-        WeightsError: where the file is missing, truncated, altered, not jresnet's, or does not hold what its
-            configuration needs; one message lists everything that is wrong.
+        WeightsError: the file is missing, truncated, altered, not a native file, or its arrays do not match its
+            configuration; one message lists all problems.
     """
     if Path(path).suffix in (".pth", ".pt", ".th"):
         raise WeightsError(
             f"{path} is a PyTorch file: jresnet.create(ARCH, weights=...) reads it, and "
-            "python -m convert.torch2flax makes a native file of it"
+            "python -m convert.torch2flax converts it to a native file"
         )
     return parse(path, *read_safetensors(path))
 
@@ -258,14 +258,14 @@ def read(path: str | Path) -> tuple[str | None, ResNetConfig, dict[str, np.ndarr
 def parse(
     path: str | Path, values: dict[str, np.ndarray], metadata: dict[str, str]
 ) -> tuple[str | None, ResNetConfig, dict[str, np.ndarray], dict[str, str]]:
-    """:func:`read`, of the arrays and the metadata of ``path``, whose name is for errors only."""
+    """As :func:`read`, from the arrays and the metadata of a file; ``path`` is used only in messages."""
     if metadata.get("format") != FORMAT:
         raise WeightsError(
             f"{path} is not a {FORMAT} file (its metadata says {metadata.get('format')!r}): a PyTorch or timm file "
-            "is read by jresnet.create(ARCH, weights=...), and python -m convert.torch2flax makes a native file of it"
+            "is read by jresnet.create(ARCH, weights=...), and python -m convert.torch2flax converts it to a native file"
         )
     if digest(values) != metadata.get("digest") or _metadata_digest(metadata) != metadata.get("metadata_digest"):
-        raise WeightsError(f"{path} was altered after it was written, its digest differs: fetch or convert it again")
+        raise WeightsError(f"{path} was altered after it was written (its digest differs): fetch or convert it again")
     try:
         arch = metadata.get("arch")
         if arch is not None:
@@ -289,7 +289,7 @@ def parse(
 
 
 def _stated(metadata: Mapping[str, str], values: Mapping[str, np.ndarray]) -> ResNetConfig:
-    """The configuration that a file states, which anyone may have written; :class:`ValueError` and others if it is none."""
+    """The configuration that an untrusted file states; raises :class:`ValueError` and others if it is invalid."""
     said = json.loads(metadata["config"])
     names = {field.name for field in dataclasses.fields(ResNetConfig)}
     needed = {field.name for field in dataclasses.fields(ResNetConfig) if field.default is not None}
@@ -298,7 +298,7 @@ def _stated(metadata: Mapping[str, str], values: Mapping[str, np.ndarray]) -> Re
         raise InputError(f"its configuration must have {', '.join(sorted(needed))}, may have {may} and nothing else")
     known: dict[str, Any] = {name: _tuples(value) for name, value in said.items()}
     config = ResNetConfig(**known)
-    # Building a network takes time and memory for every block and channel, so that the file must have as many.
+    # Building a network takes time and memory per block and channel, so a false configuration must be refused before that.
     blocks, widest = sum(config.depths), max((max(value.shape, default=0) for value in values.values()), default=0)
     if config.pruned is None:
         inner = (max(config.widths) * config.width_per_group // 64 * config.groups, *config.widths)
@@ -306,16 +306,16 @@ def _stated(metadata: Mapping[str, str], values: Mapping[str, np.ndarray]) -> Re
         inner = tuple(count for _, pairs in config.pruned for pair in pairs for count in pair)
     channels = (config.in_channels, config.num_classes, config.stem_outputs, *inner, *config.outputs)
     if blocks > len(values) or max(channels) > widest:
-        raise InputError(f"its configuration has {blocks:,} blocks or channels that its arrays have not")
+        raise InputError(f"its configuration has {blocks:,} blocks or channels that its arrays do not have")
     return config
 
 
 def _tuples(value: Any) -> Any:
-    """JSON's lists as tuples, however deep."""
+    """Converts lists to tuples, recursively."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def load(path: str | Path, dtype: DTypeLike | None = None) -> ResNet:
-    """The model that a native file holds; errors as :func:`read`, ``dtype`` as in :class:`ResNet`."""
+    """Loads the model in a native file; ``dtype`` as in :class:`ResNet`, errors as in :func:`read`."""
     _, config, values, _ = read(path)
     return fill(config, values, dtype)

@@ -1,4 +1,4 @@
-"""From an image to a network's input: what weights say about it, and the statistics of the usual data sets."""
+"""The preprocessing of images, as weights specify it, and the statistics of common data sets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STATISTICS: Mapping[str, tuple[RGB, RGB]] = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # torchvision's
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "digits": ((0.3055, 0.3055, 0.3055), (0.3240, 0.3240, 0.3240)),
-    # kuangliu/pytorch-cifar, main.py, and many after it: of CIFAR-10, but the std is the mean over the images' own
+    # CIFAR-10 in kuangliu/pytorch-cifar, main.py, and many later repositories: the std is the mean of the images' stds
     "kuangliu": ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     # weiaicunzai/pytorch-cifar100, conf/global_settings.py, rounded
     "cifar100": ((0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047)),
@@ -30,17 +30,17 @@ STATISTICS: Mapping[str, tuple[RGB, RGB]] = {
 def normalise(
     images: Float[Array, "n h w c"], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Float[Array, "n h w c"]:
-    """Grey levels 0 to 255 -> (x / 255 - mean) / std, by channel, of JAX's or numpy's arrays."""
+    """Normalises JAX or numpy images with values from 0 to 255: ``(x / 255 - mean) / std`` per channel."""
     return (images / 255 - np.array(mean, images.dtype)) / np.array(std, images.dtype)
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From an image to the network's input, in this order; resizing is antialiased."""
+    """The steps from an image to the network's input, in this order; resizing is antialiased."""
 
-    resize: int | None  # pixels of the shorter side; None: the image as it is
-    crop: int  # pixels of the central square
-    mean: tuple[float, ...] = STATISTICS["imagenet"][0]  # RGB or one grey channel, of pixels scaled to 0..1
+    resize: int | None  # the shorter side is resized to this number of pixels; None: no resizing
+    crop: int  # height and width of the centre crop, in pixels
+    mean: tuple[float, ...] = STATISTICS["imagenet"][0]  # three values (RGB) or one (grey), for pixels in [0, 1]
     std: tuple[float, ...] = STATISTICS["imagenet"][1]
     interpolation: str = "bilinear"  # or "bicubic"
 
@@ -50,7 +50,7 @@ class Preprocessing:
         return f"{size}, centre {self.crop} x {self.crop}, mean {mean}, std {std}"
 
     def check(self) -> None:
-        """Raises :class:`InputError` with everything that is of a wrong type or out of range."""
+        """Raises :class:`InputError` that lists all fields of a wrong type or out of range."""
 
         def pixels(value: object) -> bool:
             return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= 4096
@@ -79,15 +79,15 @@ class Preprocessing:
             raise InputError("; ".join(problems))
 
     def to_json(self) -> str:
-        """The entry ``preprocessing`` of a native file's metadata."""
+        """Converts to the string that a native file stores in the metadata entry ``preprocessing``."""
         return json.dumps(dataclasses.asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Preprocessing:
-        """What :meth:`to_json` wrote, from a file that anyone may have written.
+        """Reads the string of :meth:`to_json`, which may come from an untrusted file.
 
         Raises:
-            WeightsError: for anything else; one message lists all that is wrong.
+            WeightsError: the string is invalid; one message lists all problems.
         """
         try:
             found = json.loads(text)
@@ -95,8 +95,8 @@ class Preprocessing:
                 raise InputError(f"expected an object, got {_short(found)}")
             fields = {field.name for field in dataclasses.fields(cls)}
             problems = [f"{_short(name)} is unknown" for name in sorted(found.keys() - fields)]
-            if "resize" not in found:  # for the others, null is wrong as well
-                problems.append("there is no resize")
+            if "resize" not in found:  # the only field that may be null, so `check` cannot tell that it is missing
+                problems.append("resize is missing")
             known: dict[str, Any] = {name: tuple(v) if isinstance(v := found.get(name), list) else v for name in fields}
             try:
                 cls(**known).check()
@@ -104,12 +104,12 @@ class Preprocessing:
                 problems.append(str(error))
             if problems:
                 raise InputError("; ".join(problems))
-        except (ValueError, RecursionError) as error:  # json's own, and those above
-            raise WeightsError(f"the preprocessing that the weights file states cannot be used: {error}") from error
+        except (ValueError, RecursionError) as error:  # from json, and those above
+            raise WeightsError(f"the preprocessing that the weights file states is invalid: {error}") from error
         return cls(**known)
 
 
 def _short(value: object) -> str:
-    """A value as it may stand in a message: a stranger's may be very long."""
+    """A value shortened for a message; values from untrusted files may be very long."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

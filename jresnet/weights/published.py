@@ -1,9 +1,9 @@
-"""Named ImageNet weights: address, digest, preprocessing, published scores, and torch's own cache folder.
+"""Torchvision's ImageNet weights: address, digest, preprocessing, published scores, and torch's cache folder.
 
-The table is torchvision 0.28.0's metadata (``torchvision/models/resnet.py``) written out, so that nothing here needs
-torchvision; ``tests/test_pretrained.py`` compares the two. torchvision publishes only the first 8 digits of a SHA-256,
-in the file's name. The full digests were found in public repositories and begin with those 8; for the others none could
-be found.
+The table is a copy of torchvision 0.28.0's metadata (``torchvision/models/resnet.py``), so that torchvision is not needed;
+``tests/test_pretrained.py`` compares the two. torchvision publishes only the first 8 digits of a SHA-256, in the file's
+name. The full digests below were found in public repositories and begin with those 8 digits. No full digest was found for
+the other files.
 
     a   nampluskr/roi-corner-detection-ver2, docs/references/backbones.md
     b   isarandi/tensorflow-resnetv1.5-like-pytorch, convert_weights.py
@@ -32,17 +32,17 @@ class Row:
     """One published weights file."""
 
     arch: str
-    name: str  # torchvision's, such as "IMAGENET1K_V2"
+    name: str  # torchvision's name, such as "IMAGENET1K_V2"
     url: str
     sha256: str  # 64 hex digits where known, else the 8 in the file's name
     preprocessing: Preprocessing
-    top1: float  # per cent right on ImageNet-1K's validation set, single crop, as published
+    top1: float  # published accuracy on ImageNet-1K's validation set with a single crop, in per cent
     top5: float
-    default: bool  # what torchvision means by DEFAULT
+    default: bool  # whether this is torchvision's DEFAULT
 
     @property
     def filename(self) -> str:
-        """The file's name, in torch's cache as well."""
+        """The name of the file, also in torch's cache."""
         return self.url.rpartition("/")[2]
 
 
@@ -97,25 +97,25 @@ def names(arch: str) -> tuple[str, ...]:
 
 
 def is_name(text: str) -> bool:
-    """Whether ``text`` is a name of published weights, of some architecture, or ``DEFAULT``; in whatever case."""
+    """Whether ``text`` is ``DEFAULT`` or a name of published weights of any architecture; case is ignored."""
     return text.upper() in ("DEFAULT", *(row.name for row in _TABLE))
 
 
 def find(arch: str, name: str | None = None) -> Row:
-    """The weights of an architecture by their name, whatever its case.
+    """Finds published weights by architecture and name; case is ignored.
 
     Args:
         arch: one of torchvision's ten, such as ``"resnet50"``.
-        name: such as ``"IMAGENET1K_V1"``; ``None`` or ``"DEFAULT"`` means torchvision's default, its best.
+        name: such as ``"IMAGENET1K_V1"``; ``None`` or ``"DEFAULT"`` means torchvision's default, its most accurate weights.
 
     Raises:
-        InputError: nothing is published under these names; the message says what is.
+        InputError: no such weights are published; the message lists those that are.
     """
     rows = [row for row in _TABLE if row.arch == arch.lower()]
     if not rows:
         known = list(dict.fromkeys(row.arch for row in _TABLE))
         raise InputError(
-            f"no weights are published for {arch!r}{_nearest(arch.lower(), known)}. There are some for "
+            f"no weights are published for {arch!r}{_nearest(arch.lower(), known)}. There are weights for "
             f"{', '.join(known)}. For any other architecture give the path of a weights file."
         )
     wanted = ("DEFAULT" if name is None else name).upper()
@@ -135,77 +135,83 @@ def _nearest(word: str, known: list[str]) -> str:
 
 
 def cache_dir() -> Path:
-    """torch.hub's folder for downloaded weights, so that a file fetched by either serves both."""
+    """The folder of torch.hub for downloaded weights, so that torch and jresnet share files."""
     home = os.environ.get("TORCH_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "torch")
     return Path(home).expanduser() / "hub" / "checkpoints"
 
 
 def cached(weights: Row) -> Path | None:
-    """Where the file lies in the cache, unchecked; None if it does not."""
+    """The path of the file in the cache, unchecked; None if it is not cached."""
     path = cache_dir() / weights.filename
     return path if path.exists() else None
 
 
 def fetch(weights: Row, *, progress: bool = True) -> Path:
-    """The weights file, from the cache or else downloaded into it; its digest is checked at every call.
+    """Downloads a weights file into the cache unless it is there, and checks its digest at every call.
 
     Args:
         weights: a row of the table, from ``find``.
         progress: show the download on stderr.
 
+    Returns:
+        The path of the file.
+
     Raises:
-        WeightsError: the file in the cache is not the published one. It is left alone.
-        DownloadError: it could not be downloaded; the message says where to put it by hand.
+        WeightsError: the file in the cache is not the published one; it is not deleted.
+        DownloadError: the download failed; the message says where to put the file by hand.
     """
     if (path := cached(weights)) is None:
         path = cache_dir() / weights.filename
         try:
             return download.fetch([weights.url], path, sha256=weights.sha256, progress=progress)
         except DownloadError as error:
-            raise DownloadError(f"{error}\nThe folder is torch's cache; TORCH_HOME sets another.") from error
+            raise DownloadError(f"{error}\nThis folder is torch's cache; set TORCH_HOME to use another.") from error
     try:
         actual = sha256_of(path)
     except OSError as error:
         raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
     if not actual.startswith(weights.sha256):
         raise WeightsError(
-            f"{path} is damaged or another file: its SHA-256 is {actual}, but {weights.arch} {weights.name} has "
-            f"{weights.sha256}{'' if len(weights.sha256) == 64 else '...'}. Delete it and run this again."
+            f"{path} is damaged or another file: its SHA-256 is {actual}, but that of {weights.arch} {weights.name} is "
+            f"{weights.sha256}{'' if len(weights.sha256) == 64 else '...'}. Delete the file and run this again."
         )
     return path
 
 
 def name_mismatch(filename: str, sha256: str) -> str | None:
-    """A warning where a file's name ends in digits, as torch.hub appends them, that its SHA-256 does not begin with.
+    """Compares a file's SHA-256 with the digits that torch.hub appends to file names, as in ``resnet20-12fca82f.th``.
 
-    ``resnet20-12fca82f.th``: 8 digits or more before ``.pth``, ``.pt`` or ``.th``. For a file that is in no table they
-    are all there is to compare with; a warning and no error, since ``resnet18-20240131.pth`` may mean a day.
+    For a file that is not in the table these digits (8 or more before ``.pth``, ``.pt`` or ``.th``) are all there is to
+    compare with. A mismatch is only a warning, because the digits may be a date, as in ``resnet18-20240131.pth``.
+
+    Returns:
+        The text of a warning, or None if the digits match or there are none.
     """
     found = re.search(r"-([0-9a-f]{8,64})\.(?:pth|pt|th)$", filename)
     if found is None or sha256.startswith(found[1]):
         return None
     return (
-        f"{filename} should have a SHA-256 that begins with {found[1]}, if these digits are one, as torch.hub names files: "
-        f"it is {sha256}. The file may be damaged or another one."
+        f"the name {filename} suggests a SHA-256 that begins with {found[1]} (as torch.hub names files), but the SHA-256 is "
+        f"{sha256}: the file may be damaged or another one."
     )
 
 
 @functools.cache
 def categories() -> tuple[str, ...]:
-    """The 1,000 ImageNet class names in the order of the logits, as torchvision spells them."""
+    """The names of ImageNet's 1,000 classes in torchvision's spelling, in the order of the logits."""
     text = importlib.resources.files("jresnet.weights").joinpath("imagenet_classes.txt").read_text(encoding="utf-8")
     return tuple(text.splitlines())
 
 
 @functools.cache
 def wnids() -> tuple[str, ...]:
-    """The WordNet ids of the 1,000 ImageNet classes in the order of the logits, which is that of the sorted ids."""
+    """The WordNet ids of ImageNet's 1,000 classes in the order of the logits, in which they are sorted."""
     text = importlib.resources.files("jresnet.weights").joinpath("imagenet_wnids.txt").read_text(encoding="ascii")
     return tuple(text.splitlines())
 
 
 def metadata(weights: Row) -> dict[str, str]:
-    """What a native file says of published weights: source and name, and as JSON preprocessing, scores and categories."""
+    """The metadata entries of a native file for published weights; preprocessing, scores and categories are JSON."""
     scores = {"top1": weights.top1, "top5": weights.top5, "of": "ImageNet-1K validation, single crop, published"}
     return {
         "source": weights.url,

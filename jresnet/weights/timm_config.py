@@ -1,10 +1,10 @@
-"""``config.json`` of a repository or a folder: timm's (``timm.models._hub.save_config_for_hf``), or of transformers' ResNet
-(:mod:`jresnet.weights.transformers_config`).
+"""Reads ``config.json`` of a repository or folder, in the format of timm (``timm.models._hub.save_config_for_hf``) or of
+transformers' ResNet (:mod:`jresnet.weights.transformers_config`).
 
-**Preprocessing** in timm's form is that of timm's ``validate.py``, and so of its tables of results,
-``create_transform(**resolve_model_data_config(model, use_test_size=True), is_training=False)``: shorter side resized to
-``floor(size / crop_pct)``, central square of ``size``, with ``test_input_size`` and ``test_crop_pct`` where a configuration
-has them, else ``input_size`` and ``crop_pct``.
+**Preprocessing** in timm's format is read as timm's ``validate.py`` does, with which timm's published results were computed:
+``create_transform(**resolve_model_data_config(model, use_test_size=True), is_training=False)``. The shorter side is resized
+to ``floor(size / crop_pct)`` and a centre square of ``size`` is cropped. ``test_input_size`` and ``test_crop_pct`` are used
+if the configuration has them, else ``input_size`` and ``crop_pct``.
 """
 
 import json
@@ -23,21 +23,22 @@ MAX_BYTES = 4 << 20  # a table of 21,841 names takes 1 MB
 
 
 class Described(NamedTuple):
-    """What a ``config.json`` says; None throughout where there is none, or it is nobody's who is known."""
+    """The content of a ``config.json``; all fields are None if there is no file, or its format is unknown."""
 
-    arch: str | None = None  # a name of the zoo
+    arch: str | None = None  # a name in the zoo
     num_classes: int | None = None  # 0: the weights have no head
     preprocessing: Preprocessing | None = None
     categories: tuple[str, ...] | None = None  # in the order of the logits
-    network: Mapping[str, Any] | None = None  # fields of its ResNetConfig, of which the tensors do not tell stride_in
-    notes: tuple[str, ...] = ()  # what was passed over, a sentence each
+    # fields of the ResNetConfig; stride_in cannot be inferred from the tensors
+    network: Mapping[str, Any] | None = None
+    notes: tuple[str, ...] = ()  # one sentence for each thing that was ignored
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The object in a small JSON file, which may be anyone's.
+    """Reads the JSON object in a small untrusted file.
 
     Raises:
-        WeightsError: it is no JSON object, or a large one.
+        WeightsError: the file is not a JSON object, or too large.
     """
     try:
         size, content = path.stat().st_size, b""
@@ -46,26 +47,26 @@ def load(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise WeightsError(f"cannot read {path}: {error.strerror or error}") from error
     if not content:
-        raise WeightsError(f"{path} should hold at most {MAX_BYTES:,} bytes of JSON, but has {size:,} bytes")
+        raise WeightsError(f"{path} should have 1 to {MAX_BYTES:,} bytes of JSON, but has {size:,} bytes")
     try:
         config = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise WeightsError(f"{path} is no JSON file: {error}") from error
+        raise WeightsError(f"{path} is not a JSON file: {error}") from error
     if not isinstance(config, dict):
-        raise WeightsError(f"{path} should hold an object, not {reprlib.repr(config)}")
+        raise WeightsError(f"{path} should contain an object, not {reprlib.repr(config)}")
     return config
 
 
 def read(path: Path, preprocessor: Path | None = None) -> Described:
-    """What a ``config.json`` says. It may be anyone's: size, types and ranges are checked.
+    """Reads a ``config.json``. The file is untrusted: size, types and ranges are checked.
 
     Args:
-        path: of the file.
-        preprocessor: that of ``preprocessor_config.json``, which transformers writes beside it.
+        path: path of ``config.json``.
+        preprocessor: path of ``preprocessor_config.json``, which transformers writes beside it; ``None``: there is none.
 
     Raises:
-        InputError: it describes a network that the zoo has not.
-        WeightsError: it is no JSON object, or states what jresnet cannot do; one message lists everything.
+        InputError: the network is not in the zoo.
+        WeightsError: the file is not a JSON object, or contains unsupported values; one message lists all problems.
     """
     config = load(path)
     if "architecture" not in config:
@@ -76,7 +77,7 @@ def read(path: Path, preprocessor: Path | None = None) -> Described:
             f"the repository holds a network {reprlib.repr(arch)}, which jresnet does not have ({path}). "
             f"There are {', '.join(zoo.ZOO)}."
         )
-    # timm's older form has everything in one object.
+    # timm's older format has everything in one object.
     pretrained = config.get("pretrained_cfg", config)
     if not isinstance(pretrained, dict):
         raise WeightsError(f"pretrained_cfg in {path} should be an object, not {reprlib.repr(pretrained)}")
@@ -100,8 +101,8 @@ def _of_transformers(path: Path, config: dict[str, Any], preprocessor: Path | No
         return found
     try:
         return found._replace(preprocessing=transformers_config.preprocessing(load(preprocessor)))
-    except WeightsError as error:  # the network is of use without it
-        return found._replace(notes=(f"the preprocessing of {preprocessor.name} is not taken over: {error}",))
+    except WeightsError as error:  # the network can be used without the preprocessing
+        return found._replace(notes=(f"the preprocessing in {preprocessor.name} is ignored: {error}",))
 
 
 def _num_classes(config: dict[str, Any], pretrained: dict[str, Any], problems: list[str]) -> int | None:
@@ -115,7 +116,7 @@ def _num_classes(config: dict[str, Any], pretrained: dict[str, Any], problems: l
 
 
 def _check_network(config: dict[str, Any], num_classes: int | None, problems: list[str]) -> None:
-    """What timm's model takes as arguments beyond its name may make it another network."""
+    """Adds problems for model arguments in the configuration that change timm's network."""
     arguments = config.get("model_args", {})
     if not isinstance(arguments, dict):
         problems.append(f"model_args should be an object, not {reprlib.repr(arguments)}")
@@ -129,7 +130,7 @@ def _check_network(config: dict[str, Any], num_classes: int | None, problems: li
         if name in ("zero_init_last", "drop_rate", "drop_path_rate", "drop_block_rate"):  # matter in training only
             continue
         if value is not None and (name not in plain or value != plain[name]):
-            problems.append(f"{reprlib.repr(name)} of {reprlib.repr(value)} makes it another network")
+            problems.append(f"{reprlib.repr(name)} = {reprlib.repr(value)} is not supported")
 
 
 def _preprocessing(pretrained: dict[str, Any], problems: list[str]) -> Preprocessing:
@@ -168,9 +169,9 @@ def _preprocessing(pretrained: dict[str, Any], problems: list[str]) -> Preproces
 
 
 def _categories(config: dict[str, Any], num_classes: int | None, problems: list[str]) -> tuple[str, ...] | None:
-    """The names of the classes: descriptions where there are any, as a name may be no more than ``n01440764``."""
+    """The names of the classes. Descriptions are preferred, because a name may be just ``n01440764``."""
 
-    def is_text(value: object) -> bool:  # it will be printed on a terminal
+    def is_text(value: object) -> bool:  # names are printed on terminals
         return isinstance(value, str) and value.isprintable() and 0 < len(value) <= 1000
 
     # "labels" is the older name.
@@ -178,7 +179,8 @@ def _categories(config: dict[str, Any], num_classes: int | None, problems: list[
     if names is None:
         return None
     if isinstance(names, dict) and num_classes and names.keys() <= {str(i) for i in range(num_classes)}:
-        names = [names.get(str(i), str(i)) for i in range(num_classes)]  # where an index has no name, its number
+        # an index without a name gets its number as name
+        names = [names.get(str(i), str(i)) for i in range(num_classes)]
     if not isinstance(names, list) or not all(map(is_text, names)) or len(names) != num_classes:
         problems.append(f"label_names should be {num_classes or ''} printable names, not {reprlib.repr(names)}")
     elif not isinstance(described, dict) or not all(map(is_text, described.values())):

@@ -1,7 +1,7 @@
-"""``config.json`` and ``preprocessor_config.json`` of the transformers library's ResNet, such as ``microsoft/resnet-50``.
+"""Reads and writes ``config.json`` and ``preprocessor_config.json`` of transformers' ResNet (``microsoft/resnet-50``).
 
-From ``ResNetConfig``, ``ResNetForImageClassification`` and ``ConvNextImageProcessor`` of huggingface/transformers. The
-configuration says what the tensors do not: ``downsample_in_bottleneck`` puts the stride on the first 1x1 convolution.
+Source: ``ResNetConfig``, ``ResNetForImageClassification`` and ``ConvNextImageProcessor`` of huggingface/transformers. One
+property cannot be inferred from the tensors: ``downsample_in_bottleneck`` puts the stride on the first 1x1 convolution.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from jresnet.errors import InputError, WeightsError
 from jresnet.models.config import EXPANSION, ResNetConfig
 from jresnet.weights.preprocessing import Preprocessing
 
-# PIL's numbers of resampling filters, as `resample` has them.
+# PIL's numbers of resampling filters, used in the entry `resample`.
 _RESAMPLE = {2: "bilinear", 3: "bicubic"}
 
-# From this size on ConvNextImageProcessor warps the image to a square, and crops nothing.
+# From this size on, ConvNextImageProcessor resizes to a square without keeping the aspect ratio, and does not crop.
 _WARPED = 384
 
 
 def network(config: Mapping[str, Any]) -> tuple[dict[str, Any], int | None, tuple[str, ...] | None]:
-    """The fields of a ResNetConfig that a ``config.json`` says, the number of classes and their names.
+    """Reads the fields of a ResNetConfig, the number of classes and their names from a ``config.json``.
 
     Raises:
-        WeightsError: for another model than a ResNet, or one that jresnet cannot compute; one message lists everything.
+        WeightsError: the model is not a ResNet, or one that jresnet does not support; one message lists all problems.
     """
     if config.get("model_type") != "resnet":
         raise WeightsError(
-            f"it is the configuration of a {reprlib.repr(config.get('model_type'))} of the transformers library, not a "
-            "resnet's"
+            f"expected the configuration of a 'resnet' of the transformers library, got that of a "
+            f"{reprlib.repr(config.get('model_type'))}"
         )
     problems = []
 
@@ -87,7 +87,7 @@ def network(config: Mapping[str, Any]) -> tuple[dict[str, Any], int | None, tupl
 
 
 def _classes(config: Mapping[str, Any], problems: list[str]) -> tuple[int | None, tuple[str, ...] | None]:
-    """The number of classes and their names, as ``PretrainedConfig`` reads them; None of a model without a head."""
+    """The number of classes and their names, read as in ``PretrainedConfig``; None for a model without a head."""
     architectures = config.get("architectures")
     if isinstance(architectures, list) and architectures and "ResNetForImageClassification" not in architectures:
         return None, None
@@ -102,16 +102,16 @@ def _classes(config: Mapping[str, Any], problems: list[str]) -> tuple[int | None
     if not all(isinstance(name, str) and name.isprintable() and 0 < len(name) <= 1000 for name in names):
         problems.append(f"id2label should give printable texts, not {reprlib.repr(names)}")
         return None, None
-    if names == [f"LABEL_{i}" for i in range(len(names))]:  # what stands there where nobody named them
+    if names == [f"LABEL_{i}" for i in range(len(names))]:  # transformers' default, which means that there are no names
         return len(names), None
     return len(names), tuple(names)
 
 
 def preprocessing(config: Mapping[str, Any]) -> Preprocessing:
-    """That of a ``preprocessor_config.json`` of ConvNextImageProcessor, BitImageProcessor and those alike.
+    """Reads the preprocessing in a ``preprocessor_config.json`` of ConvNextImageProcessor, BitImageProcessor or similar.
 
     Raises:
-        WeightsError: what jresnet's preprocessing, shorter side and central square, cannot do.
+        WeightsError: jresnet's preprocessing (resize the shorter side, crop the centre) cannot express it.
     """
     size, crop = config.get("size", 224), config.get("crop_size")
     if isinstance(size, dict):
@@ -133,7 +133,7 @@ def preprocessing(config: Mapping[str, Any]) -> Preprocessing:
     elif isinstance(share, int | float) and not isinstance(share, bool) and 0.01 <= share <= 1 and size < _WARPED:
         resize, crop = int(size / share), size
     else:
-        problems.append("images are warped to a square, or not cropped")
+        problems.append("images are resized without keeping the aspect ratio, or not cropped")
         crop = size
     scale = config.get("rescale_factor", 1 / 255)
     if config.get("do_rescale") is False or not isinstance(scale, int | float) or abs(scale * 255 - 1) > 1e-3:
@@ -158,18 +158,21 @@ def _numbers(values: Any, problems: list[str], name: str) -> tuple[float, ...]:
     return tuple(values)
 
 
-# --- Out
+# --- Writing
 
 
 def write(
     config: ResNetConfig, categories: Sequence[str] | None = None, chosen: Preprocessing | None = None
 ) -> dict[str, str]:
-    """The JSON files that ``AutoModelForImageClassification.from_pretrained`` needs beside ``model.safetensors``, by name.
+    """The JSON files that ``AutoModelForImageClassification.from_pretrained`` needs beside ``model.safetensors``.
 
     Args:
-        config: of a network that transformers has (:func:`jresnet.pytorch.statedict.check_dialect`).
-        categories: the names of the classes; ``None``: transformers' own, ``LABEL_0``, ...
-        chosen: of the images; ``None``: no preprocessor_config.json.
+        config: configuration of a network that transformers has (:func:`jresnet.pytorch.statedict.check_dialect`).
+        categories: the names of the classes; ``None``: transformers' default names ``LABEL_0``, ...
+        chosen: the preprocessing; ``None``: do not write preprocessor_config.json.
+
+    Returns:
+        The text of each file, by name.
     """
     names = categories or [f"LABEL_{i}" for i in range(config.num_classes)]
     said = {

@@ -170,7 +170,7 @@ def test_the_command_needs_a_file_alone(
     printed = capsys.readouterr().out
     line = "basic blocks 2-2-2-2, widths 64-128-256-512, 7x7 stem for 3 channels, projection shortcuts, 10 classes"
     assert f"found    resnet18: {line}\n" in printed
-    assert "assumed  no dilation (else --output-stride), ReLU behind each block's sum\n" in printed
+    assert "assumed  no dilation (else --output-stride), ReLU after each block's sum\n" in printed
     assert "verified as PyTorch's resnet18, with what is assumed: relative distance" in printed
     assert Path("resnet18-model.safetensors").exists()
 
@@ -320,5 +320,5 @@ def test_pre_activation_is_refused(tmp_path: Path) -> None:
     model = torch.nn.ModuleDict({"conv1": torch.nn.Conv2d(3, 8, 3, bias=False), "linear": torch.nn.Linear(32, 10)})
     model.update({f"layer{i + 1}": torch.nn.Sequential(Block(8 * 2**i, 16 * 2**i)) for i in range(2)})
     torch.save({"net": model.state_dict()}, tmp_path / "model.pth")
-    with pytest.raises(WeightsError, match="holds a pre-activation ResNet"):
+    with pytest.raises(WeightsError, match="contains a pre-activation ResNet"):
         jresnet.load(tmp_path / "model.pth")

@@ -77,7 +77,7 @@ def test_averaged_weights_go_before_the_last_ones(tmp_path: Path) -> None:
     torch.save({"model": network.state_dict(), "model_ema": averaged.state_dict(), "epoch": 3}, path)
     found = statedict.match(sources.open_file(path)[0], "resnet20_cifar")
     np.testing.assert_array_equal(found.values["fc.bias"], averaged.module.linear.bias.detach().numpy())
-    assert found.notes == ("taken from 'model_ema', not from 'model' beside it",)
+    assert found.notes == ("read from 'model_ema'; also found: 'model'",)
 
 
 @pytest.mark.parametrize("channels", [1, 4, 5])

@@ -212,6 +212,6 @@ def test_odd_maps_cannot_be_averaged() -> None:
     """timm's resnetaa50d fails at 72 pixels, too: its blocks leave out what its shortcuts average."""
     model = jresnet.ResNet(PARTS["average"], rngs=nnx.Rngs(0))
     with pytest.raises(
-        jresnet.InputError, match=r"averages 2x2 pixels in its blocks, and one of them has 9x9: give images"
+        jresnet.InputError, match=r"averages 2x2 pixels in its blocks, but a block's input has 9x9 pixels: give images"
     ):
         model(jnp.zeros((1, 72, 72, 3)))

@@ -235,7 +235,7 @@ def test_values_beyond_tensors(save):
         (torch.eye(2).to_sparse(), "forbidden global"),
         (torch.ones(1).expand(1000), r"larger than its storage of 4 bytes.*contiguous\(\)"),
         (torch.ones(2, dtype=torch.complex64).conj(), "lazy"),
-        (torch.ones(2).untyped_storage(), "by itself"),
+        (torch.ones(2).untyped_storage(), "a storage or a function where a value"),
     ],
     ids=["sparse", "expanded", "conjugated", "storage"],
 )
