@@ -402,8 +402,8 @@ NETWORKS = {  # every kind of layer that there is, at depths that do not multipl
 def test_programs_of_our_compiler_options_are_as_right_as_the_defaults(network: str, dtype) -> None:
     """Both beside float64, in training and fused for inference: whichever jax is installed must be fit for its options.
 
-    Of three networks' steps the median counts: in one of ten or so, a ReLU's input is so near 0 that rounding decides its gradient,
-    by either's options, which is then off by a hundredth.
+    Of three networks' steps the median counts: in one of ten or so a ReLU's input is so near 0 that rounding decides its
+    gradient, by either's options, which is then off by a hundredth.
     """
     choices = {"default": {}, "ours": jresnet.compiler_options()}
     ratios, logits = [], {}
