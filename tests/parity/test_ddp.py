@@ -20,7 +20,7 @@ import pytest
 
 from jresnet.models.resnet import ResNetConfig
 
-TINY = ResNetConfig("basic", (1, 1, 1), (4, 8, 16), num_classes=10, stem="cifar", shortcut="pad")
+TINY = ResNetConfig("basic", (1, 1), (4, 8), num_classes=10, stem="cifar", shortcut="pad")
 EXACT = 1e-10  # relative L2 error of a tensor; rounding alone gives 1e-16 to 1e-15
 DEVICES, STEPS, BATCH = 2, 4, 16
 LR, MOMENTUM, WEIGHT_DECAY = 0.05, 0.9, 5e-4
@@ -125,7 +125,7 @@ def torch_steps(model: Any, images: np.ndarray, labels: np.ndarray) -> dict[str,
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first weights and the batches, and what both programs made of them."""
     import torch
-    from conftest import command
+    from conftest import command, quick_to_compile
 
     from convert.reference import ResNet, randomise
 
@@ -139,7 +139,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images[:, : BATCH // 2] *= 3  # the parts' statistics differ
     np.savez(folder / "batches.npz", images=images, labels=draw.integers(0, TINY.num_classes, (STEPS, BATCH)))
     for program in ("jax", "torch"):
-        done = command(__file__, program, folder, env=os.environ | {"PYTHONPATH": "."})
+        done = command(__file__, program, folder, env=quick_to_compile() | {"PYTHONPATH": "."})
         assert done.returncode == 0, done.stderr
     return folder
 
