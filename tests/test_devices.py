@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -15,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import REPOSITORY, command
+from conftest import REPOSITORY, command, quick_to_compile
 
 from jresnet.errors import InputError
 from jresnet.training import config, devices, program
@@ -27,7 +26,7 @@ FLOAT32, FLOAT64 = 2e-6, 1e-13
 
 
 def environment(count: int) -> dict[str, str]:
-    return {**os.environ, "JAX_NUM_CPU_DEVICES": str(count)}
+    return {**quick_to_compile(), "JAX_NUM_CPU_DEVICES": str(count)}
 
 
 def results(output: str) -> list[dict[str, Any]]:
