@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from conftest import REPOSITORY, command, quick_to_compile
+from conftest import REPOSITORY, command
 
 from jresnet.errors import InputError
 from jresnet.training import config, devices, program
@@ -26,7 +27,7 @@ FLOAT32, FLOAT64 = 2e-6, 1e-13
 
 
 def environment(count: int) -> dict[str, str]:
-    return {**quick_to_compile(), "JAX_NUM_CPU_DEVICES": str(count)}
+    return {**os.environ, "JAX_NUM_CPU_DEVICES": str(count)}
 
 
 def results(output: str) -> list[dict[str, Any]]:

@@ -225,4 +225,4 @@ def test_odd_maps_cannot_be_averaged() -> None:
     with pytest.raises(
         jresnet.InputError, match=r"averages 2x2 pixels in its blocks, and one of them has 9x9: give images"
     ):
-        model(jnp.zeros((1, 72, 72, 3)))
+        jax.eval_shape(model, jnp.zeros((1, 72, 72, 3)))
