@@ -424,7 +424,7 @@ def test_a_deep_network_goes_through_its_own_forward_pass(monkeypatch: pytest.Mo
     """Block by block, with the stem's max-pool and all."""
     model = jresnet.create("resnet20_cifar", stem="imagenet")
     randomise(model)
-    images = verify._images(model, 64, 2)
+    images = verify._images(model.config, 64, 2)
     whole = verify._logits(model, images)
     monkeypatch.setattr(verify, "TOGETHER", 0)
     np.testing.assert_allclose(verify._logits(model, images), whole, rtol=1e-4, atol=1e-5)
