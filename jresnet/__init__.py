@@ -115,7 +115,10 @@ if not TYPE_CHECKING:  # with __getattr__ visible, type checkers would accept an
 
     def __getattr__(name: str) -> Any:
         if name not in __all__:
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            message = f"module {__name__!r} has no attribute {name!r}"
+            if name in importlib.import_module("jresnet.models.zoo").ZOO:
+                message += f": build this model by jresnet.create({name!r})"
+            raise AttributeError(message)
         if name in _ROOMS:
             return importlib.import_module(_ROOMS[name])
         globals()[name] = value = getattr(importlib.import_module(_MODULES.get(name, "jresnet.factory")), name)

@@ -185,5 +185,9 @@ def test_every_public_name_is_there() -> None:
     for name in jresnet.__all__:
         assert getattr(jresnet, name) is not None
     assert jresnet.optim.__name__ == "jresnet.training.optim"
-    with pytest.raises(AttributeError, match="has no attribute 'resnet51'"):
+    with pytest.raises(
+        AttributeError, match=r"has no attribute 'resnet50d': build this model by jresnet.create\('resnet50d'\)"
+    ):
+        _ = jresnet.resnet50d
+    with pytest.raises(AttributeError, match=r"has no attribute 'resnet51'$"):
         _ = jresnet.resnet51
