@@ -70,7 +70,7 @@ def test_links_are_followed_one_level_deep(tmp_path: Path) -> None:
     ("files", "message"),
     [
         ((), "there is no folder .*nowhere: expected FOLDER/CLASS/"),
-        (("flat.jpg",), "contains no folder, and 1 files: expected FOLDER/CLASS/"),
+        (("flat.jpg",), "contains no class folders (files: 1): expected FOLDER/CLASS/"),
         (("a/1.txt", "b/2.gif"), "contains 2 folders without an image: .* images end in .jpg"),
     ],
 )
