@@ -105,8 +105,8 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
         "--weights",
         metavar="NAME|FILE|hf:REPO",
         help="weights for ARCH: published weights (IMAGENET1K_V1, IMAGENET1K_V2), a .pth, .pt, .th, .npz or .safetensors "
-        "file, or hf:ORG/REPO[@REVISION], a safetensors file on the Hugging Face Hub (default: torchvision's default for ARCH, "
-        "downloaded into torch's cache)",
+        "file, or hf:ORG/REPO[@REVISION], a safetensors file on the Hugging Face Hub (default: torchvision's default for "
+        "ARCH, downloaded into torch's cache)",
     )
     parser.add_argument("--output", metavar="FILE", type=Path, help="output file (default: ARCH-NAME.safetensors)")
     place = parser.add_argument_group("location of the network in the file", "By default, all three are detected.")

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -32,6 +33,24 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))  # of listings
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+# What a layer or network computes is compared with something else here, beside tests/parity: as users' programs compile.
+NUMBERS = {
+    "test_compiler", "test_dilation", "test_fuse", "test_golden", "test_jax_fit", "test_kernels", "test_resnet",
+    "test_winograd",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
+    """All other tests, and the commands they run, leave LLVM's optimizations out: XLA compiles in half the time."""
+    quick = "parity" not in request.path.parts and request.path.stem not in NUMBERS
+    with pytest.MonkeyPatch.context() as patched:
+        if quick:
+            patched.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+        jax.config.update("jax_disable_most_optimizations", quick)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -107,7 +107,8 @@ def test_cutmix_mixes_targets_by_area() -> None:
 
 def test_mixup_and_cutmix_take_turns() -> None:
     pipeline = augment.Pipeline("pad", 32, "none", (0.5,) * 3, (0.2,) * 3, mixup=1.0, cutmix=1.0)
-    mixed = [np.asarray(pipeline.mix(jax.random.key(seed), SHADES, TARGETS)[0][0]) for seed in range(40)]
+    mix = jax.jit(lambda key: pipeline.mix(key, SHADES, TARGETS)[0][0])
+    mixed = [np.asarray(mix(jax.random.key(seed))) for seed in range(40)]
     cut = sum(np.isin(image, (0, 5)).all() for image in mixed)
     assert 10 < cut < 30
     plain = augment.Pipeline("pad", 32, "none", (0.5,) * 3, (0.2,) * 3)

@@ -32,7 +32,7 @@ def test_help_lists_the_commands() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     for name, line in commands.OWN.items():
         assert re.search(rf"^  {name} +{re.escape(line)}$", done.stdout, re.M)
-    assert "where jresnet is installed" in done.stdout
+    assert "install -e ." in done.stdout
 
 
 def test_help_needs_no_jax() -> None:

@@ -66,19 +66,26 @@ def test_the_cpus_convolution_and_gradients_are_lax_own(
         x = jnp.asarray(draw.standard_normal((2, *size, 4)))
         k = jnp.asarray(draw.standard_normal((kernel, kernel, 4 // groups, 6)))
         how = {"dilation": dilation, "padding": padding, "groups": groups, "precision": None}
-        y = dilated.convolve_plainly(x, k, **how)
-        dy = jnp.asarray(draw.standard_normal(y.shape))
-        for found, expected in (
-            (dilated._convolve_on_cpu(x, k, devices=devices, **how), y),
-            (
-                dilated._input_gradient_on_cpu(dy, k, shape=x.shape, devices=devices, **how),
-                dilated.input_gradient_plainly(dy, k, shape=x.shape, **how),
-            ),
-            (
-                dilated._kernel_gradient_on_cpu(x, dy, shape=k.shape, devices=devices, **how),
-                dilated.kernel_gradient_plainly(x, dy, shape=k.shape, **how),
-            ),
-        ):
+        dy = jnp.asarray(draw.standard_normal(jax.eval_shape(lambda: dilated.convolve_plainly(x, k, **how)).shape))
+
+        @jax.jit
+        def both(x: jax.Array, k: jax.Array, dy: jax.Array) -> tuple[tuple[jax.Array, jax.Array], ...]:
+            return (
+                (
+                    dilated._convolve_on_cpu(x, k, devices=devices, **how),
+                    dilated.convolve_plainly(x, k, **how),
+                ),
+                (
+                    dilated._input_gradient_on_cpu(dy, k, shape=x.shape, devices=devices, **how),
+                    dilated.input_gradient_plainly(dy, k, shape=x.shape, **how),
+                ),
+                (
+                    dilated._kernel_gradient_on_cpu(x, dy, shape=k.shape, devices=devices, **how),
+                    dilated.kernel_gradient_plainly(x, dy, shape=k.shape, **how),
+                ),
+            )
+
+        for found, expected in both(x, k, dy):
             assert found.shape == expected.shape
             np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-11)
 
@@ -130,7 +137,15 @@ def test_a_gpu_gets_the_convolution_as_it_is() -> None:
 # --- The network.
 
 
-@pytest.mark.parametrize(("config", "output_stride"), [(BASIC, 1), (BASIC, 2), (BOTTLENECK, 4), (BOTTLENECK, 16)])
+@pytest.mark.parametrize(
+    ("config", "output_stride"),
+    [
+        (BASIC, 2),
+        (BOTTLENECK, 4),
+        pytest.param(BASIC, 1, marks=pytest.mark.long),
+        pytest.param(BOTTLENECK, 16, marks=pytest.mark.long),
+    ],
+)
 def test_every_other_pixel_of_dilated_features_is_the_strided_networks(
     config: jresnet.ResNetConfig, output_stride: int
 ) -> None:
@@ -151,7 +166,9 @@ def test_every_other_pixel_of_dilated_features_is_the_strided_networks(
             np.testing.assert_allclose(found[name][:, ::step, ::step], expected[name], rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("config", [dilated_to(BASIC, 2), dilated_to(BOTTLENECK, 8)])
+@pytest.mark.parametrize(
+    "config", [pytest.param(dilated_to(BASIC, 2), marks=pytest.mark.long), dilated_to(BOTTLENECK, 8)]
+)
 def test_fused_and_jitted_networks_are_the_same(config: jresnet.ResNetConfig) -> None:
     with jax.enable_x64(True):
         model = model_of(config)

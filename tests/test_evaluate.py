@@ -252,7 +252,7 @@ def test_labels_by_name_or_by_position(model: jresnet.ResNet) -> None:
     assert evaluate.folder(unnamed, listed(*CLASSES), None).labels.tolist() == [0, 1, 2, 3, 4, 5, 6] * 2
     assert evaluate.folder(unnamed, listed(*"abcdefg"), None).labels.tolist() == [0, 1, 2, 3, 4, 5, 6] * 2
     for names in ("abcdef", "abcdefgh"):
-        with pytest.raises(DataError, match=rf"root has {len(names)} class folders \(a, b, c, .*network 7 classes"):
+        with pytest.raises(DataError, match=rf"root has {len(names)} class folders \(a, b, c, .*network has 7 classes"):
             evaluate.folder(unnamed, listed(*names), None)
 
 

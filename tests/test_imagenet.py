@@ -231,7 +231,10 @@ def test_two_processes_train_as_one_and_one_goes_on(photos: Path, tmp_path: Path
     Beside the same two epochs in one process: the same images in the same order; another order of sums alone, which a
     small learning rate keeps small.
     """
-    script = ("scripts/train_imagenet.py", "--data", photos, *FLAGS, "--recipe", "classic", "--lr", 1e-4)
+    script = (
+        "scripts/train_imagenet.py", "--data", photos, *FLAGS, "--arch", "resnet8_cifar", "--recipe", "classic",
+        "--lr", 1e-4,
+    )  # fmt: skip
     ends = ("--epochs", 2, "--milestones", 1)
     one, two = tmp_path / "one", tmp_path / "two"
     many = ("--coordinator", "127.0.0.1:{port}", "--num-processes", 2, "--process-id", "{id}")

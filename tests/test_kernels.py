@@ -21,6 +21,13 @@ def plainly(x, kernel, stride: int, padding: int, groups: int) -> jax.Array:
     return conv.convolve_plainly(x, kernel, stride=stride, padding=padding, groups=groups)
 
 
+@partial(jax.jit, static_argnums=0)
+def with_gradients(function, upstream, *arguments):
+    """What a function of arrays gives, and its gradients: one program, which compiles faster than its operations alone."""
+    y, back = jax.vjp(function, *arguments)
+    return y, *back(upstream)
+
+
 def max_pool_plainly(x) -> jax.Array:
     padding = ((0, 0), (1, 1), (1, 1), (0, 0))
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding)
@@ -54,10 +61,10 @@ def test_a_convolutions_gradients(shape, out: int, kernel: int, stride: int, pad
         draw = np.random.default_rng(shape[0])
         x, k = draw.standard_normal(shape), draw.standard_normal((kernel, kernel, shape[-1] // groups, out))
         options = (stride, padding, groups)
-        y = plainly(x, k, *options)
-        np.testing.assert_allclose(convolve(x, k, *options), y, rtol=1e-9, atol=1e-9)
-        upstream = draw.standard_normal(y.shape)
-        found, expected = (jax.vjp(lambda x, k, f=f: f(x, k, *options), x, k)[1](upstream) for f in (convolve, plainly))
+        upstream = draw.standard_normal(jax.eval_shape(lambda x, k: plainly(x, k, *options), x, k).shape)
+        found, expected = (
+            with_gradients(lambda x, k, f=f: f(x, k, *options), upstream, x, k) for f in (convolve, plainly)
+        )
         for ours, wanted in zip(found, expected, strict=True):
             assert ours.dtype == wanted.dtype
             np.testing.assert_allclose(ours, wanted, rtol=1e-9, atol=1e-9)
@@ -244,12 +251,11 @@ def test_a_max_pools_gradient(shape, dtype) -> None:
     with jax.enable_x64(True):
         draw = np.random.default_rng(0)
         x = jnp.asarray(draw.integers(-2, 3, shape), dtype)
-        np.testing.assert_array_equal(max_pool(x), max_pool_plainly(x))
-        assert max_pool(x).dtype == dtype
-        upstream = jnp.asarray(draw.integers(-9, 10, max_pool(x).shape), dtype)
-        found, expected = (jax.vjp(f, x)[1](upstream)[0] for f in (max_pool, max_pool_plainly))
-        assert found.dtype == dtype
-        np.testing.assert_array_equal(found, expected)
+        upstream = jnp.asarray(draw.integers(-9, 10, jax.eval_shape(max_pool_plainly, x).shape), dtype)
+        found, expected = (with_gradients(f, upstream, x) for f in (max_pool, max_pool_plainly))
+        for ours, wanted in zip(found, expected, strict=True):
+            assert ours.dtype == dtype
+            np.testing.assert_array_equal(ours, wanted)
 
 
 def test_a_max_pools_gradient_inside_jit_and_vmap() -> None:
@@ -343,12 +349,14 @@ def test_a_normalisation_of_bfloat16_and_its_gradients(height: int) -> None:
     draw = np.random.default_rng(height)
     x, upstream = (draw.standard_normal((4, height, 6, 3)).astype(jnp.bfloat16) for _ in range(2))
     scale, bias = draw.standard_normal(3).astype(np.float32), draw.standard_normal(3).astype(np.float32)
-    (y, *statistics), back = jax.vjp(lambda *a: normalise(*a, 1e-5), jnp.asarray(x), scale, bias)
-    dx, *small = back((jnp.asarray(upstream), *(jnp.zeros(3) for _ in range(2))))
+    none = jnp.zeros(3), jnp.zeros(3)  # for the statistics
+    (y, *statistics), dx, *small = with_gradients(
+        lambda *a: normalise(*a, 1e-5), (jnp.asarray(upstream), *none), jnp.asarray(x), scale, bias
+    )
     with jax.enable_x64(True):
-        wide = [np.asarray(a, np.float64) for a in (x, scale, bias, upstream)]
-        expected, back = jax.vjp(lambda *a: plain(*a, 1e-5), *wide[:3])
-        wanted = back((wide[3], *(jnp.zeros(3) for _ in range(2))))
+        wide = [np.asarray(a, np.float64) for a in (x, scale, bias)]
+        none = jnp.zeros(3), jnp.zeros(3)
+        expected, *wanted = with_gradients(lambda *a: plain(*a, 1e-5), (np.asarray(upstream, np.float64), *none), *wide)
     for ours, theirs in zip([*statistics, *small], [*expected[1:], *wanted[1:]], strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
     for ours, theirs in ((y, expected[0]), (dx, wanted[0])):  # half a unit in the last place of bfloat16
@@ -394,11 +402,11 @@ NETWORKS = {  # every kind of layer that there is, at depths that do not multipl
 def test_programs_of_our_compiler_options_are_as_right_as_the_defaults(network: str, dtype) -> None:
     """Both beside float64, in training and fused for inference: whichever jax is installed must be fit for its options.
 
-    Of three networks the median counts: in one of ten or so, a ReLU's input is so near 0 that rounding decides its gradient,
-    by either's options, which is then off by a hundredth.
+    Of three networks' steps the median counts: in one of ten or so a ReLU's input is so near 0 that rounding decides its
+    gradient, by either's options, which is then off by a hundredth.
     """
     choices = {"default": {}, "ours": jresnet.compiler_options()}
-    ratios = []
+    ratios, logits = [], {}
     for seed in range(3):
         model = jresnet.ResNet(NETWORKS[network], dtype=dtype, rngs=nnx.Rngs(seed))
         randomise(model)
@@ -408,21 +416,26 @@ def test_programs_of_our_compiler_options_are_as_right_as_the_defaults(network: 
         state = nnx.split(model, nnx.Param, nnx.BatchStat)[1:]
         found = {}
         for name, options in choices.items():
-            predict = jax.jit(jresnet.fuse(model), compiler_options=options).lower(x).compile()
-            # Weights that are constants are packed when oneDNN's convolutions are compiled, not in every call.
-            assert ('"weights_prepacked":true' in predict.as_text()) == ("__onednn$convolution" in predict.as_text())
-            found[name] = (*programs[name](*state, x), predict(x))
+            found[name] = programs[name](*state, x)
+            if seed == 0:
+                predict = jax.jit(jresnet.fuse(model), compiler_options=options).lower(x).compile()
+                # Weights that are constants are packed when oneDNN's convolutions are compiled, not in every call.
+                packed = '"weights_prepacked":true' in predict.as_text()
+                assert packed == ("__onednn$convolution" in predict.as_text())
+                logits[name] = predict(x)
         with jax.enable_x64(True):
             wide = jresnet.ResNet(NETWORKS[network], rngs=nnx.Rngs(0))
             nnx.update(wide, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), nnx.state(model)))
             x = jnp.asarray(x, jnp.float64)
             if seed == 0:
                 exactly = step_of(wide, x, {})[0]
-            exact = (*exactly(*nnx.split(wide, nnx.Param, nnx.BatchStat)[1:], x), jresnet.fuse(wide)(x))
+                right = jresnet.fuse(wide)(x)
+            exact = exactly(*nnx.split(wide, nnx.Param, nnx.BatchStat)[1:], x)
         ours, its = ([distance(a, b) for a, b in zip(found[name], exact, strict=True)] for name in ("ours", "default"))
         assert min(its) > 0
         ratios.append([a / b for a, b in zip(ours, its, strict=True)])
-    assert max(np.median(ratios, 0)) <= 3  # of gradients, of statistics, of logits
+    assert max(np.median(ratios, 0)) <= 3  # of gradients, of statistics
+    assert distance(logits["ours"], right) <= 3 * distance(logits["default"], right)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -489,7 +502,8 @@ def test_a_fused_network_takes_a_batch_in_pieces(
         derivatives = (jax.jit(jax.grad(lambda x, f=f: jnp.square(f(x)).sum()))(x) for f in (fused, model))
         assert distance(*derivatives) < 1e-5
     monkeypatch.setattr(scheduling.lax, "map", None)
-    fused(x), model(x)  # outside jit
+    if batch == 9:
+        fused(x), model(x)  # outside jit
     jax.jit(lambda x: model(x)).lower(x)  # not fused: its gradient may be asked
 
 
@@ -546,15 +560,19 @@ USES = {
 }
 
 
-@pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize(
+    ("use", "jitted"),
+    [
+        *((use, True) for use in USES),
+        *(pytest.param(use, False, marks=[] if use in ("value", "jvp") else [pytest.mark.long]) for use in USES),
+    ],
+)
 def test_every_derivative_is_that_of_plain_jax(use: str, jitted: bool) -> None:
     with jax.enable_x64(True):
         draw = np.random.default_rng(0)
         x, k = jnp.asarray(draw.standard_normal((2, 9, 8, 8))), jnp.asarray(draw.standard_normal((3, 3, 8, 8)))
-        found, expected = (
-            (jax.jit if jitted else lambda f: f)(lambda x, k, f=f: USES[use](f, x, k))(x, k) for f in (ours, theirs)
-        )
+        found = (jax.jit if jitted else lambda f: f)(lambda x, k: USES[use](ours, x, k))(x, k)
+        expected = jax.jit(lambda x, k: USES[use](theirs, x, k))(x, k)
         assert distance(found, expected) < 1e-9
         assert all(a.dtype == b.dtype for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
 
@@ -577,23 +595,24 @@ def train(model: jresnet.ResNet):
 def test_a_program_for_another_platform_holds_plain_convolutions(platform: str) -> None:
     """Traced and lowered on this host, whose CPU would have loops, barriers, and Winograd's algorithm instead of some."""
     x = jax.ShapeDtypeStruct((32, 224, 224, 3), jnp.float32)
-    model = jresnet.create("resnet50")
+    model = jresnet.ResNet(NETWORKS["bottleneck"], rngs=nnx.Rngs(0))
+    convolutions = 1 + 2 * (3 + 1)  # the stem, and two blocks with their shortcuts
     for network in (model, jresnet.fuse(model)):
         text = jax.export.export(jax.jit(network), platforms=[platform])(x).mlir_module()
-        assert operations(text) == {"convolution": 53, "while": 0, "case": 0, "optimization_barrier": 0}
+        assert operations(text) == {"convolution": convolutions, "while": 0, "case": 0, "optimization_barrier": 0}
     lowered = jax.jit(network).trace(x).lower(lowering_platforms=(platform,)).as_text()
-    assert operations(lowered)["convolution"] == 53
+    assert operations(lowered)["convolution"] == convolutions
     here = operations(jax.jit(jresnet.fuse(model)).lower(x).as_text())
     assert here["while"] > 0, "pieces of the batch"
-    assert here["convolution"] < 53, "Winograd's algorithm for some"
+    assert here["convolution"] < convolutions, "Winograd's algorithm for some"
 
 
 def test_a_training_step_for_another_platform_holds_plain_convolutions() -> None:
-    gradient, params = train(jresnet.create("resnet50", num_classes=10))
+    gradient, params = train(jresnet.ResNet(NETWORKS["bottleneck"], rngs=nnx.Rngs(0)))
     x = jax.ShapeDtypeStruct((32, 224, 224, 3), jnp.float32)
     found = operations(jax.export.export(jax.jit(gradient), platforms=["cuda"])(params, x).mlir_module())
     # Each has two gradients, but for the first, whose images have none.
-    assert found == {"convolution": 53 + 52 + 53, "while": 0, "case": 0, "optimization_barrier": 0}
+    assert found == {"convolution": 9 + 8 + 9, "while": 0, "case": 0, "optimization_barrier": 0}
 
 
 def test_a_program_for_two_platforms_chooses_when_it_runs() -> None:
@@ -614,9 +633,9 @@ def test_a_program_for_images_of_any_number_and_size(network: str, platform: str
         described = jax.ShapeDtypeStruct(shape, jnp.float32)
         exported = jax.export.export(jax.jit(function), platforms=[platform])(*more, described)
         if platform == "cpu":
-            for size in (32, 35)[: 2 - len(more)]:
-                images = jax.random.normal(jax.random.key(0), (3, size, size, 3))
-                assert distance(exported.call(*more, images), jax.jit(function)(*more, images)) < 1e-4
+            size = (35, 32) if shape == free else (32, 32)
+            images = jax.random.normal(jax.random.key(0), (3, *size, 3))
+            assert distance(exported.call(*more, images), jax.jit(function)(*more, images)) < 1e-4
 
 
 def test_the_precision_of_matrix_products_is_that_of_where_it_was_traced() -> None:
@@ -638,8 +657,12 @@ def test_it_passes_jaxs_strictness() -> None:
     fused = jresnet.fuse(model)
     for switch in (
         lambda: jax.numpy_rank_promotion("raise"), lambda: jax.numpy_dtype_promotion("strict"), jax.checking_leaks,
-        lambda: jax.debug_nans(True), lambda: jax.enable_x64(True), jax.disable_jit,
+        lambda: jax.enable_x64(True),
     ):  # fmt: skip
+        with switch():  # asked while JAX traces
+            jax.jit(lambda p, x: gradient(p, x)).lower(params, x)
+            jax.jit(lambda x: fused(x)).lower(x)
+    for switch in (lambda: jax.debug_nans(True), jax.disable_jit):
         with switch():
             jax.jit(lambda p, x: gradient(p, x))(params, x)
             jax.jit(lambda x: fused(x))(x)

@@ -171,5 +171,5 @@ def test_too_much_on_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("sys.stdin", Stdin)
     monkeypatch.setattr(predict, "MAX_STDIN", 10)
-    with pytest.raises(DataError, match="more than 10 bytes"):
+    with pytest.raises(DataError, match="at most 10 bytes"):
         predict.sources(["-"])

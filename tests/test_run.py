@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -31,7 +35,7 @@ from jresnet.training.config import RunConfig, default_config
 from jresnet.training.console import introduction
 from jresnet.training.guard import NonFiniteLoss
 from jresnet.training.outputs import Lock
-from jresnet.training.program import load_data
+from jresnet.training.program import Program, load_data
 from jresnet.training.seeds import fit_seeds
 from jresnet.training.stop import Interrupted, StopRequest
 from jresnet.training.trainer import Options, Trainer
@@ -40,7 +44,10 @@ from jresnet.weights.preprocessing import STATISTICS, Preprocessing
 
 SCRIPT = "scripts/train_cifar10.py"
 # Small enough for a test: 4 steps an epoch on 64 digits.
-SHORT = ("--depth", "8", "--dataset", "digits", "--limit-train", "64", "--limit-test", "40", "--batch-size", "16")
+SHORT = (
+    "--depth", "8", "--dataset", "digits", "--limit-train", "64", "--limit-test", "40", "--batch-size", "16",
+    "--milestones", "1", "3",
+)  # fmt: skip
 
 
 def config(**changes) -> RunConfig:
@@ -52,12 +59,24 @@ def config(**changes) -> RunConfig:
         "batch_size": 16,
         "epochs": 2,
     }
+    if not {"recipe", "schedule"} & changes.keys():
+        short["milestones"] = (1.0, 3.0)  # one schedule, and so one compiled step, whatever the number of epochs
     return default_config(**{**short, **changes})
 
 
-def trainer(out: Path, stop: StopRequest | None = None, **changes) -> Trainer:
+PROGRAMS: dict[str, tuple[Program, Any, Any]] = {}  # compiled once
+
+
+def trainer(out: Path, stop: StopRequest | None = None, options: Options | None = None, **changes) -> Trainer:
+    """With the program of all runs of its configuration, from which what a test put into it is taken away."""
     chosen = config(**changes)
-    return Trainer(chosen, load_data(chosen, None), out, stop)
+    data, key = load_data(chosen, None), str(dataclasses.replace(chosen, seed=0))
+    if key not in PROGRAMS:
+        program = Program(chosen, data)
+        PROGRAMS[key] = (program, program.loop, program.finite)
+    program, program.loop, program.finite = PROGRAMS[key]
+    vars(program).pop("evaluate", None)
+    return Trainer(chosen, data, out, stop, program, options)
 
 
 def values_of(path: Path) -> dict[str, np.ndarray]:
@@ -82,13 +101,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_digits_reach_95_per_cent(tmp_path: Path) -> None:
-    """The README's first command, in a fresh process."""
+@pytest.mark.parametrize(("depth", "accuracy"), [(8, 0.75), pytest.param(20, 0.95, marks=pytest.mark.long)])
+def test_digits_are_learned(tmp_path: Path, depth: int, accuracy: float) -> None:
+    """The README's first command, in a fresh process and compiled as a user's, and of a network of a third of the time."""
     out = tmp_path / "out"
     began = time.monotonic()
-    done = command(SCRIPT, "--depth", 20, "--dataset", "digits", "--out", out)
+    optimised = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}
+    done = command(SCRIPT, "--depth", depth, "--dataset", "digits", "--out", out, env=optimised)
     assert done.returncode == 0, done.stderr
-    assert json.loads((out / "summary.json").read_text())["final"]["test_accuracy"] >= 0.95
+    assert json.loads((out / "summary.json").read_text())["final"]["test_accuracy"] >= accuracy
     print(f"{time.monotonic() - began:.0f} s")
     for start in ("device ", "network ", "data ", "recipe ", "time ", "epoch 4/4: ", "done ", "results "):
         assert any(line.startswith(start) for line in done.stdout.splitlines()), start
@@ -201,8 +222,8 @@ def test_resuming_a_finished_run_changes_nothing(finished: Path) -> None:
 @pytest.mark.parametrize(
     ("number", "code", "more", "folder"),
     [
-        (signal.SIGTERM, 143, ["--deterministic"], "out"),
-        pytest.param(signal.SIGINT, 130, ["--runs", "2"], "out/seed-0", marks=pytest.mark.long),
+        (signal.SIGTERM, 143, [], "out"),
+        pytest.param(signal.SIGINT, 130, ["--runs", "2", "--deterministic"], "out/seed-0", marks=pytest.mark.long),
     ],
 )
 def test_signals_save_and_exit(tmp_path: Path, number: int, code: int, more: list[str], folder: str) -> None:
@@ -229,10 +250,10 @@ def test_signals_save_and_exit(tmp_path: Path, number: int, code: int, more: lis
 
 
 def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    done = command(SCRIPT, *SHORT, "--epochs", 3, "--lr", "1e30", "--out", out)
+    out, weights_file = tmp_path / "out", digits_file(tmp_path / "large.safetensors", kernel=1e38)
+    done = command(SCRIPT, *SHORT, "--epochs", 2, "--weights", weights_file, "--out", out)
     assert done.returncode == 1
-    assert re.search(r"error: the loss is (nan|inf) at step [1-3] \(epoch 1\)", done.stderr), done.stderr
+    assert re.search(r"error: the loss is (nan|inf) at step 0 \(epoch 1\)", done.stderr), done.stderr
     assert "Traceback" not in done.stderr
     assert not (out / "last.safetensors").exists()
 
@@ -256,31 +277,31 @@ def break_after(trainer: Trainer, step: int, times: int = 1) -> None:
 
 def test_a_nan_leaves_the_last_good_checkpoint_alone(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    first = trainer(out, epochs=3)
+    first = trainer(out)
     break_after(first, 4)
     with pytest.raises(NonFiniteLoss, match=r"the loss is nan at step [4-7] \(epoch 2\)"):
         first.fit()
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["4.safetensors"]
-    summary = trainer(out, epochs=3).fit(resume=True)
+    summary = trainer(out).fit(resume=True)
     assert np.isfinite(summary["final"]["test_loss"])
 
 
 def test_rollback_goes_back_and_on_in_another_order(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first = trainer(tmp_path / "out", epochs=3, on_nan="rollback")
+    first = trainer(tmp_path / "out", on_nan="rollback")
     break_after(first, 4, times=2)
     summary = first.fit()
     said = capsys.readouterr().out
     assert "rollback 1 of 3: the loss is nan at step" in said
     assert "rollback 2 of 3" in said
-    assert "resumed  at step 4 of 12" in said
+    assert "resumed  at step 4 of 8" in said
     assert summary["rollbacks"] == 2
-    assert [row["epoch"] for row in read_metrics(tmp_path / "out" / "metrics.jsonl")] == [1, 2, 3]
-    undisturbed = trainer(tmp_path / "other", epochs=3).fit()
+    assert [row["epoch"] for row in read_metrics(tmp_path / "out" / "metrics.jsonl")] == [1, 2]
+    undisturbed = trainer(tmp_path / "other").fit()
     assert summary["final"]["train_loss"] != undisturbed["final"]["train_loss"]
 
 
 def test_rollback_gives_up_after_three(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    first = trainer(tmp_path / "out", epochs=2, on_nan="rollback")
+    first = trainer(tmp_path / "out", on_nan="rollback")
     break_after(first, 0, times=9)  # before any checkpoint: it begins again
     with pytest.raises(NonFiniteLoss):
         first.fit()
@@ -290,7 +311,7 @@ def test_rollback_gives_up_after_three(tmp_path: Path, capsys: pytest.CaptureFix
 @pytest.mark.parametrize("bad", [4, 8])
 def test_weights_that_are_not_finite_are_not_kept(tmp_path: Path, bad: int) -> None:
     """Neither in a checkpoint, nor as the best, nor as a row."""
-    first = trainer(tmp_path / "out", epochs=2)
+    first = trainer(tmp_path / "out")
     first.program.finite = lambda state: int(state.step) < bad  # type: ignore[assignment]
     with pytest.raises(NonFiniteLoss, match=f"a weight is not finite after a finite loss at step {bad - 1}"):
         first.fit()
@@ -303,7 +324,7 @@ def test_weights_that_are_not_finite_are_not_kept(tmp_path: Path, bad: int) -> N
 
 @pytest.mark.parametrize("good", [0, 1])
 def test_an_epoch_whose_logits_are_not_finite_is_never_the_best(tmp_path: Path, good: int) -> None:
-    first = trainer(tmp_path, epochs=2)
+    first = trainer(tmp_path)
     evaluate, seen = first.program.evaluate, []
 
     def flattering(state, name, *more):
@@ -321,7 +342,7 @@ def test_an_epoch_whose_logits_are_not_finite_is_never_the_best(tmp_path: Path, 
 
 
 def test_an_epoch_that_was_interrupted_in_its_evaluation_gets_its_score(tmp_path: Path) -> None:
-    first = trainer(tmp_path, epochs=1)
+    first = trainer(tmp_path)
 
     def interrupted(*_: object) -> None:
         first.stop.signal = signal.SIGTERM
@@ -335,21 +356,20 @@ def test_an_epoch_that_was_interrupted_in_its_evaluation_gets_its_score(tmp_path
             return json.loads(file.metadata()["about"])["score"]
 
     assert score() is None
-    summary = trainer(tmp_path, epochs=1).fit(resume=True)
-    assert score() == summary["final"]["test_accuracy"]
+    trainer(tmp_path).fit(resume=True)
+    assert score() == read_metrics(tmp_path / "metrics.jsonl")[0]["test_accuracy"]
 
 
 def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path) -> None:
     for name in (".best.safetensors.ab12", ".summary.json.x"):
         (tmp_path / name).write_text("half")
     (tmp_path / ".mine").write_text("")
-    trainer(tmp_path, epochs=1).fit()
+    trainer(tmp_path).fit()
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [".mine"]
 
 
 def test_debug_nans_names_the_layer(tmp_path: Path) -> None:
-    chosen = config(epochs=1)
-    first = Trainer(chosen, load_data(chosen, None), tmp_path / "out", options=Options(debug_nans=True))
+    first = trainer(tmp_path / "out", options=Options(debug_nans=True))
     params = first.state.params
     params["layer2"][0]["bn2"]["scale"][...] = params["layer2"][0]["bn2"]["scale"][...].at[3].set(np.inf)
     with pytest.raises(NonFiniteLoss, match=r"at step 0 \(epoch 1\)\n  .*layer2\.0\.bn2"):
@@ -364,9 +384,7 @@ def test_deterministic_is_a_flag_that_xla_knows(tmp_path: Path) -> None:
 
 
 def test_checkpoints_by_the_minute(tmp_path: Path) -> None:
-    chosen = config(epochs=1)
-    options = Options(checkpoint_minutes=0)
-    first = Trainer(chosen, load_data(chosen, None), tmp_path / "out", options=options)
+    first = trainer(tmp_path / "out", options=Options(checkpoint_minutes=0))
     saved = []
     save = Checkpoints.save
 
@@ -377,7 +395,7 @@ def test_checkpoints_by_the_minute(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Checkpoints, "save", noting)
         first.fit()
-    assert saved == [(1, False), (2, False), (3, False), (4, True)]
+    assert saved == [(step, step % 4 == 0) for step in range(1, 9)]
 
 
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
@@ -386,7 +404,8 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
 
 
 def test_a_signal_while_compiling(tmp_path: Path) -> None:
-    first = trainer(tmp_path / "out")
+    chosen = config()
+    first = Trainer(chosen, load_data(chosen, None), tmp_path / "out")  # whose program is not compiled yet
     first.stop.signal = signal.SIGTERM
     with pytest.raises(Interrupted):
         first.fit()
@@ -395,7 +414,7 @@ def test_a_signal_while_compiling(tmp_path: Path) -> None:
 
 
 def test_several_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    chosen = config(epochs=1, recipe="fast", lr=0.05, seed=3)
+    chosen = config(seed=3)
     data = load_data(chosen, None)
     out = tmp_path / "out"
     summary = fit_seeds(chosen, data, out, 2)
@@ -410,7 +429,7 @@ def test_several_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert summary["final"]["test_accuracy"]["values"] == values
     assert summary["final"]["test_accuracy"]["mean"] == pytest.approx(np.mean(values))
     assert summary["final"]["test_accuracy"]["std"] == pytest.approx(np.std(values, ddof=1))
-    trainer(tmp_path / "single", epochs=1, recipe="fast", lr=0.05, seed=4).fit()
+    trainer(tmp_path / "single", seed=4).fit()
     single, one_of_two = (values_of(tmp_path / name / "last.safetensors") for name in ("single", "out/seed-4"))
     assert all(np.array_equal(single[name], one_of_two[name]) for name in single)
 
@@ -518,16 +537,17 @@ def test_bad_input(
     assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == content
 
 
-def digits_file(path: Path, head: float = 0.0, **said: object) -> Path:
-    """A native file of a resnet8_cifar with a head of known values."""
+def digits_file(path: Path, head: float = 0.0, kernel: float = 1.0, **said: object) -> Path:
+    """A native file of a resnet8_cifar whose head has known biases, and its kernel times ``kernel``."""
     model = jresnet.create("resnet8_cifar", seed=7, num_classes=said.pop("classes", 10))
     model.fc.bias[...] = jax.numpy.full_like(model.fc.bias[...], head)
+    model.fc.kernel[...] *= kernel
     weights.save(path, model, **said)
     return path
 
 
 def test_a_run_starts_from_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A file of the same classes as it is; then the command, whose first evaluation is of weights that hardly move."""
+    """A file of the same classes as it is; then the command, from whose few steps the weights still show."""
     names = tuple("0123456789")
     same = digits_file(tmp_path / "same.safetensors", head=3.0, categories=names)
     first = trainer(tmp_path / "out", weights=str(same))
@@ -537,25 +557,16 @@ def test_a_run_starts_from_weights(tmp_path: Path, capsys: pytest.CaptureFixture
     expected = values_of(same)
     assert all(np.array_equal(value, expected[name]) for name, value in params.arrays(found).items())
     out = tmp_path / "command"
-    arguments = [
-        "--dataset",
-        "digits",
-        "--limit-train",
-        "64",
-        "--limit-test",
-        "40",
-        "--batch-size",
-        "16",
-        "--epochs",
-        "1",
-    ]
-    arguments += ["--lr", "1e-30", "--weight-decay", "0", "--weights", str(same)]
+    arguments = [*SHORT[2:], "--epochs", "2", "--weights", str(same)]
     assert commands.run("train", [*arguments, "--out", str(out)], "train") == 0, capsys.readouterr().err
     said = capsys.readouterr().out
     assert f"weights  the run starts from {same}".split() == said[said.index("weights  the") :].split()[:6]
     ended, metadata = weights.read(out / "last.safetensors")[2:]
-    learned = [name for name in expected if not name.endswith(("mean", "var"))]
-    assert all(np.allclose(ended[name], expected[name], rtol=0, atol=1e-20) for name in learned)
+    for name, value in expected.items():
+        if name.endswith("kernel"):  # two draws are 1.4 apart
+            assert np.linalg.norm(ended[name] - value) < 0.5 * np.linalg.norm(value), name
+    # A step moves the biases of the classes by what sums to 0; a fresh head's are less than 1.
+    assert ended["fc.bias"].mean() == pytest.approx(3, abs=0.01)
     assert metadata["started_from"] == str(same)
     assert json.loads((out / "config.json").read_text())["run"]["arch"] == "resnet8_cifar"  # not the default
     same.unlink()  # a run that has checkpoints needs them no more
@@ -605,13 +616,13 @@ def test_weights_that_no_run_starts_from(tmp_path: Path) -> None:
 
 def test_a_run_by_steps_goes_on_for_more_epochs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It ends, bit for bit, where a run of that length does; its figures are written anew."""
-    out, milestones = tmp_path / "out", (1.0, 3.0)
-    trainer(out, milestones=milestones).fit()
-    summary = trainer(out, milestones=milestones, epochs=4).fit(resume=True)
+    out = tmp_path / "out"
+    trainer(out).fit()
+    summary = trainer(out, epochs=4).fit(resume=True)
     assert summary["final"]["epoch"] == 4
     said = " ".join(capsys.readouterr().out.split())
     assert "note the run continues with another configuration: `epochs` was 2, now 4" in said
-    trainer(tmp_path / "whole", milestones=milestones, epochs=4).fit()
+    trainer(tmp_path / "whole", epochs=4).fit()
     expected = values_of(tmp_path / "whole" / "last.safetensors")
     assert all(np.array_equal(value, expected[name]) for name, value in values_of(out / "last.safetensors").items())
     with pytest.raises(
@@ -622,10 +633,10 @@ def test_a_run_by_steps_goes_on_for_more_epochs(tmp_path: Path, capsys: pytest.C
 
 
 def test_seeds_go_on_for_more_epochs(tmp_path: Path) -> None:
-    short, longer = (config(epochs=epochs, milestones=(3.0,), limit_train=16) for epochs in (1, 2))
+    short, longer = (config(epochs=epochs) for epochs in (2, 3))
     data = load_data(short, None)
     fit_seeds(short, data, tmp_path / "out", 2)
-    assert fit_seeds(longer, data, tmp_path / "out", 2, resume=True)["final"]["epoch"]["values"] == [2, 2]
+    assert fit_seeds(longer, data, tmp_path / "out", 2, resume=True)["final"]["epoch"]["values"] == [3, 3]
 
 
 def test_a_line_a_minute_in_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -640,10 +651,13 @@ def test_a_line_a_minute_in_evaluation(tmp_path: Path, capsys: pytest.CaptureFix
     assert not first._watched("test", stops=False)()
 
 
-def test_a_schedule_that_depends_on_the_length_does_not_go_on(tmp_path: Path) -> None:
-    trainer(tmp_path, schedule="cosine", epochs=1, limit_train=16).fit()
+def test_a_schedule_that_depends_on_the_length_does_not_go_on(finished: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(finished, tmp_path / "out")
+    begun = json.loads((out / "config.json").read_text())
+    begun["run"] |= {"schedule": "cosine", "milestones": []}
+    (out / "config.json").write_text(json.dumps(begun))
     with pytest.raises(InputError, match="with `schedule` cosine all learning rates depend on the number of epochs"):
-        trainer(tmp_path, schedule="cosine", epochs=2, limit_train=16).fit(resume=True)
+        trainer(out, val_split=100, schedule="cosine", epochs=3).fit(resume=True)
 
 
 @pytest.mark.long
@@ -669,7 +683,7 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: p
     from jresnet.training import checkpoint
 
     out = tmp_path / "out"
-    first = trainer(out, epochs=3)
+    first = trainer(out)
     usage = checkpoint.shutil.disk_usage
 
     def filling(folder: Path):
@@ -680,4 +694,4 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: p
         first.fit()
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["4.safetensors"]
     monkeypatch.undo()
-    assert trainer(out, epochs=3).fit(resume=True)["final"]["epoch"] == 3
+    assert trainer(out).fit(resume=True)["final"]["epoch"] == 2

@@ -38,6 +38,12 @@ def setup(lr: float = 0.1, ema: float = 0.0, pipeline: augment.Pipeline = PIPELI
     return graph, step, train.init(model, optimizer, average=ema > 0)
 
 
+@pytest.fixture(scope="module")
+def loop() -> StepsLoop:
+    """Of the usual step, compiled once; :func:`setup` makes the state."""
+    return StepsLoop(setup()[1], ONE)
+
+
 def test_an_epoch_is_a_permutation() -> None:
     one, other = (np.asarray(epoch_order(jax.random.key(0), epoch, 50, 8)) for epoch in (0, 1))
     assert one.shape == (6, 8)
@@ -58,12 +64,11 @@ def test_each_step_draws_its_own_views(split: train.Images) -> None:
         assert (first != views_of).any((1, 2, 3)).mean() > 0.8
 
 
-def test_training_learns(split: train.Images) -> None:
-    _, step, state = setup()
-    loop = StepsLoop(step, ONE)
+def test_training_learns(split: train.Images, loop: StepsLoop) -> None:
+    _, _, state = setup()
     losses = []
-    for epoch in range(30):
-        order = epoch_order(jax.random.key(0), epoch, 50, 10)
+    for epoch in range(25):
+        order = epoch_order(jax.random.key(0), epoch, 50, 8)
         state, metrics = loop(state, split, order, 0, len(order), jax.random.key(1))
         losses.append(metrics.loss.mean())
     assert int(state.step) == 150
@@ -78,7 +83,7 @@ def test_the_loop_on_the_device_takes_the_same_steps(split: train.Images) -> Non
     order = np.asarray(epoch_order(jax.random.key(0), 0, 50, 8))
     results = []
     with jax.enable_x64(True):
-        for on_device, stretches in ((False, [(0, 6)]), (True, [(0, 6)]), (True, [(0, 1), (1, 4), (4, 6)])):
+        for on_device, stretches in ((False, [(0, 6)]), (True, [(0, 4), (4, 6)])):
             _, step, state = setup(pipeline=Exact("pad", 8, "none", (), ()))
             loop = StepsLoop(step, ONE, on_device)
             rows = []
@@ -94,18 +99,17 @@ def test_the_loop_on_the_device_takes_the_same_steps(split: train.Images) -> Non
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12), state, results[0][1])
 
 
-def test_the_state_is_donated(split: train.Images) -> None:
-    _, step, state = setup()
+def test_the_state_is_donated(split: train.Images, loop: StepsLoop) -> None:
+    _, _, state = setup()
     order = epoch_order(jax.random.key(0), 0, 50, 8)
     old = jax.tree.leaves(state.params)[0]
-    StepsLoop(step, ONE)(state, split, order, 0, 1, jax.random.key(0))
+    loop(state, split, order, 0, 1, jax.random.key(0))
     assert old.is_deleted()
 
 
-def test_a_stop_ends_the_loop_between_steps(split: train.Images) -> None:
-    _, step, state = setup()
+def test_a_stop_ends_the_loop_between_steps(split: train.Images, loop: StepsLoop) -> None:
+    _, _, state = setup()
     asked = []
-    loop = StepsLoop(step, ONE)
     order = epoch_order(jax.random.key(0), 0, 50, 8)
     hooks = {"stop": lambda: len(asked) >= 2, "after_steps": asked.append}
     state, metrics = loop(state, split, order, 0, 6, jax.random.key(0), **hooks)

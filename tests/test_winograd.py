@@ -1,5 +1,8 @@
 """Winograd's algorithm against XLA's convolution and its gradients: exact in float64, as near as it in float32."""
 
+import itertools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,21 +21,35 @@ def drawn(shape):
     return (draw.standard_normal(s) for s in (shape, (3, 3, shape[-1], shape[-1]), shape))
 
 
-@pytest.mark.parametrize(
-    "shape", [(6, 8, 8, 5), (6, 7, 10, 4), (4, 10, 7, 6), (3, 5, 5, 3), (2, 1, 4, 3), (5, 2, 3, 2)]
-)
-@pytest.mark.parametrize("piece", [1, 6_000, 2**30])  # an image at a time, some, all
+SHAPES = ((6, 8, 8, 5), (6, 7, 10, 4), (4, 10, 7, 6), (3, 5, 5, 3), (2, 1, 4, 3), (5, 2, 3, 2))
+PIECES = (1, 6_000, 2**30)  # an image at a time, some, all
+
+
+def cases() -> list[Any]:
+    """Each shape with one piece, the first with each; all with all: pytest -m long."""
+    short = {(shape, PIECES[i % 3]) for i, shape in enumerate(SHAPES)} | {(SHAPES[0], piece) for piece in PIECES}
+    pairs = itertools.product(SHAPES, PIECES)
+    return [pytest.param(*pair, marks=[] if pair in short else [pytest.mark.long]) for pair in pairs]
+
+
+@pytest.mark.parametrize(("shape", "piece"), cases())
 def test_it_is_the_convolution_with_its_gradients(shape, piece: int) -> None:
     with jax.enable_x64(True):
         x, k, dy = map(jnp.asarray, drawn(shape))
-        y, back = jax.vjp(direct, x, k)
-        dx, dk = back(dy)
-        for found, expected in (
-            (winograd.convolve(x, winograd.transformed(k), piece), y),
-            (winograd.convolve(x, winograd.transformed(np.asarray(k)), piece), y),
-            (winograd.input_gradient(dy, k, piece), dx),
-            (winograd.kernel_gradient(x, dy, piece), dk),
-        ):
+        known = np.asarray(k)  # a constant, whose transform is numpy's
+
+        @jax.jit
+        def both(x: jax.Array, k: jax.Array, dy: jax.Array) -> tuple[tuple[jax.Array, jax.Array], ...]:
+            y, back = jax.vjp(direct, x, k)
+            dx, dk = back(dy)
+            return (
+                (winograd.convolve(x, winograd.transformed(k), piece), y),
+                (winograd.convolve(x, winograd.transformed(known), piece), y),
+                (winograd.input_gradient(dy, k, piece), dx),
+                (winograd.kernel_gradient(x, dy, piece), dk),
+            )
+
+        for found, expected in both(x, k, dy):
             assert found.dtype == jnp.float64
             np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-10)
 

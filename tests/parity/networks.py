@@ -29,14 +29,16 @@ def CifarResNet(depth: int, num_classes: int = 10) -> nn.Module:
 def build(arch: str, shallow: bool = False, **chosen: Any) -> nn.Module:
     """The PyTorch network of a row of the zoo, with random BN parameters and statistics: default ones hide swaps.
 
-    ``shallow`` leaves two blocks of the first stage and one of each other: every kind of layer, compiled in a fraction
+    ``shallow`` leaves two blocks of the first stage and one of the second: every kind of layer, compiled in a fraction
     of the time.
     """
     torch.manual_seed(0)
     model: Any = reference.network(arch, zoo.configure(arch, **chosen))
     if shallow:
-        model.layer1 = model.layer1[:2]
-        for name in ("layer2", "layer3", "layer4"):
-            setattr(model, name, getattr(model, name)[:1])
+        model.layer1, model.layer2 = model.layer1[:2], model.layer2[:1]
+        model.layer3 = model.layer4 = nn.Identity()
+        block = model.layer2[0]
+        features = getattr(block, "conv3", block.conv2).out_channels
+        model.fc = nn.Linear(features, model.fc.out_features)
     randomise(model)
     return model.eval()

@@ -20,7 +20,7 @@ import pytest
 
 from jresnet.models.resnet import ResNetConfig
 
-TINY = ResNetConfig("basic", (1, 1, 1), (4, 8, 16), num_classes=10, stem="cifar", shortcut="pad")
+TINY = ResNetConfig("basic", (1, 1), (4, 8), num_classes=10, stem="cifar", shortcut="pad")
 EXACT = 1e-10  # relative L2 error of a tensor; rounding alone gives 1e-16 to 1e-15
 DEVICES, STEPS, BATCH = 2, 4, 16
 LR, MOMENTUM, WEIGHT_DECAY = 0.05, 0.9, 5e-4

@@ -92,7 +92,8 @@ def test_outputs_and_gradients_are_pytorchs(build: Any, output_stride: int) -> N
             for i in range(1, 5)
         ]
         expected = theirs.eval()(nchw(images))
-        worst = max(relative(model.features(x)[name], value) for name, value in stages.items())
+        features = model.features(x)
+        worst = max(relative(features[name], value) for name, value in stages.items())
         worst = max(
             worst, relative(model(x), expected.detach().numpy()), relative(jresnet.fuse(model)(x), expected.detach())
         )

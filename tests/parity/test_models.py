@@ -23,6 +23,7 @@ from jresnet.models.layers import BatchNorm, Conv
 from jresnet.pytorch import keymap, statedict
 
 LARGE = ("resnet101", "resnet152", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet101_2")  # the same blocks, more
+ELSEWHERE = ("resnet34", "resnet56_cifar", "wide_resnet50_2")  # in test_training.py, of 20 layers, in test_golden.py
 ARCHS = (*networks.TORCHVISION, "resnet20_cifar", "resnet56_cifar", "resnet34_projection", "resnet18_d2l")
 EXACT = 1e-10  # relative, in float64: a few thousand roundings of 1e-16, enlarged by BN's divisions
 
@@ -32,7 +33,7 @@ def converted(arch: str, model: torch.nn.Module) -> jresnet.ResNet:
 
 
 @pytest.mark.parametrize(
-    "arch", [pytest.param(arch, marks=pytest.mark.long) if arch in LARGE else arch for arch in ARCHS]
+    "arch", [pytest.param(arch, marks=pytest.mark.long) if arch in LARGE + ELSEWHERE else arch for arch in ARCHS]
 )
 def test_logits_are_pytorchs(arch: str) -> None:
     reference = networks.build(arch)
@@ -43,7 +44,10 @@ def test_logits_are_pytorchs(arch: str) -> None:
     assert found.is_rounding, found
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "resnet50", "resnext50_32x4d", "resnet20_cifar", "resnet18_d2l"])
+@pytest.mark.parametrize(
+    "arch",
+    [pytest.param("resnet18", marks=pytest.mark.long), "resnet50", "resnext50_32x4d", "resnet20_cifar", "resnet18_d2l"],
+)
 def test_fused_logits_are_pytorchs(arch: str) -> None:
     reference = networks.build(arch)
     model = jresnet.fuse(converted(arch, reference))
@@ -68,7 +72,12 @@ def test_logits_of_the_fastest_program_are_pytorchs(arch: str) -> None:
 
 @pytest.mark.parametrize(
     ("arch", "chosen"),
-    [("resnet20_cifar", {}), ("resnet56_cifar", {}), ("resnet20_cifar", {"shortcut": "projection"}), ("resnet18", {})],
+    [
+        ("resnet20_cifar", {}),
+        ("resnet18", {}),
+        pytest.param("resnet56_cifar", {}, marks=pytest.mark.long),
+        pytest.param("resnet20_cifar", {"shortcut": "projection"}, marks=pytest.mark.long),
+    ],
 )
 def test_float32_is_as_near_as_pytorchs(arch: str, chosen: dict) -> None:
     """Over several networks, where a draw's luck is averaged out; ``python -m convert.verify --all`` has every row."""
@@ -172,10 +181,10 @@ def test_torch_tensors_and_half_precision() -> None:
 
 def test_initial_parameters_are_distributed_as_torchvisions() -> None:
     torch.manual_seed(0)
-    theirs = networks.models.resnet50().state_dict()
+    theirs = networks.models.resnet18().state_dict()
     from jresnet import create
 
-    ours = params.arrays(create("resnet50"))
+    ours = params.arrays(create("resnet18"))
     for path, value in ours.items():
         wanted = theirs[keymap.torch_key(path)].numpy()
         if path.endswith(("kernel", "fc.bias")):

@@ -27,7 +27,7 @@ from jresnet.pytorch import keymap, statedict
 
 EXACT = 1e-10  # relative L2 error of a tensor; rounding alone gives 1e-16 to 1e-13
 STEPS, BATCH, SIZE = 10, 8, 16
-CONFIG = jresnet.ResNetConfig("basic", (1, 1, 1), (4, 8, 16), num_classes=5, stem="cifar", shortcut="projection")
+CONFIG = jresnet.ResNetConfig("basic", (1, 1), (4, 8), num_classes=5, stem="cifar", shortcut="projection")
 
 
 def pair() -> tuple[jresnet.ResNet, nn.Module]:
@@ -64,7 +64,7 @@ def their_optimizer(
 
 
 LR = {"sgd": 0.05, "adamw": 1e-3}
-PARTS = ("stem", "layer1", "layer2", "layer3", "head")
+PARTS = ("stem", "layer1", "layer2", "head")
 
 
 def frozen_backbone(ours: jresnet.ResNet, theirs: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -90,13 +90,22 @@ def layer_wise(ours: jresnet.ResNet, theirs: nn.Module) -> tuple[dict[str, Any],
     theirs.bn1.eval()
     theirs.layer1.eval()
     rates = jresnet.optim.layer_rates(ours, 0.5)
-    assert rates == {part: 0.5 ** (4 - number) for number, part in enumerate(PARTS)}
-    decays = {"stem": 0.1, "layer1": 0.03, "layer2": 0.01, "layer3": 0.003, "head": 0.0}
+    assert rates == {part: 0.5 ** (3 - number) for number, part in enumerate(PARTS)}
+    decays = {"stem": 0.1, "layer1": 0.03, "layer2": 0.01, "head": 0.0}
     return {"rates": rates, "weight_decay": decays}, {"rates": rates, "decays": decays}
 
 
-@pytest.mark.parametrize("kind", ["sgd", "adamw"])
-@pytest.mark.parametrize("case", [frozen_backbone, frozen_statistics, layer_wise])
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [
+        (frozen_backbone, "adamw"),
+        (frozen_statistics, "sgd"),
+        (layer_wise, "sgd"),
+        (layer_wise, "adamw"),
+        pytest.param(frozen_backbone, "sgd", marks=pytest.mark.long),
+        pytest.param(frozen_statistics, "adamw", marks=pytest.mark.long),
+    ],
+)
 def test_ten_steps_are_pytorchs(kind: str, case: Callable[..., Any]) -> None:
     draw = np.random.default_rng(1)
     images = draw.standard_normal((STEPS, BATCH, SIZE, SIZE, 3))
