@@ -266,7 +266,7 @@ def test_a_network_of_no_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     model = jresnet.ResNet(jresnet.ResNetConfig("basic", (1,), (8,), 3), rngs=nnx.Rngs(0))
     native.save(path, model)
     assert flax2torch.main([str(path), "--verify", "never"]) == 0
-    assert "a ResNet that has no name" in capsys.readouterr().out
+    assert "a ResNet without a name" in capsys.readouterr().out
     found = statedict.match(sources.open_file(path.with_suffix(".pth"))[0])
     assert (found.arch, found.config) == (None, model.config)
     assert native.digest(found.values) == native.digest(params.arrays(model))
@@ -325,7 +325,7 @@ def test_the_command_needs_no_torch(tmp_path: Path) -> None:
         (["{good}", "--dialect", "kuangliu"], 1, "shortcut is 'projection' there, 'pad' here"),
         (["{foreign}"], 1, "is not a jresnet-1 file"),
         (["{cut}"], 1, "cut.safetensors"),
-        ([""], 1, "it is a folder or a device"),
+        ([""], 1, "found a folder or a device"),
     ],
 )
 def test_bad_input(
