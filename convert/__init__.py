@@ -1,4 +1,4 @@
-"""Weights from PyTorch and back: the commands, the function :func:`convert`, and the check against PyTorch."""
+"""Conversion of weights from and to PyTorch: the commands, :func:`convert`, and the comparison with PyTorch."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -8,10 +8,10 @@ if TYPE_CHECKING:
 __all__ = ["convert"]
 
 
-if not TYPE_CHECKING:  # type checkers would take any name at all
+if not TYPE_CHECKING:  # with a module-level __getattr__, type checkers accept any name
 
     def __getattr__(name: str) -> Any:
-        """``convert``, from a module that must not be imported before it is run as a command."""
+        """Imports ``convert`` lazily: its module also runs as a command and must not be imported before that."""
         if name != "convert":
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from convert.torch2flax import convert

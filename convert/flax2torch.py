@@ -1,7 +1,8 @@
-"""A jresnet model into PyTorch weights, without torch: ``python -m convert.flax2torch FILE [--output model.pth]``.
+"""Convert a jresnet model to PyTorch weights, without torch: ``python -m convert.flax2torch FILE [--output model.pth]``.
 
-native file, its digest checked -> arrays by the dialect's names, in PyTorch's layout -> logits against PyTorch, where it
-is installed -> .pth or .safetensors, written atomically -> read back and converted to the arrays it came from.
+The steps: read the native file and check its digest; rename the arrays for the dialect; transpose them to PyTorch's layout;
+compare the logits with PyTorch's, if it is installed; write the .pth or .safetensors file atomically; read the file back,
+convert it, and compare it with the original arrays.
 """
 
 from __future__ import annotations
@@ -41,24 +42,26 @@ SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
-    """The command line's options."""
+    """Returns the argument parser."""
     parser = Parser(
         prog=prog,
-        description="Convert a native jresnet file into PyTorch weights. Needs no torch; where torch and torchvision "
-        "are installed, the logits of PyTorch's network with these weights are compared with jresnet's.",
+        description="Convert a native file to PyTorch weights, without torch; if torch and torchvision are installed, the "
+        "logits are compared.",
     )
-    parser.add_argument("file", metavar="FILE", type=Path, help="native file, of training or of convert.torch2flax")
+    parser.add_argument(
+        "file", metavar="FILE", type=Path, help="native file, written by training or by convert.torch2flax"
+    )
     parser.add_argument(
         "--output",
         metavar="FILE",
         type=flags.folder,
-        help=f"file to write, its format by its ending, {', '.join(SUFFIXES)} (default: FILE with the ending .pth); without "
-        "an ending a folder for transformers' from_pretrained",
+        help=f"output file; the suffix selects the format ({', '.join(SUFFIXES)}); a name without a suffix is a folder for "
+        "transformers' from_pretrained (default: FILE with the suffix .pth)",
     )
     parser.add_argument(
         "--dialect",
         choices=tuple(keymap.DIALECTS),
-        help="whose network shall load it (default: the one that FILE's weights came from, else torchvision)",
+        help="naming of the tensors in the output (default: the naming that FILE was converted from, else torchvision)",
     )
     return with_common_options(parser)
 
@@ -71,46 +74,48 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> int:
 def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     path = args.file
     if path.suffix in TORCH_SUFFIXES:
-        raise InputError(f"{path} is PyTorch's already: give a native file, such as training writes (*.safetensors)")
+        raise InputError(
+            f"{path} is already a PyTorch file: expected a native file (*.safetensors), as training writes it"
+        )
     if args.output and args.output.suffix not in ("", *SUFFIXES):
-        raise InputError(f"--output {args.output} should end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
+        raise InputError(f"--output {args.output} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}")
     if not path.name:
-        raise InputError(f"cannot read {path}: it is a folder or a device; name the file itself")
+        raise InputError(f"cannot read {path}: expected a file, found a folder or a device")
     output = args.output or path.with_suffix(".pth")
-    folder = output if not output.suffix else None  # of files as transformers' from_pretrained takes them
+    folder = output if not output.suffix else None  # a folder for transformers' from_pretrained
     if folder:
         output = folder / hub.WEIGHTS
         if os.path.lexists(folder) and not folder.is_dir():
             raise InputError(
-                f"--output {folder} should end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, or be a folder"
+                f"--output {folder} must end in {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, or be a folder"
             )
     written = (output.name, hub.CONFIG, hub.PREPROCESSOR) if folder else (output.name,)
-    for name in written if folder is None or folder.exists() else ():  # a folder is made where there is none
+    for name in written if folder is None or folder.exists() else ():  # a missing folder is created below
         check_other(output.with_name(name), path)
         check_output(output.with_name(name), args.force)
     arch, config, values, metadata = native.read(path)
-    say("source", f"{path}, a {arch or 'ResNet that has no name'}, digest {metadata['digest']}")
+    say("source", f"{path}, a {arch or 'ResNet without a name'}, digest {metadata['digest']}")
     if other := {value.dtype.name for value in values.values()} - {"float32"}:
         say(
             "note",
-            f"parameters in {' and '.join(sorted(other))} are written as float32, as PyTorch's networks have them",
+            f"parameters in {' and '.join(sorted(other))} are written as float32, the dtype of PyTorch's networks",
         )
         values = {name: value.astype(np.float32) for name, value in values.items()}
-    # A row of the zoo that no torchvision network is like has a dialect of its own name.
+    # An architecture without a torchvision equivalent has a dialect with its own name.
     dialect: str = (
         args.dialect or metadata.get("dialect") or (arch if arch and arch in keymap.DIALECTS else "torchvision")
     )
     if folder:
         dialect = args.dialect or "transformers"
         if dialect != "transformers":
-            raise InputError(f"--output {folder} is a folder, which is written in transformers' naming alone")
+            raise InputError(f"--output {folder} is a folder, which needs --dialect transformers, got {dialect}")
     model = params.fill(config, values)
     counts = _counts(metadata, path)
     tensors = statedict.state_dict(model, dialect, counts)
     counters = sum(key.endswith(keymap.COUNTER) for key in tensors)
     say("mapped", f"{len(tensors) - counters} tensors and {counters} {keymap.COUNTER} ({dialect} naming)")
     if args.verify != "never":
-        say("verify", "computing two images with PyTorch too, where it is installed (some seconds)")
+        say("verify", "comparing the logits of two images with PyTorch, if it is installed (some seconds)")
     check = verify.check(model, arch, statedict.state_dict(model), args.verify)
     say("verified", str(check))
     if folder:
@@ -135,7 +140,7 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         load = [f"model = transformers.{kind}.from_pretrained({str(folder)!r})"]
     if config.output_stride:
         say("note", _DILATED.format(config=config, replaced=_replaced(config)))
-    say("wrote", f"{output} ({size / 1e6:.1f} MB), read back bit by bit; load it with")
+    say("wrote", f"{output} ({size / 1e6:.1f} MB), read back and identical; load it with")
     for line in load:
         say("", line)
     return {
@@ -153,7 +158,7 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
 
 
 def _beside(config: ResNetConfig, metadata: Mapping[str, str]) -> dict[str, str]:
-    """The files of transformers beside the weights, by name."""
+    """Returns the contents of transformers' configuration files, by file name."""
     categories, chosen = metadata.get("categories"), metadata.get("preprocessing")
     return transformers_config.write(
         config, json.loads(categories) if categories else None, Preprocessing.from_json(chosen) if chosen else None
@@ -161,7 +166,7 @@ def _beside(config: ResNetConfig, metadata: Mapping[str, str]) -> dict[str, str]
 
 
 def _counts(metadata: Mapping[str, str], path: Path) -> int | dict[str, int]:
-    """What a native file knows of its counters: one number for all, or numbers by torchvision's key."""
+    """Returns a native file's ``num_batches_tracked``: one number for all layers, or numbers by torchvision's keys."""
 
     def is_count(value: object) -> bool:
         return type(value) is int and 0 <= value < 1 << 63
@@ -172,23 +177,25 @@ def _counts(metadata: Mapping[str, str], path: Path) -> int | dict[str, int]:
         found = None
     if is_count(found) or (isinstance(found, dict) and all(map(is_count, found.values()))):
         return found
-    raise WeightsError(f"{path} should say whole numbers for num_batches_tracked: convert it again from its source")
+    raise WeightsError(
+        f"{path}: num_batches_tracked is not a number or a dict of numbers: convert the file again from its source"
+    )
 
 
 def _check_written(
     output: Path, arch: str | None, config: ResNetConfig, dialect: str, tensors: Mapping[str, np.ndarray], digest: str
 ) -> None:
-    """Reads ``output`` without torch: the same tensors, and on the way back the arrays of the native file."""
+    """Checks that ``output`` contains the tensors, and that converting it back gives the native file's arrays."""
     found = sources.open_file(output)[0]
     chosen = {name: getattr(config, name) for name in zoo.FREE}
     back = statedict.match(found, arch, dialect=dialect, source=str(output), **chosen)
     if native.digest(found) != native.digest(tensors) or native.digest(back.values) != digest:
-        raise WeightsError(f"{output} does not hold what was written: check the disk, and convert again")
+        raise WeightsError(f"{output} differs from what was written: check the disk, and convert again")
 
 
 def _build(arch: str | None, config: ResNetConfig, dialect: str) -> list[str]:
-    """The line that builds the PyTorch network, where that is one call of torchvision's."""
-    if arch is None or (config.output_stride and config.block == "basic"):  # torchvision dilates bottlenecks alone
+    """Returns the line that builds the PyTorch network, if one call of torchvision builds it."""
+    if arch is None or (config.output_stride and config.block == "basic"):  # torchvision dilates only bottlenecks
         return []
     plain = zoo.configure(arch, num_classes=config.num_classes, output_stride=config.output_stride)
     if dialect == "torchvision" and config == plain and published.names(arch):
@@ -197,20 +204,20 @@ def _build(arch: str | None, config: ResNetConfig, dialect: str) -> list[str]:
     return []
 
 
-# The weights of a dilated network are those of one that is not: nothing but this says which is meant.
+# Dilation does not change the weights, so the file itself cannot record it.
 _DILATED = (
-    "this network is dilated to output stride {config.output_stride}, which PyTorch's weights do not say: build it with "
+    "this network is dilated to output stride {config.output_stride}, which PyTorch's weights do not record: build it with "
     "replace_stride_with_dilation={replaced} (torchvision, bottlenecks) or output_stride={config.output_stride} (timm)"
 )
 
 
 def _replaced(config: ResNetConfig) -> list[bool]:
-    """torchvision's ``replace_stride_with_dilation``."""
+    """Returns the value of torchvision's ``replace_stride_with_dilation``."""
     return [stride == 1 for stride, _ in config.strides[1:]]
 
 
 def _torch_metadata(config: ResNetConfig) -> dict[str, str]:
-    """That of a file of safetensors."""
+    """Returns the metadata of a safetensors file."""
     dilated = {
         "output_stride": str(config.output_stride),
         "replace_stride_with_dilation": json.dumps(_replaced(config)),

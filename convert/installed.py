@@ -1,22 +1,22 @@
-"""torch and torchvision, where they are installed."""
+"""Import of torch and torchvision, if they are installed."""
 
 from __future__ import annotations
 
 import sys
 from typing import Any
 
-_LIBRARIES: list[Any] = []  # a declaration lives as long as its library object
+_LIBRARIES: list[Any] = []  # keeps the declarations below alive
 
 
 def import_torchvision() -> Any:
-    """torchvision, also beside a CPU build of torch.
+    """Imports torchvision, also with a CPU build of torch.
 
-    torchvision's wheel on PyPI is built against torch with CUDA; beside a CPU build its compiled part does not load and
-    the import stops at two detection operators, which no ResNet uses. They are declared here, without a body, only where
-    that import failed.
+    torchvision's wheel on PyPI is built for torch with CUDA. With a CPU build, its extension does not load, and the import
+    fails at two detection operators, which no ResNet uses. If that happens, this function declares the two operators without
+    an implementation and imports torchvision again.
 
     Raises:
-        LookupError: where it or torch is not installed, or does not import.
+        LookupError: torch or torchvision is not installed or cannot be imported.
     """
     try:
         import torch
@@ -28,9 +28,9 @@ def import_torchvision() -> Any:
         raise LookupError("torchvision is not installed (pip install 'jresnet[torch]')") from error
     except RuntimeError as error:
         if "torchvision::nms" not in str(error):
-            raise LookupError(f"torchvision does not import: {error}") from error
+            raise LookupError(f"torchvision cannot be imported: {error}") from error
         for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-            del sys.modules[name]  # what the broken import left behind
+            del sys.modules[name]  # left by the failed import
         _LIBRARIES.append(torch.library.Library("torchvision", "DEF"))
         _LIBRARIES[-1].define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _LIBRARIES[-1].define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -1,8 +1,7 @@
-"""PyTorch's networks to compare with, in torchvision's naming: torchvision's own, timm's, and a plain one for whatever they
-have not.
+"""PyTorch reference networks with torchvision's tensor names: from torchvision, from timm, or from this file.
 
-Needs torch and torchvision, for timm's networks timm, and is imported only where a comparison is made (``convert.verify``,
-the tests). Brings in no JAX, which would count as PyTorch's memory and start where the two are measured beside each other.
+This module needs torch and torchvision, and timm for timm's networks. Only ``convert.verify``, the benchmark and the tests
+import it. It does not import JAX, because the benchmark would count JAX's memory and start-up time as PyTorch's.
 """
 
 from __future__ import annotations
@@ -19,12 +18,12 @@ from jresnet.models.config import STEMS, ResNetConfig
 
 
 def network(arch: str | None, config: ResNetConfig) -> nn.Module:
-    """The float32 PyTorch network of a configuration, with PyTorch's initial parameters.
+    """Builds the float32 PyTorch network of a configuration, with PyTorch's initial parameters.
 
     Args:
-        arch: a row of the zoo that it is of; torchvision's network of this name, where it has one and the configuration
-            is nothing but that one's, is the sterner judge.
-        config: what to build.
+        arch: the architecture's name, if it has one. torchvision's network of this name is preferred to the one in this file
+            if it has the same configuration, because it is an independent implementation.
+        config: the configuration to build.
     """
     if config.has_parts:
         return _timms(arch, config)
@@ -34,25 +33,25 @@ def network(arch: str | None, config: ResNetConfig) -> nn.Module:
         return ResNet(config)
     if not config.output_stride:
         return build(num_classes=config.num_classes)
-    if config.block == "basic":  # torchvision's are not dilated
+    if config.block == "basic":  # torchvision does not dilate basic blocks
         return ResNet(config)
     dilated = [stride == 1 for stride, _ in config.strides[1:]]
     return build(num_classes=config.num_classes, replace_stride_with_dilation=dilated)
 
 
 def _timms(arch: str | None, config: ResNetConfig) -> nn.Module:
-    """timm's network of that name, where the configuration is nothing but that; else one of its parts.
+    """Builds timm's network of that name if it has this configuration, else a network from timm's building blocks.
 
     Raises:
-        LookupError: timm is not installed, or has no such network.
+        LookupError: timm is not installed, or cannot build the configuration.
     """
-    import_torchvision()  # which timm imports, and which does not import by itself beside a CPU build of torch
+    import_torchvision()  # timm imports torchvision, which needs this with a CPU build of torch
     try:
         import timm
         from timm.layers import BlurPool2d, get_attn
         from timm.models import resnet
     except ImportError as error:
-        raise LookupError(f"timm is missing, whose network this is ({error}): pip install timm") from error
+        raise LookupError(f"this network needs timm, which cannot be imported ({error}): pip install timm") from error
     given: dict[str, Any] = {
         "num_classes": config.num_classes,
         "in_chans": config.in_channels,
@@ -88,14 +87,15 @@ def _timms(arch: str | None, config: ResNetConfig) -> nn.Module:
     )
 
 
-OWN = ("num_classes", "in_channels", "output_stride")  # which timm's networks of a name are free in
+OWN = ("num_classes", "in_channels", "output_stride")  # fields that timm.create_model sets
 
 
 def randomise(model: nn.Module) -> None:
-    """Draws every normalisation's scale, bias, mean and variance at random: default ones hide swaps.
+    """Draws every normalisation's scale, bias, mean and variance at random: the default values would hide swapped tensors.
 
-    Beyond a hundred blocks, what each adds is weakened: activations that grow by a third in each overflow float32. So it is
-    beyond thirty with attention, whose factors then depend on rounding errors: PyTorch's own float32 has no right digit.
+    In networks with more than 100 blocks, the last scale of each block is small, because activations that grow by a third in
+    each block overflow float32. With attention this starts at more than 30 blocks: otherwise the attention factors depend on
+    rounding errors, and PyTorch's own float32 logits have no correct digit.
     """
     blocks: list[Any] = [block for block in model.modules() if hasattr(block, "bn2")]
     for module in model.modules():
@@ -112,7 +112,7 @@ def randomise(model: nn.Module) -> None:
 
 
 class Block(nn.Module):
-    """A basic block or a Bottleneck; ``wide``: the dilations of its first and second 3x3 convolution."""
+    """A basic block or a Bottleneck. ``wide`` contains the dilations of its first and second 3x3 convolution."""
 
     def __init__(
         self, inplanes: int, planes: int, stride: int, wide: tuple[int, int], first: bool, config: ResNetConfig
@@ -161,7 +161,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """He et al. 2016, of any configuration of jresnet's."""
+    """The ResNet of He et al. 2016, for configurations without timm's parts."""
 
     def __init__(self, config: ResNetConfig):
         super().__init__()

@@ -1,7 +1,8 @@
-"""PyTorch weights into a jresnet model: ``python -m convert.torch2flax FILE``, or ``ARCH [--weights NAME|FILE]``.
+"""Convert PyTorch weights to a jresnet model: ``python -m convert.torch2flax FILE``, or ``ARCH [--weights NAME|FILE]``.
 
-bytes, their digest checked -> arrays, without torch -> which ResNet they are -> every leaf filled exactly once, or one
-error that lists all that is wrong -> logits against PyTorch, where it is installed -> native file, written atomically.
+The steps: read the file and check its digest; read its arrays, without torch; infer the architecture; fill every parameter
+exactly once, or report all problems in one error; compare the logits with PyTorch's, if it is installed; write the native
+file atomically.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from jresnet.weights import native, published
 
 PROG = "python -m convert.torch2flax"
 
-Say = Callable[[str, str], None]  # a title of up to eight letters, and what there is to say
+Say = Callable[[str, str], None]  # a title of up to eight letters, and the text
 
 
 def convert(
@@ -57,23 +58,24 @@ def convert(
     dtype: Any = None,
     seed: int = 0,
 ) -> ResNet:
-    """A jresnet model with the weights of a PyTorch ``state_dict``.
+    """Returns a jresnet model with the weights of a PyTorch ``state_dict``.
 
     Args:
-        state_dict: PyTorch's keys to numpy arrays or torch tensors, of any floating-point dtype, or a checkpoint with such
-            a dict inside.
-        arch: a name of :func:`jresnet.list_models` that it must be; ``None``: whatever ResNet it is.
-        num_classes: the head's. Another number than the state_dict's asks for a fresh head.
-        in_channels: the stem's. Another number than the state_dict's 3 adapts it (:func:`jresnet.models.params.adapt`).
-        stem: as in :func:`jresnet.create`, like the next four.
-        shortcut: likewise.
-        stride_in: likewise.
-        output_stride: likewise.
-        dtype: likewise.
-        dialect: as in :func:`jresnet.pytorch.statedict.match`, with its errors, like the next two.
-        prefix: likewise.
-        key: likewise.
-        seed: of a fresh head.
+        state_dict: a dict from PyTorch's keys to numpy arrays or torch tensors of any floating-point dtype, or a checkpoint
+            that contains such a dict.
+        arch: the architecture that the weights must have, a name of :func:`jresnet.list_models`; ``None`` infers it.
+        num_classes: number of classes. If it differs from the state_dict's, a new head is initialised.
+        in_channels: number of input channels. If it differs from the state_dict's 3, the stem is adapted
+            (:func:`jresnet.models.params.adapt`).
+        stem: see :func:`jresnet.create`.
+        shortcut: see :func:`jresnet.create`.
+        stride_in: see :func:`jresnet.create`.
+        output_stride: see :func:`jresnet.create`.
+        dtype: see :func:`jresnet.create`.
+        dialect: see :func:`jresnet.pytorch.statedict.match`, which also documents the errors.
+        prefix: see :func:`jresnet.pytorch.statedict.match`.
+        key: see :func:`jresnet.pytorch.statedict.match`.
+        seed: seed of a new head.
     """
     chosen: dict[str, Any] = {
         "num_classes": num_classes, "in_channels": in_channels, "stem": stem, "shortcut": shortcut,
@@ -86,113 +88,112 @@ def convert(
 
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
-    """The command line's options."""
+    """Returns the argument parser."""
     parser = Parser(
         prog=prog,
         usage="%(prog)s FILE|ARCH [OPTION ...]",
-        description="Convert PyTorch weights into a native jresnet file. Needs no torch; where torch and torchvision "
-        "are installed, the converted model's logits are compared with theirs.",
+        description="Convert PyTorch weights to a native file, without torch; if torch and torchvision are installed, the "
+        "logits are compared.",
         epilog=f"Architectures: {', '.join(zoo.ZOO)}.",
     )
     parser.add_argument(
         "what",
         metavar="FILE|ARCH",
-        help="a file, which says itself which ResNet it holds; or an architecture, for example resnet50, that the weights "
-        "must be",
+        help="a file, whose architecture is detected; or the architecture that the weights must have, such as resnet50",
     )
     parser.add_argument(
         "--weights",
         metavar="NAME|FILE|hf:REPO",
-        help="with ARCH: published weights (IMAGENET1K_V1, IMAGENET1K_V2), a .pth, .pt, .th, .npz or .safetensors file, or "
-        "hf:ORG/REPO[@REVISION], safetensors on the Hugging Face Hub (default: torchvision's default for ARCH, "
-        "downloaded into torch's own cache)",
+        help="weights for ARCH: published weights (IMAGENET1K_V1, IMAGENET1K_V2), a .pth, .pt, .th, .npz or .safetensors "
+        "file, or hf:ORG/REPO[@REVISION], a safetensors file on the Hugging Face Hub (default: torchvision's default for "
+        "ARCH, downloaded into torch's cache)",
     )
-    parser.add_argument("--output", metavar="FILE", type=Path, help="file to write (default: ARCH-NAME.safetensors)")
-    place = parser.add_argument_group("where the network lies in the file", "found by itself, as a rule")
-    network = parser.add_argument_group("which network it is, or shall be")
+    parser.add_argument("--output", metavar="FILE", type=Path, help="output file (default: ARCH-NAME.safetensors)")
+    place = parser.add_argument_group("location of the network in the file", "By default, all three are detected.")
+    network = parser.add_argument_group("architecture")
     place.add_argument(
         "--dialect",
         choices=tuple(DIALECTS),
-        help="how the file names its tensors (default: the one that fits its keys best)",
+        help="naming of the tensors in the file (default: detected)",
     )
     place.add_argument(
         "--prefix",
-        help="of the network's names in the file, for example backbone (default: that under which most of a network lies)",
+        help="prefix of the network's names, such as backbone (default: the prefix with the most keys of a network)",
     )
     place.add_argument(
         "--key",
         type=named,
-        help="of the dict of tensors in a checkpoint, for example state_dict_ema or model.teacher (default: the one with "
-        "the largest network, averaged weights first)",
+        help="key of the dict of tensors in a checkpoint, such as state_dict_ema or model.teacher (default: the key with "
+        "the largest network; averaged weights are preferred)",
     )
     network.add_argument(
         "--num-classes",
         type=int,
         metavar="N",
-        help="classes; where the file's head has another number, or it has none, a fresh one is drawn (default: the file's)",
+        help="number of classes; a new head is initialised if the file has none or another number (default: the file's)",
     )
     network.add_argument(
         "--in-channels",
         type=int,
         metavar="N",
-        help="channels of the images; a file's stem for 3 is adapted, as timm does (default: the file's)",
+        help="number of input channels; a stem for 3 channels is adapted, as in timm (default: the file's)",
     )
     network.add_argument(
         "--stem",
         choices=KINDS["stem"],
-        help="with a max-pool or without one, which tensors do not tell: imagenet (7x7, max-pool), imagenet_no_pool, cifar "
-        "(3x3), cifar_pool (3x3, max-pool); a file whose network has another kernel is refused",
+        help="stem: imagenet (7x7, max-pool), imagenet_no_pool, cifar (3x3), cifar_pool (3x3, max-pool); the tensors do not "
+        "show whether there is a max-pool; a file with another kernel size is an error (default: inferred)",
     )
     network.add_argument(
         "--shortcut",
         choices=KINDS["shortcut"],
-        help="refuse a file whose network has other shortcuts",
+        help="shortcuts that the network must have (default: inferred)",
     )
     network.add_argument(
         "--stride-in",
         choices=KINDS["stride_in"],
-        help="which convolution of a Bottleneck has the stride, which tensors do not tell: 3x3 (torchvision), or 1x1 (the "
-        "paper, Caffe, detectron2) (default: as the checkpoint says, else 3x3)",
+        help="convolution of a Bottleneck that has the stride: 3x3 (torchvision) or 1x1 (the paper, Caffe, detectron2); the "
+        "tensors do not show it (default: read from the checkpoint's settings, else 3x3)",
     )
     network.add_argument(
         "--output-stride",
         type=int,
         metavar="N",
-        help="pixels of an image for one of the last stage, for a network with dilated convolutions, as of segmentation: "
-        "8 or 16 (default: as the checkpoint says, else 32, no dilation)",
+        help="image size divided by the size of the last stage's output: 8 or 16 for a network with dilated convolutions, "
+        "as used for segmentation (default: read from the checkpoint's settings, else 32, no dilation)",
     )
     return with_common_options(parser)
 
 
 def named(text: str) -> str:
-    """An argument that names something."""
+    """Parses an argument that must not be empty."""
     if not text:
         raise argparse.ArgumentTypeError("expected a name, got ''")
     return text
 
 
 def with_common_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Adds what converting in both directions has in common."""
+    """Adds the options that both converters have."""
     parser.add_argument(
         "--verify",
         choices=("auto", "always", "never"),
         default="auto",
-        help="compare logits with PyTorch's on random images: where torch is installed (auto), or fail without "
-        "it (always), or not at all (default: auto)",
+        help="compare the logits with PyTorch's on random images: if torch is installed (auto), always, with an error if it "
+        "is not installed (always), or never (never) (default: auto)",
     )
-    parser.add_argument("--force", action="store_true", help="replace the file to write where it exists")
+    parser.add_argument("--force", action="store_true", help="replace an existing output file")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
     return parser
 
 
 def check_other(output: Path, source: Path | None) -> None:
-    """Raises :class:`InputError` where the file to write is the one to convert, by whatever name."""
+    """Raises :class:`InputError` if the output file and the input file are the same file."""
     if source and output.exists() and source.exists() and output.samefile(source):
-        raise InputError(f"--output {output} is the file to convert: name another one")
+        raise InputError(f"--output {output} is the file to convert: choose another file")
 
 
 def report(run: Callable[[argparse.Namespace, Say], dict[str, Any]], args: argparse.Namespace) -> int:
-    """Calls ``run(args, say)`` and prints what it says, or with ``--json`` what it returns; returns the exit code."""
+    """Calls ``run(args, say)``; prints the lines passed to ``say``, or with ``--json`` the result; returns the exit code."""
 
     def say(title: str, text: str) -> None:
         if not args.json:
@@ -200,7 +201,7 @@ def report(run: Callable[[argparse.Namespace, Say], dict[str, Any]], args: argpa
 
     try:
         found = run(args, say)
-    except BrokenPipeError:  # told by no one, since nobody listens
+    except BrokenPipeError:  # no message: the reader has closed the pipe
         raise
     except (JresnetError, OSError) as error:
         return failed(str(error))
@@ -217,17 +218,17 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> int:
 def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     chosen = {name: getattr(args, name) for name in zoo.FREE if hasattr(args, name)}
     arch, spec = _arch_and_spec(args.what, args.weights)
-    # A wrong value is told before anything is downloaded.
+    # Wrong values are reported before anything is downloaded.
     zoo.replaced(zoo.find(arch).config if arch else ResNetConfig("bottleneck", (1, 1, 1, 1)), **chosen)
     source = sources.find(spec, arch)
     if row := source.row:
-        why = "torchvision's default" if spec == "DEFAULT" else "as asked for"
+        why = "torchvision's default" if spec == "DEFAULT" else "as requested"
         say("weights", f"{row.name} ({why}): {row.top1:.3f} % top-1, {row.top5:.3f} % top-5 on ImageNet, published")
     elif source.path:
         say("weights", str(source.path))
     output = args.output or (Path(f"{arch}-{source.label}.safetensors") if arch else None)
     if output and output.suffix in TORCH_SUFFIXES:
-        raise InputError(f"--output {output} has the ending of a PyTorch file: name the native file *.safetensors")
+        raise InputError(f"--output {output} has the suffix of a PyTorch file: name the native file *.safetensors")
     if output:
         check_other(output, source.path)
         check_output(output, args.force)
@@ -243,9 +244,9 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         source = dataclasses.replace(source, sha256=digest)
     found = sources.read(source, arch, dialect=args.dialect, prefix=args.prefix, key=args.key, **chosen)
     if found.conversion is None:
-        raise WeightsError(f"{found.spec} is a native jresnet file already: jresnet.load reads it")
+        raise WeightsError(f"{found.spec} is already a native jresnet file: load it with jresnet.load")
     conversion = found.conversion
-    say("found", f"{found.arch or 'a ResNet without a name'}: {infer.describe(found.config)}")
+    say("found", f"{found.arch or 'an unnamed ResNet'}: {infer.describe(found.config)}")
     say("assumed", _with_options(conversion.assumed))
     for note in found.notes:
         say("note", note)
@@ -255,26 +256,28 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         check_other(output, source.path)
         check_output(output, args.force)
     dropped = len(conversion.counters)
-    counters = f"; {dropped} num_batches_tracked kept aside: only PyTorch's momentum=None reads them" if dropped else ""
+    counters = (
+        f"; {dropped} num_batches_tracked not used: PyTorch reads them only with momentum=None" if dropped else ""
+    )
     say("mapped", f"{len(found.values)} tensors, each used once ({conversion.dialect} naming){counters}")
     config = zoo.replaced(found.config, **chosen)
     values, adapted = params.adapt(found.values, found.config, config)
-    if conversion.headless:  # PyTorch's network has a head: any will do
+    if conversion.headless:  # PyTorch's network needs a head; its values do not matter
         full = zoo.replaced(found.config, num_classes=config.num_classes or 1000)
         with_head, _ = params.adapt(found.values, found.config, full)
         conversion = dataclasses.replace(conversion, config=full, values=with_head)
     model = params.fill(conversion.config, conversion.values)
     if args.verify != "never":
-        say("verify", "computing two images with PyTorch too, where it is installed (some seconds)")
+        say("verify", "comparing the logits of two images with PyTorch, if it is installed (some seconds)")
     check = verify.check(model, arch, conversion.torchvision(), args.verify)
     what = arch or "network of this configuration"
-    say("verified", f"as PyTorch's {what}, with what is assumed: {check}" if check.done else str(check))
+    say("verified", f"against PyTorch's {what} under these assumptions: {check}" if check.done else str(check))
     for note in adapted:
         say("adapted", note)
     if config != conversion.config:
         model = params.fill(config, values)
     provenance = dict(found.metadata)
-    if config.num_classes != found.config.num_classes:  # these are the old head's
+    if config.num_classes != found.config.num_classes:  # categories and scores belong to the old head
         provenance = {name: text for name, text in provenance.items() if name not in ("categories", "scores")}
     if config.in_channels != found.config.in_channels:
         provenance.pop("preprocessing", None)
@@ -297,7 +300,7 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
 
 
 def _with_options(assumed: Sequence[str]) -> str:
-    """What is assumed, each with the option that says otherwise."""
+    """Lists the assumptions, each with the option that changes it."""
     options = {
         "stride on the 3x3": "--stride-in 1x1",
         "stride on the 1x1": "--stride-in 3x3",
@@ -313,14 +316,14 @@ def _with_options(assumed: Sequence[str]) -> str:
 
 
 def _arch_and_spec(what: str, weights: str | None) -> tuple[str | None, str]:
-    """The architecture that the weights must be, if one is named, and where they come from."""
+    """Returns the architecture that the weights must have, if one is given, and the source of the weights."""
     if weights is not None:
         return zoo.find(what).name, weights
     if what in zoo.ZOO:
         return what, "DEFAULT"
     if os.path.exists(what) or Path(what).suffix or os.sep in what or ":" in what:
         return None, what
-    return zoo.find(what).name, "DEFAULT"  # which raises, and names the nearest
+    return zoo.find(what).name, "DEFAULT"  # raises an error that suggests similar names
 
 
 if __name__ == "__main__":

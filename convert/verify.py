@@ -1,7 +1,7 @@
-"""Is a converted model the same function? Its logits against PyTorch's: ``python -m convert.verify --all``.
+"""Compare the logits of converted models with PyTorch's: ``python -m convert.verify --all``.
 
-An absolute tolerance says nothing where logits may have any size. The yardstick is PyTorch itself: the relative L2
-distance of its own float32 logits to its float64 ones, which is 2e-7 to 7e-7 for torchvision's ResNets.
+Logits can have any magnitude, so an absolute tolerance is not useful. jresnet's distance is compared with PyTorch's own: the
+relative L2 distance of PyTorch's float32 logits to its float64 logits, which is 2e-7 to 7e-7 for torchvision's ResNets.
 """
 
 from __future__ import annotations
@@ -30,82 +30,82 @@ from jresnet.pytorch import statedict
 
 PROG = "python -m convert.verify"
 
-# A relative distance of float32 logits that no rounding explains, of any network and images: PyTorch's own is 2e-7 to 7e-7,
-# whatever the draw, and a wrong weight gives a tenth and more.
+# Relative distance of float32 logits above which rounding is not the cause, for every network and image. PyTorch's own
+# distance is 2e-7 to 7e-7 for all random weights; a wrong weight gives 0.1 or more.
 DIFFERENT = 1e-4
 
-# jresnet's float32 distance to PyTorch's float64 over PyTorch's own float32 distance: this allows for another order of
-# summation and for the difference between two draws of rounding errors.
+# Largest ratio of jresnet's float32 distance to PyTorch's float32 distance, both from PyTorch's float64. It allows for a
+# different order of summation and for the randomness of rounding errors.
 ALLOWED = 3.0
 
-# The same over several networks, root mean square. PyTorch's own float32 distances in its two memory layouts, which differ
-# in the order of summation alone, are up to 2.3 times apart (docs/log/2026-11-parity.md).
+# The same for the root mean square over several networks. PyTorch's float32 distances in its two memory layouts, which
+# differ only in the order of summation, differ by a factor of up to 2.3 (docs/log/2026-11-parity.md).
 ALLOWED_OVERALL = 2.5
 
-TOGETHER = 100  # blocks, up to which a network is compiled as one program
+TOGETHER = 100  # networks with at most this many blocks are compiled as one program
 
-EXACT = 1e-10  # relative, in float64: a few thousand roundings of 1e-16, enlarged by BN's divisions
+EXACT = 1e-10  # relative distance in float64: a few thousand rounding errors of 1e-16, amplified by BN's divisions
 
 
 @dataclass(frozen=True)
 class Check:
-    """What the comparison found, or why it was left out."""
+    """The result of a comparison, or the reason why there was none."""
 
     done: bool
-    reason: str = ""  # why it was left out
-    jresnet: float = float("nan")  # relative L2 distance of our float32 logits to PyTorch's float64
-    torch: float = float("nan")  # the same of PyTorch's float32 logits
+    reason: str = ""  # why there was no comparison
+    jresnet: float = float("nan")  # relative L2 distance of jresnet's float32 logits to PyTorch's float64 logits
+    torch: float = float("nan")  # the same for PyTorch's float32 logits
 
     @property
     def is_rounding(self) -> bool:
-        """Whether jresnet's distance is what rounding explains, beside PyTorch's."""
+        """Whether rounding explains jresnet's distance, given PyTorch's."""
         return self.jresnet <= ALLOWED * self.torch
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, without NaN."""
+        """Returns a dict for JSON, without NaN."""
         return asdict(self) if self.done else {"done": False, "reason": self.reason}
 
     def __str__(self) -> str:
         if not self.done:
-            return f"not against PyTorch: {self.reason}"
+            return f"not compared with PyTorch: {self.reason}"
         return (
-            f"relative distance of the logits to PyTorch's in float64: {self.jresnet:.1e} "
-            f"(PyTorch's own in float32: {self.torch:.1e})"
+            f"relative distance to PyTorch's float64 logits: {self.jresnet:.1e} "
+            f"(PyTorch's float32 logits: {self.torch:.1e})"
         )
 
 
 def check(model: ResNet, arch: str | None, state_dict: Mapping[str, np.ndarray], mode: str = "auto") -> Check:
-    """Compares ``model`` with PyTorch's network of the same weights on two random images.
+    """Compares ``model`` with PyTorch's network with the same weights, on two random images.
 
     Args:
-        model: in float32.
-        arch: the row of the zoo that it is of, if any.
+        model: the model, in float32.
+        arch: the name of its architecture, if it has one.
         state_dict: the weights by torchvision's keys, in PyTorch's layout.
-        mode: ``"auto"`` leaves the comparison out where there is nothing to compare with, ``"always"`` raises there,
-            ``"never"`` leaves it out.
+        mode: if torch or the reference network is missing, ``"auto"`` skips the comparison and ``"always"`` raises an error;
+            ``"never"`` always skips it.
 
     Raises:
-        InputError: with ``"always"``, where torch or a reference network is missing.
-        WeightsError: where the logits are those of another function, or not finite where PyTorch's are.
+        InputError: torch or the reference network is missing and ``mode`` is ``"always"``.
+        WeightsError: the logits differ by more than rounding, or are not finite although PyTorch's are.
     """
     if mode == "never":
-        return Check(False, "left out, as --verify never asks")
+        return Check(False, "--verify never")
     try:
         reference = torch_model(arch, model.config, state_dict)
     except LookupError as error:
         if mode == "always":
-            raise InputError(f"--verify always, but {error}") from error
-        return Check(False, f"left out, since {error}")
+            raise InputError(f"--verify always: {error}") from error
+        return Check(False, str(error))
     result = compare(model, reference)
-    if not result.jresnet <= DIFFERENT and math.isfinite(result.torch):  # NaN of jresnet's fails too
+    if not result.jresnet <= DIFFERENT and math.isfinite(result.torch):  # written so that a NaN from jresnet also fails
         raise WeightsError(f"the converted {arch or 'ResNet'} is not the network PyTorch computes: {result}")
     return result
 
 
 def compare(model: ResNet, reference: Any, size: int | None = None, batch: int = 2) -> Check:
-    """The distances of both float32 logits to those of ``reference``, a torch module, in float64.
+    """Returns the distances of both float32 logits to the float64 logits of ``reference``, a torch module.
 
-    ``size`` is the random images' height and width, by default 224, or 32 for the CIFAR stem.
+    ``size`` is the height and width of the random images; the default is 224, or 32 for the CIFAR stem.
     """
     images = _images(model.config, size, batch)
     exact, theirs = torch_logits(reference, images)
@@ -113,14 +113,14 @@ def compare(model: ResNet, reference: Any, size: int | None = None, batch: int =
 
 
 def _images(config: ResNetConfig, size: int | None, batch: int) -> np.ndarray:
-    """Random images ``[batch, H, W, C]``, always the same."""
+    """Returns random images ``[batch, H, W, C]``, the same in every call."""
     size = size or (32 if config.stem == "cifar" else 224)
     draw = np.random.default_rng(0)
     return draw.standard_normal((batch, config.in_channels, size, size), np.float32).transpose(0, 2, 3, 1)
 
 
 def torch_logits(reference: Any, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A float32 torch module's logits in float64 and in float32."""
+    """Returns a float32 torch module's logits in float64 and in float32."""
     import copy
 
     import torch
@@ -131,11 +131,11 @@ def torch_logits(reference: Any, images: np.ndarray) -> tuple[np.ndarray, np.nda
         return exact.numpy(), reference.eval()(x).numpy()
 
 
-_forward = nnx.jit(lambda model, x: model(x))  # one function, so that modules of one shape are compiled once
+_forward = nnx.jit(lambda model, x: model(x))  # one function, so that modules with equal shapes are compiled once
 
 
 class _Compiled(nnx.Module):
-    """A block that is compiled by itself."""
+    """A block that is compiled separately."""
 
     def __init__(self, block: nnx.Module):
         self.block = block
@@ -148,7 +148,7 @@ class _Compiled(nnx.Module):
 def _logits(model: ResNet, images: np.ndarray) -> np.ndarray:
     forward: Any = _forward
     if sum(model.config.depths) > TOGETHER:
-        # XLA takes more than five minutes to compile the 1,202 layers as one, and seconds for the few blocks that differ.
+        # XLA takes more than five minutes to compile 1,202 layers as one program, and seconds for the few distinct blocks.
         model, forward = nnx.clone(model), ResNet.__call__
         for i in range(len(model.config.depths)):
             name = f"layer{i + 1}"
@@ -158,16 +158,16 @@ def _logits(model: ResNet, images: np.ndarray) -> np.ndarray:
 
 
 def relative(value: np.ndarray, reference: np.ndarray) -> float:
-    """‖value - reference‖ / ‖reference‖ in float64."""
+    """Returns ‖value - reference‖ / ‖reference‖ in float64."""
     reference = np.asarray(reference, np.float64)
     return float(np.linalg.norm(np.asarray(value, np.float64) - reference) / np.linalg.norm(reference))
 
 
 def torch_model(arch: str | None, config: ResNetConfig, state_dict: Mapping[str, np.ndarray]) -> Any:
-    """PyTorch's float32 network of this configuration and these weights, by torchvision's keys.
+    """Builds PyTorch's float32 network with this configuration and these weights, given by torchvision's keys.
 
     Raises:
-        LookupError: where torch or torchvision is missing.
+        LookupError: torch or torchvision is missing.
     """
     import_torchvision()
     import torch
@@ -183,39 +183,41 @@ def torch_model(arch: str | None, config: ResNetConfig, state_dict: Mapping[str,
 
 @dataclass(frozen=True)
 class Row:
-    """How far an architecture's logits lie from PyTorch's in float64: relative L2 distances, root mean square."""
+    """Relative L2 distances of an architecture's logits to PyTorch's float64 logits, as root mean squares."""
 
     arch: str
-    options: str  # what is not the architecture's own, such as "stem=cifar"
+    options: str  # that differ from the architecture's, such as "stem=cifar"
     size: int  # pixels, height and width of the images
-    networks: int  # with random weights and BN statistics
-    float64: float  # jresnet's in float64
-    float32: float  # jresnet's in float32
-    torch: float  # PyTorch's own in float32, channels-last: the layout of jresnet's arrays
-    torch_planar: float  # PyTorch's own in float32 in its default layout, NCHW
-    bfloat16: float  # jresnet's with bfloat16 convolutions
-    torch_bfloat16: float  # PyTorch's under autocast
+    networks: int  # number of networks with random weights and BN statistics
+    float64: float  # jresnet in float64
+    float32: float  # jresnet in float32
+    torch: float  # PyTorch in float32, channels-last, which is the layout of jresnet's arrays
+    torch_planar: float  # PyTorch in float32 in its default layout, NCHW
+    bfloat16: float  # jresnet with bfloat16 convolutions
+    torch_bfloat16: float  # PyTorch under autocast
 
     @property
     def ratio(self) -> float:
-        """jresnet's float32 distance over PyTorch's own."""
+        """jresnet's float32 distance divided by PyTorch's."""
         return self.float32 / self.torch
 
     def failures(self) -> list[str]:
-        """What is further off than rounding explains; NaN is."""
+        """Returns a line for each distance that is NaN or larger than rounding explains."""
         found = []
         if not self.ratio <= ALLOWED_OVERALL:
             found.append(
-                f"{self.arch}: float32 is {self.ratio:.2f} times as far off as PyTorch's, over {ALLOWED_OVERALL}"
+                f"{self.arch}: the float32 distance is {self.ratio:.2f} times PyTorch's, the limit is {ALLOWED_OVERALL}"
             )
         if not self.float64 <= EXACT:
-            found.append(f"{self.arch}: float64 is {self.float64:.1e} off, over {EXACT}")
+            found.append(f"{self.arch}: the float64 distance is {self.float64:.1e}, the limit is {EXACT}")
         if not self.bfloat16 <= ALLOWED * self.torch_bfloat16:
-            found.append(f"{self.arch}: bfloat16 is {self.bfloat16:.1e} off, PyTorch's {self.torch_bfloat16:.1e}")
+            found.append(
+                f"{self.arch}: the bfloat16 distance is {self.bfloat16:.1e}, PyTorch's is {self.torch_bfloat16:.1e}"
+            )
         return found
 
 
-# What else the rows of the zoo are used as: the ImageNet types on small images, the paper's other shortcut and stride.
+# Variants of the zoo's architectures: ImageNet networks for small images, and the paper's other shortcut and stride.
 VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("resnet18", {"stem": "cifar", "num_classes": 10}),
     ("resnet50", {"stem": "cifar", "num_classes": 10}),
@@ -226,10 +228,10 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def survey(arch: str, networks: int = 3, size: int = 64, batch: int = 2, **chosen: Any) -> Row:
-    """Compares random networks of ``arch`` with PyTorch's of the same weights; 32 pixels for the CIFAR stem.
+    """Compares random networks of ``arch`` with PyTorch's with the same weights; images for the CIFAR stem have 32 pixels.
 
     Raises:
-        LookupError: where torch or torchvision is missing.
+        LookupError: torch or torchvision is missing.
     """
     import_torchvision()
     import torch
@@ -271,7 +273,7 @@ HEADER = (
 
 
 def line(row: Row) -> str:
-    """The row in Markdown, below HEADER."""
+    """Returns the row as a line of the Markdown table that starts with HEADER."""
     return (
         f"| {row.arch}{f' ({row.options})' if row.options else ''} | {row.float64:.0e} | {row.float32:.1e} "
         f"| {row.torch:.1e} | {row.ratio:.2f} | {row.torch_planar:.1e} | {row.bfloat16:.1e} | {row.torch_bfloat16:.1e} |"
@@ -279,19 +281,22 @@ def line(row: Row) -> str:
 
 
 def parser(prog: str = PROG) -> argparse.ArgumentParser:
-    """The command line's options."""
+    """Returns the argument parser."""
     parser = Parser(
         prog=prog,
-        description="Compare the logits of random networks with PyTorch's of the same weights: relative L2 distances to "
-        "PyTorch's float64, root mean square over several networks. Exit code 1 where jresnet's float32 is more than "
-        f"{ALLOWED_OVERALL} times as far off as PyTorch's own in the same memory layout, or its float64 more than {EXACT}.",
-        epilog="A converted file of your own is compared by python -m convert.torch2flax ARCH --weights FILE.",
+        description="Compare the logits of random networks with PyTorch's for the same weights. Prints relative L2 "
+        "distances to PyTorch's float64 logits, as root mean squares over several networks. The exit code is 1 if "
+        f"jresnet's float32 distance is more than {ALLOWED_OVERALL} times PyTorch's in the same memory layout, or its "
+        f"float64 distance is more than {EXACT}.",
+        epilog="To compare your own file, use python -m convert.torch2flax ARCH --weights FILE.",
     )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--all", action="store_true", help="every architecture, and variants of stem and shortcut")
     which.add_argument("--arch", nargs="+", choices=tuple(zoo.ZOO), metavar="ARCH", help="these architectures")
-    parser.add_argument("--size", type=int, default=64, metavar="PIXELS", help="of the ImageNet stem (default: 64)")
-    parser.add_argument("--networks", type=int, default=3, metavar="N", help="random networks a row (default: 3)")
+    parser.add_argument(
+        "--size", type=int, default=64, metavar="PIXELS", help="image size for the ImageNet stem (default: 64)"
+    )
+    parser.add_argument("--networks", type=int, default=3, metavar="N", help="random networks per row (default: 3)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a Markdown table")
     return parser
 
@@ -312,14 +317,16 @@ def main(argv: list[str] | None = None, prog: str = PROG) -> int:
             if not args.json:  # a row may take minutes
                 print(line(rows[-1]) if rows[1:] else f"{HEADER}\n{line(rows[-1])}", flush=True)
     except LookupError as error:
-        print(f"error: there is nothing to compare with: {error}", file=sys.stderr)
+        print(f"error: no network to compare with: {error}", file=sys.stderr)
         return 1
     failures = [failure for row in rows for failure in row.failures()]
     versions = _versions()
     if args.json:
         print(json.dumps({"versions": versions, "rows": [asdict(row) | {"ratio": row.ratio} for row in rows]}))
     else:
-        print(f"\n{args.networks} networks a row, 2 images each; {', '.join(f'{k} {v}' for k, v in versions.items())}")
+        print(
+            f"\n{args.networks} networks per row, 2 images each; {', '.join(f'{k} {v}' for k, v in versions.items())}"
+        )
     for failure in failures:
         print(f"error: {failure}", file=sys.stderr)
     return 1 if failures else 0

@@ -235,7 +235,7 @@ def folder(
     notes = [note] if note else []
     notes += [f"{found.ignored:,} other files were ignored"] if found.ignored else []
     if empty := len(classes) - len(set(found.labels)):
-        notes.append(f"{empty:,} of the class folders hold no image")
+        notes.append(f"class folders that contain no images: {empty:,}")
     return Labelled([found.paths[i] for i in order], labels[order], description.replace("\n", "\\n"), tuple(notes))
 
 

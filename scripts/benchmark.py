@@ -1,4 +1,4 @@
-"""Measure jresnet's speed, and PyTorch's beside it: ``python scripts/benchmark.py``. See :mod:`benchmark.driver`."""
+"""Compare jresnet's speed with PyTorch's: ``python scripts/benchmark.py``. See :mod:`benchmark.driver`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Accuracy and loss of weights: ``python scripts/evaluate.py --weights FILE --data cifar10``; also ``jresnet evaluate``."""
+"""Evaluate weights: ``python scripts/evaluate.py --weights FILE --data cifar10``; also ``jresnet evaluate``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Accuracy and the time to it: ``python scripts/gpu_accuracy.py --data-dir DIR --out OUT``. See :mod:`gpu.accuracy`."""
+"""Measure accuracy and time: ``python scripts/gpu_accuracy.py --data-dir DIR --out OUT``. See :mod:`gpu.accuracy`."""
 
 import sys
 

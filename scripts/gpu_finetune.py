@@ -1,4 +1,4 @@
-"""Fine-tuning on a folder, and who waits: ``python scripts/gpu_finetune.py --out DIR``. See :mod:`gpu.finetune`."""
+"""Measure fine-tuning on a folder: ``python scripts/gpu_finetune.py --out DIR``. See :mod:`gpu.finetune`."""
 
 import sys
 

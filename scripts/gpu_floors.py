@@ -1,4 +1,4 @@
-"""The least time of a step on an accelerator: ``python scripts/gpu_floors.py --arch resnet50``. See :mod:`gpu.floors`."""
+"""Compute lower bounds of a step's time: ``python scripts/gpu_floors.py --arch resnet50``. See :mod:`gpu.floors`."""
 
 import sys
 

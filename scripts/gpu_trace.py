@@ -1,4 +1,4 @@
-"""Where a training step's time goes: ``python scripts/gpu_trace.py --arch resnet50 --out DIR``. See :mod:`gpu.trace`."""
+"""Profile a training step: ``python scripts/gpu_trace.py --arch resnet50 --out DIR``. See :mod:`gpu.trace`."""
 
 import sys
 

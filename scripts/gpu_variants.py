@@ -1,4 +1,4 @@
-"""What pays on an accelerator: ``python scripts/gpu_variants.py --out DIR``. See :mod:`gpu.variants`."""
+"""Compare ways to train on an accelerator: ``python scripts/gpu_variants.py --out DIR``. See :mod:`gpu.variants`."""
 
 import sys
 

@@ -1,6 +1,6 @@
-"""The tables of architectures from the zoo's rows: all in docs/models.md, families in README.md.
+"""Write the tables of architectures: all in docs/models.md, families in README.md.
 
-``python scripts/models.py`` writes them between their marks, ``--check`` only compares.
+``python scripts/models.py`` writes the tables between their marks; ``--check`` only compares.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ BEGIN, END = "<!-- models -->\n", "<!-- /models -->"
 
 
 def table() -> str:
-    """A line a row, in the order of ``jresnet.list_models()``."""
+    """Returns a table with one line per architecture, in the order of ``jresnet.list_models()``."""
     lines = ["| name | parameters | GMACs | pixels | source |", "|---|---|---|---|---|"]
     for row in zoo.ZOO.values():
         lines.append(f"| {row.name} | {row.parameters:,} | {row.gmacs:g} | {row.image_size} | {row.source} |")
     return "\n".join(lines) + "\n"
 
 
-# A family of networks: what tells that a row is of it. A row belongs to the first that fits.
+# Each family's name and its condition. A row belongs to the first family whose condition it meets.
 FAMILIES: dict[str, Callable[[zoo.Row], bool]] = {
-    "for CIFAR (He et al. 2016)": lambda row: row.name.endswith("_cifar"),
-    "of tutorials": lambda row: row.name in ("resnet34_projection", "resnet18_d2l"),
+    "CIFAR (He et al. 2016)": lambda row: row.name.endswith("_cifar"),
+    "tutorial networks": lambda row: row.name in ("resnet34_projection", "resnet18_d2l"),
     "ResNet-RS": lambda row: row.name.startswith("resnetrs"),
     "ECA-ResNet, ECA-ResNeXt": lambda row: row.config.attention == "eca",
     "SENet, SE-ResNet, SE-ResNeXt": lambda row: row.config.attention == "se",
@@ -43,7 +43,7 @@ FAMILIES: dict[str, Callable[[zoo.Row], bool]] = {
 
 
 def families() -> str:
-    """A line a family: how many networks, the smallest and the largest of them."""
+    """Returns a table with one line per family: number of networks, the smallest and the largest one."""
     of: dict[str, list[zoo.Row]] = {title: [] for title in reversed(FAMILIES)}
     for row in zoo.ZOO.values():
         of[next(title for title, fits in FAMILIES.items() if fits(row))].append(row)
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
             continue
         differing += 1
         if args.check:
-            print(f"error: {name} is not what the zoo says: run python scripts/models.py", file=sys.stderr)
+            print(f"error: {name} differs from the zoo: run python scripts/models.py", file=sys.stderr)
         else:
             write_atomically(root / name, after.encode())
             print(f"wrote {root / name}")

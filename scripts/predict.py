@@ -1,4 +1,4 @@
-"""What is in images: ``python scripts/predict.py --weights W photo.jpg``; the same as ``jresnet predict``."""
+"""Classify images: ``python scripts/predict.py --weights W photo.jpg``; the same as ``jresnet predict``."""
 
 import sys
 

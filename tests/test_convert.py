@@ -221,7 +221,7 @@ def test_the_command_converts(tensors: dict[str, np.ndarray], tmp_path: Path) ->
         "-m", "convert.torch2flax", "resnet20_cifar", "--weights", source, "--output", output, "--verify", "never"
     )
     assert done.returncode == 0, done.stderr
-    assert "97 tensors, each used once (torchvision naming); 19 num_batches_tracked kept aside" in done.stdout
+    assert "97 tensors, each used once (torchvision naming); 19 num_batches_tracked not used" in done.stdout
     arch, _, values, metadata = native.read(output)
     assert arch == "resnet20_cifar"
     np.testing.assert_array_equal(values["fc.bias"], tensors["fc.bias"])
@@ -253,7 +253,7 @@ def test_a_network_without_a_name(tmp_path: Path, capsys: pytest.CaptureFixture[
     model = jresnet.ResNet(jresnet.ResNetConfig("basic", (1,), (4,), num_classes=2), rngs=nnx.Rngs(0))
     source = write(tmp_path / "mine.safetensors", statedict.state_dict(model))
     assert torch2flax.main([str(source), "--output", str(tmp_path / "out.safetensors")]) == 0
-    assert "a ResNet without a name: basic blocks 1, widths 4" in capsys.readouterr().out
+    assert "an unnamed ResNet: basic blocks 1, widths 4" in capsys.readouterr().out
     for file in (source, tmp_path / "out.safetensors"):
         assert jresnet.load(file).config == model.config
 
@@ -278,7 +278,7 @@ def test_json(tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
     report = json.loads(done.stdout)
     assert report["output"] == "resnet20_cifar-mine.safetensors"
     assert report["tensors"] == 97
-    assert report["verify"] == {"done": False, "reason": "left out, as --verify never asks"}
+    assert report["verify"] == {"done": False, "reason": "--verify never"}
     assert (tmp_path / report["output"]).exists()
 
 
@@ -329,10 +329,8 @@ def test_without_torch_the_check_is_left_out_and_said_so(tensors: dict, monkeypa
 
     monkeypatch.setattr(verify, "import_torchvision", missing)
     model = torch2flax.convert(tensors, "resnet20_cifar")
-    assert (
-        str(verify.check(model, "resnet20_cifar", {})) == "not against PyTorch: left out, since torch is not installed"
-    )
-    with pytest.raises(InputError, match="--verify always, but torch is not installed"):
+    assert str(verify.check(model, "resnet20_cifar", {})) == "not compared with PyTorch: torch is not installed"
+    with pytest.raises(InputError, match="--verify always: torch is not installed"):
         verify.check(model, "resnet20_cifar", {}, "always")
 
 
@@ -405,7 +403,7 @@ def test_a_native_file_needs_no_conversion(
 ) -> None:
     arguments = ["resnet20_cifar", "--weights", str(native_file), "--output", str(tmp_path / "out.safetensors")]
     assert torch2flax.main(arguments) == 1
-    assert "is a native jresnet file already" in capsys.readouterr().err
+    assert "is already a native jresnet file" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

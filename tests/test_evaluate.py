@@ -420,7 +420,7 @@ def test_bad_images_on_stderr(file: Path, damaged: Path, capsys: pytest.CaptureF
         "jresnet", "weights", "data", "note", "images", "device", "compile", "top-1", "top-5", "loss", "speed",
     ]  # fmt: skip
     assert "of 23)" in printed.out
-    assert "note     3 of the class folders hold no image" in printed.out
+    assert "note     class folders that contain no images: 3" in printed.out
     assert f"bad image {damaged}/cat/empty.png: empty\n" in printed.err
     assert f"bad image {damaged}/bee/cut.jpg: " in printed.err
     assert printed.err.endswith("error: 2 of 25 images are bad and were skipped; use --skip-bad to accept this\n")

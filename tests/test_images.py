@@ -70,8 +70,8 @@ def test_links_are_followed_one_level_deep(tmp_path: Path) -> None:
     ("files", "message"),
     [
         ((), "there is no folder .*nowhere: expected FOLDER/CLASS/"),
-        (("flat.jpg",), "contains no folder, and 1 files: expected FOLDER/CLASS/"),
-        (("a/1.txt", "b/2.gif"), "contains 2 folders without an image: .* images end in .jpg"),
+        (("flat.jpg",), "contains no class folders .files: 1.: expected FOLDER/CLASS/"),
+        (("a/1.txt", "b/2.gif"), "contains no images .class folders: 2.: .* images end in .jpg"),
     ],
 )
 def test_folders_without_images(tmp_path: Path, files: tuple[str, ...], message: str) -> None:

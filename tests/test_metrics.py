@@ -174,10 +174,10 @@ def test_a_damaged_line(tmp_path: Path, line: str) -> None:
 @pytest.mark.parametrize(
     ("more", "match"),
     [
-        ({"test_accuracy": "x"}, "test_accuracy has an invalid value"),
-        ({"test_accuracy": 1.5}, "test_accuracy has an invalid value"),
-        ({"train_loss": -1, "seconds": [1]}, "train_loss, seconds has an invalid value"),
-        ({"images_per_second": 10**400}, "images_per_second has an invalid value"),
+        ({"test_accuracy": "x"}, "invalid value of test_accuracy"),
+        ({"test_accuracy": 1.5}, "invalid value of test_accuracy"),
+        ({"train_loss": -1, "seconds": [1]}, "invalid value of train_loss, seconds"),
+        ({"images_per_second": 10**400}, "invalid value of images_per_second"),
         ({"epoch": 3}, "it is epoch 3, step 20"),
         ({"step": -1}, "it is epoch 2, step -1"),
     ],

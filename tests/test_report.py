@@ -247,7 +247,7 @@ def test_everything_that_is_wrong_is_said(tmp_path: Path, capsys: pytest.Capture
         "norun": 'config.json is not the configuration of a run: it has no "run"',
         "types": "config.json is not the configuration of a run: arch, lr missing or of a wrong type",
         "line": "metrics.jsonl is damaged: line 1 is not a JSON object",
-        "number": "metrics.jsonl is damaged: line 1: val_loss has an invalid value",
+        "number": "metrics.jsonl is damaged: line 1: invalid value of val_loss",
         "epoch": "metrics.jsonl is damaged: line 2: it is epoch 3",
         "short": "metrics.jsonl has 3 complete lines, but the finished run has 4 epochs",
         "summary": "summary.json is damaged: it is not a JSON object",

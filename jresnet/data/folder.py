@@ -174,7 +174,7 @@ def _table(path: Path) -> Listing:
     bad = [number for number, row in rows if len(row) != 2 or not row[0].strip() or not row[1].strip()]
     if bad or not rows:
         what = f"line {bad[0]} is not of the form" if bad else "it has no line of the form"
-        raise DataError(f"{path} cannot be used: {what} path,label ({len(bad):,} such lines in {len(rows):,})")
+        raise DataError(f"{path} cannot be used: {what} path,label (invalid lines: {len(bad):,} of {len(rows):,})")
     names = [row[1].strip() for _, row in rows]
     classes = tuple(sorted(set(names)))
     number = {name: i for i, name in enumerate(classes)}

@@ -131,7 +131,7 @@ def walk(root: str | Path) -> Walked:
     except OSError as error:
         raise DataError(f"cannot list the images in {root}: {error}") from error
     if not found:
-        what = f"{len(classes):,} folders without an image" if classes else f"no folder, and {ignored:,} files"
+        what = f"no images (class folders: {len(classes):,})" if classes else f"no class folders (files: {ignored:,})"
         raise DataError(f"{root} contains {what}: {layout}; images end in {', '.join(EXTENSIONS)}")
     return Walked(classes, found, looked, ignored)
 

@@ -80,9 +80,7 @@ def read_metrics(path: Path, epochs: int | None = None) -> list[dict[str, Any]]:
             raise InputError(f"{path} is damaged: line {number} is not {expected}") from error
         bad = no_figures(row)
         if row["epoch"] != number or row["step"] < 0 or bad:
-            what = (
-                f"{', '.join(bad)} has an invalid value" if bad else f"it is epoch {row['epoch']}, step {row['step']}"
-            )
+            what = f"invalid value of {', '.join(bad)}" if bad else f"it is epoch {row['epoch']}, step {row['step']}"
             raise InputError(f"{path} is damaged: line {number}: {what}")
         rows.append(row)
     return rows

@@ -364,7 +364,7 @@ def read_summary(path: Path) -> dict[str, Any]:
         bad = [name for part in (summary, summary["final"], summary["best"]) for name in no_figures(part)]
         bad += ["seed"] if type(summary.get("seed")) is not int else []
         if bad:
-            raise TypeError(f"{', '.join(bad)} has an invalid value")
+            raise TypeError(f"invalid value of {', '.join(bad)}")
     except (OSError, RecursionError, TypeError, ValueError) as error:
         raise InputError(
             f"{path} cannot be used ({error}): delete it and resume the run, which writes it again"

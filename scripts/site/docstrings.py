@@ -1,4 +1,4 @@
-"""The site's reading of docstrings: cross-references of Sphinx become code, and examples of the prompt blocks of Python."""
+"""Convert docstrings for the site: Sphinx cross-references become code, and doctest examples become fenced blocks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _EXAMPLE = re.compile(r"^( *)>>> .*\n(?:\1\S.*(?:\n|$))*", re.MULTILINE)
 
 
 class Plain(griffe.Extension):
-    """Named in mkdocs.yml."""
+    """The griffe extension that mkdocs.yml lists."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Changes an object's docstring in place."""

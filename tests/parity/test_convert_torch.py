@@ -54,7 +54,7 @@ def test_a_published_file_through_the_cache(
     assert torch2flax.main(["resnet18", "--output", str(output)]) == 0
     printed = capsys.readouterr().out
     assert "IMAGENET1K_V1 (torchvision's default): 69.758 % top-1" in printed
-    assert "relative distance of the logits to PyTorch's in float64" in printed
+    assert "relative distance to PyTorch's float64 logits" in printed
     model = jresnet.create("resnet18", weights="IMAGENET1K_V1")
     found = verify.compare(model, reference, 64)
     assert found.is_rounding, found
@@ -171,7 +171,7 @@ def test_the_command_needs_a_file_alone(
     line = "basic blocks 2-2-2-2, widths 64-128-256-512, 7x7 stem for 3 channels, projection shortcuts, 10 classes"
     assert f"found    resnet18: {line}\n" in printed
     assert "assumed  no dilation (else --output-stride), ReLU after each block's sum\n" in printed
-    assert "verified as PyTorch's resnet18, with what is assumed: relative distance" in printed
+    assert "verified against PyTorch's resnet18 under these assumptions: relative distance" in printed
     assert Path("resnet18-model.safetensors").exists()
 
 
@@ -290,7 +290,7 @@ def test_the_command_takes_the_options(tmp_path: Path, capsys: pytest.CaptureFix
     assert torch2flax.main([*arguments, "--stride-in", "1x1"]) == 0
     printed = capsys.readouterr().out
     assert "stride on the 1x1 convolution, 7 classes" in printed
-    assert "verified as PyTorch's network of this configuration" in printed
+    assert "verified against PyTorch's network of this configuration" in printed
 
 
 @pytest.mark.parametrize("how", ["script", "trace"])

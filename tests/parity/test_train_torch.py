@@ -405,7 +405,7 @@ def test_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
         with pytest.raises(Killed):
             train_torch.run(config, found, cut, resume=True)
     assert (cut / "state.pt").exists()
-    with pytest.raises(InputError, match="already holds a run"):
+    with pytest.raises(InputError, match="already contains a run"):
         train_torch.run(config, found, cut, resume=False)
     with pytest.raises(InputError, match=r"`lr` was 0\.05, now 0\.1"):
         train_torch.run(dataclasses.replace(config, lr=0.1), found, cut, resume=True)

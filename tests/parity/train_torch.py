@@ -336,10 +336,10 @@ def check_folder(config: RunConfig, out: Path, resume: bool) -> None:
     """Raises InputError where the folder holds another run, or this one and it is not to be resumed."""
     taken = [name for name in FILES if (out / name).exists()]
     if taken and not resume:
-        raise InputError(f"{out} already holds a run ({', '.join(taken)}): add --resume, or choose another folder")
+        raise InputError(f"{out} already contains a run ({', '.join(taken)}): add --resume, or choose another folder")
     before = read_config(out)
     if before is not None and (changed := differences(before, config)):
-        raise InputError(f"--resume goes on with the run in {out} as it was begun, but {'; '.join(changed)}")
+        raise InputError(f"--resume needs the options of the run in {out}, but {'; '.join(changed)}")
 
 
 def run(config: RunConfig, found: data.Dataset, out: Path, resume: bool) -> dict[str, Any]:
