@@ -113,7 +113,7 @@ def test_a_table_names_paths_and_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ([], "contains no folder"),
+        ([], "contains no class folders"),
         (["a/0.png"], "has only one class, a: at least two"),
         (["a/0.png", "b/notes.txt"], "1 of the 2 classes of .* has no training image: b"),
         (["val/a/0.png"], "has a folder val but no folder for training: expected train or training"),
