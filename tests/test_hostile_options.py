@@ -478,7 +478,11 @@ def shell(line: str, *arguments: object) -> subprocess.CompletedProcess[bytes]:
     ("line", "code", "said"),
     [
         ('"$0" -m jresnet report "$1" --plot "$2/x.png"', 1, rb"error: .*\\udcff is not a folder\n"),  # in any locale
-        ('LC_ALL=C PYTHONUTF8=0 "$0" -m jresnet report "$1" --plot "$2/x.png"', 1, rb"error: .*\\udcff is not a folder\n"),
+        (
+            'LC_ALL=C PYTHONUTF8=0 "$0" -m jresnet report "$1" --plot "$2/x.png"',
+            1,
+            rb"error: .*\\udcff is not a folder\n",
+        ),
         ('"$0" -m jresnet report "$3" --plot "$2/x.png" >&-', 0, rb"plot     .*x.png\n"),
         ('"$0" -m jresnet report "$1" --plot "$2/x.png" 2>&-', 1, b""),
         (
