@@ -472,7 +472,7 @@ def test_seeds_end_where_numpys_do(tmp_path: Path) -> None:
             1,
             "--epochs must be from 1 to 1000000, got 0; --lr must be above 0, got -1.0; --momentum must be at least 0",
         ),
-        (["--schedule", "cosine", "--milestones", "5"], 1, "--milestones belong to --schedule step, not cosine"),
+        (["--schedule", "cosine", "--milestones", "5"], 1, "--milestones are only for --schedule step, not cosine"),
         (["--warmup-epochs", "120"], 1, "milestone 100 is within the warm-up"),
         (
             ["--ema", "1", "--label-smoothing", "2"],
