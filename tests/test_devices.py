@@ -177,7 +177,7 @@ def test_half_of_what_names_a_process_is_refused() -> None:
     done = command("scripts/train_cifar10.py", "--coordinator", "127.0.0.1:1", "--num-processes", 2)
     assert done.returncode == 2
     assert "must be given together" in done.stderr
-    assert "several processes need --out" in done.stderr
+    assert "--out is required with several processes" in done.stderr
 
 
 def test_one_process_is_the_first_and_alone() -> None:
