@@ -14,7 +14,7 @@ from flax import nnx
 import jresnet
 from jresnet import kernels
 from jresnet.kernels import add_relu, conv, convolve, global_average_pool, max_pool, norm, relu, scheduling
-from jresnet.models import resnet
+from jresnet.models import resnet, zoo
 
 
 def plainly(x, kernel, stride: int, padding: int, groups: int) -> jax.Array:
@@ -591,12 +591,21 @@ def train(model: jresnet.ResNet):
     return jax.grad(loss), params
 
 
-@pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_a_program_for_another_platform_holds_plain_convolutions(platform: str) -> None:
+@pytest.mark.parametrize(
+    ("config", "convolutions", "platform"),
+    [
+        *(
+            (NETWORKS["bottleneck"], 1 + 2 * (3 + 1), platform) for platform in ("cuda", "tpu")
+        ),  # both blocks have shortcuts
+        (zoo.configure("resnet50"), 53, "cuda"),
+    ],
+)
+def test_a_program_for_another_platform_holds_plain_convolutions(
+    config: jresnet.ResNetConfig, convolutions: int, platform: str
+) -> None:
     """Traced and lowered on this host, whose CPU would have loops, barriers, and Winograd's algorithm instead of some."""
     x = jax.ShapeDtypeStruct((32, 224, 224, 3), jnp.float32)
-    model = jresnet.ResNet(NETWORKS["bottleneck"], rngs=nnx.Rngs(0))
-    convolutions = 1 + 2 * (3 + 1)  # the stem, and two blocks with their shortcuts
+    model = jresnet.ResNet(config, rngs=nnx.Rngs(0))
     for network in (model, jresnet.fuse(model)):
         text = jax.export.export(jax.jit(network), platforms=[platform])(x).mlir_module()
         assert operations(text) == {"convolution": convolutions, "while": 0, "case": 0, "optimization_barrier": 0}

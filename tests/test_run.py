@@ -101,15 +101,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("depth", "accuracy"), [(8, 0.75), pytest.param(20, 0.95, marks=pytest.mark.long)])
-def test_digits_are_learned(tmp_path: Path, depth: int, accuracy: float) -> None:
-    """The README's first command, in a fresh process and compiled as a user's, and of a network of a third of the time."""
+def test_digits_reach_95_per_cent(tmp_path: Path) -> None:
+    """The README's first command, in a fresh process and compiled as a user's."""
     out = tmp_path / "out"
     began = time.monotonic()
     optimised = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}
-    done = command(SCRIPT, "--depth", depth, "--dataset", "digits", "--out", out, env=optimised)
+    done = command(SCRIPT, "--depth", 20, "--dataset", "digits", "--out", out, env=optimised)
     assert done.returncode == 0, done.stderr
-    assert json.loads((out / "summary.json").read_text())["final"]["test_accuracy"] >= accuracy
+    assert json.loads((out / "summary.json").read_text())["final"]["test_accuracy"] >= 0.95
     print(f"{time.monotonic() - began:.0f} s")
     for start in ("device ", "network ", "data ", "recipe ", "time ", "epoch 4/4: ", "done ", "results "):
         assert any(line.startswith(start) for line in done.stdout.splitlines()), start
@@ -547,7 +546,7 @@ def digits_file(path: Path, head: float = 0.0, kernel: float = 1.0, **said: obje
 
 
 def test_a_run_starts_from_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A file of the same classes as it is; then the command, from whose few steps the weights still show."""
+    """A file of the same classes as it is; then the command, whose steps hardly move the weights."""
     names = tuple("0123456789")
     same = digits_file(tmp_path / "same.safetensors", head=3.0, categories=names)
     first = trainer(tmp_path / "out", weights=str(same))
@@ -557,16 +556,13 @@ def test_a_run_starts_from_weights(tmp_path: Path, capsys: pytest.CaptureFixture
     expected = values_of(same)
     assert all(np.array_equal(value, expected[name]) for name, value in params.arrays(found).items())
     out = tmp_path / "command"
-    arguments = [*SHORT[2:], "--epochs", "2", "--weights", str(same)]
+    arguments = [*SHORT[2:], "--epochs", "2", "--lr", "1e-30", "--weight-decay", "0", "--weights", str(same)]
     assert commands.run("train", [*arguments, "--out", str(out)], "train") == 0, capsys.readouterr().err
     said = capsys.readouterr().out
     assert f"weights  the run starts from {same}".split() == said[said.index("weights  the") :].split()[:6]
     ended, metadata = weights.read(out / "last.safetensors")[2:]
-    for name, value in expected.items():
-        if name.endswith("kernel"):  # two draws are 1.4 apart
-            assert np.linalg.norm(ended[name] - value) < 0.5 * np.linalg.norm(value), name
-    # A step moves the biases of the classes by what sums to 0; a fresh head's are less than 1.
-    assert ended["fc.bias"].mean() == pytest.approx(3, abs=0.01)
+    learned = [name for name in expected if not name.endswith(("mean", "var"))]
+    assert all(np.allclose(ended[name], expected[name], rtol=0, atol=1e-20) for name in learned)
     assert metadata["started_from"] == str(same)
     assert json.loads((out / "config.json").read_text())["run"]["arch"] == "resnet8_cifar"  # not the default
     same.unlink()  # a run that has checkpoints needs them no more
