@@ -117,7 +117,7 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     if args.verify != "never":
         say("verify", "comparing the logits of two images with PyTorch, if it is installed (some seconds)")
     check = verify.check(model, arch, statedict.state_dict(model), args.verify)
-    say("verified", str(check))
+    say(check.label, str(check))
     if folder:
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in _beside(config, metadata).items():

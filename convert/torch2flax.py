@@ -271,7 +271,7 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
         say("verify", "comparing the logits of two images with PyTorch, if it is installed (some seconds)")
     check = verify.check(model, arch, conversion.torchvision(), args.verify)
     what = arch or "network of this configuration"
-    say("verified", f"against PyTorch's {what} under these assumptions: {check}" if check.done else str(check))
+    say(check.label, f"against PyTorch's {what} under these assumptions: {check}" if check.done else str(check))
     for note in adapted:
         say("adapted", note)
     if config != conversion.config:

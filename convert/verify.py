@@ -57,6 +57,11 @@ class Check:
     torch: float = float("nan")  # the same for PyTorch's float32 logits
 
     @property
+    def label(self) -> str:
+        """First word of the line that reports it."""
+        return "verified" if self.done else "skipped"
+
+    @property
     def is_rounding(self) -> bool:
         """Whether rounding explains jresnet's distance, given PyTorch's."""
         return self.jresnet <= ALLOWED * self.torch
@@ -67,7 +72,7 @@ class Check:
 
     def __str__(self) -> str:
         if not self.done:
-            return f"not compared with PyTorch: {self.reason}"
+            return f"comparison with PyTorch: {self.reason}"
         return (
             f"relative distance to PyTorch's float64 logits: {self.jresnet:.1e} "
             f"(PyTorch's float32 logits: {self.torch:.1e})"

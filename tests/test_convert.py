@@ -329,7 +329,7 @@ def test_without_torch_the_check_is_left_out_and_said_so(tensors: dict, monkeypa
 
     monkeypatch.setattr(verify, "import_torchvision", missing)
     model = torch2flax.convert(tensors, "resnet20_cifar")
-    assert str(verify.check(model, "resnet20_cifar", {})) == "not compared with PyTorch: torch is not installed"
+    assert str(verify.check(model, "resnet20_cifar", {})) == "comparison with PyTorch: torch is not installed"
     with pytest.raises(InputError, match="--verify always: torch is not installed"):
         verify.check(model, "resnet20_cifar", {}, "always")
 
