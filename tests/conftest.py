@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import jax
+import jax._src.compiler
 import pytest
 import safetensors.numpy
 
@@ -33,6 +34,7 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))  # of listings
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.jit(abs)(1.0)  # XLA reads XLA_FLAGS now: what compiled_quickly sets there is for commands
 
 
 # What a layer or network computes is compared with something else here, beside tests/parity: as users' programs compile.
@@ -44,11 +46,24 @@ NUMBERS = {
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
-    """All other tests, and the commands they run, leave LLVM's optimizations out: XLA compiles in half the time."""
+    """All other tests, and the commands they run, leave LLVM's optimizations out: XLA compiles in half the time.
+
+    jaxlib 0.10 can also emit its loops as LLVM's instead of MLIR's, which halves that time again.
+    """
     quick = "parity" not in request.path.parts and request.path.stem not in NUMBERS
     with pytest.MonkeyPatch.context() as patched:
         if quick:
             patched.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+            if jax.__version_info__ < (0, 11):
+                flags, compiler = os.environ.get("XLA_FLAGS", ""), jax._src.compiler
+                patched.setenv("XLA_FLAGS", f"{flags} --xla_cpu_use_fusion_emitters=false")
+                options_of = compiler.get_compile_options
+
+                def without_mlir(*args: object, **options: object) -> object:
+                    given = {"xla_cpu_use_fusion_emitters": False} | (options.pop("env_options_overrides", None) or {})
+                    return options_of(*args, env_options_overrides=given, **options)
+
+                patched.setattr(compiler, "get_compile_options", without_mlir)
         jax.config.update("jax_disable_most_optimizations", quick)
         yield
 
