@@ -37,10 +37,10 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     jax.jit(abs)(1.0)  # XLA reads XLA_FLAGS now: what compiled_quickly sets there is for commands
 
 
-# What a layer or network computes is compared with something else here, beside tests/parity: as users' programs compile.
-NUMBERS = {
-    "test_compiler", "test_dilation", "test_fuse", "test_golden", "test_jax_fit", "test_kernels", "test_resnet",
-    "test_winograd",
+# What kernels and networks compute in float32, or what the compiler makes of them, is asked here: compiled as users' are.
+AS_USERS_DO = {
+    "test_benchmark_torch", "test_compiler", "test_elsewhere", "test_golden", "test_jax_fit", "test_kernels", "test_models",
+    "test_resnet", "test_winograd",
 }  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def compiled_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
 
     jaxlib 0.10 can also emit its loops as LLVM's instead of MLIR's, which halves that time again.
     """
-    quick = "parity" not in request.path.parts and request.path.stem not in NUMBERS
+    quick = request.path.stem not in AS_USERS_DO
     with pytest.MonkeyPatch.context() as patched:
         if quick:
             patched.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")

@@ -15,11 +15,11 @@ import jresnet
 def main() -> dict[str, float]:
     """The relative distance of each way's gradients to those of one device."""
     whole, cut = PartitionSpec(), PartitionSpec("data")
-    config = jresnet.ResNetConfig("bottleneck", (1, 1), (64, 128), 10)
+    config = jresnet.ResNetConfig(("basic", "bottleneck"), (1, 1), (16, 32), 10)  # every kind of convolution
     graph, *state = nnx.split(jresnet.ResNet(config, rngs=nnx.Rngs(0)), nnx.Param, nnx.BatchStat)
     # In float32 another order of sums may turn a ReLU whose input is near 0, and with it a gradient, by a thousandth.
     params, stats = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), state)
-    x = jax.random.normal(jax.random.key(0), (8, 64, 64, 3), jnp.float64)
+    x = jax.random.normal(jax.random.key(0), (8, 32, 32, 3), jnp.float64)
 
     def gradients(params: nnx.State, x: jax.Array) -> nnx.State:
         def loss(params: nnx.State) -> jax.Array:

@@ -631,8 +631,15 @@ def test_a_program_for_two_platforms_chooses_when_it_runs() -> None:
     assert operations(exported.mlir_module())["case"] > 0
 
 
-@pytest.mark.parametrize("platform", ["cpu", "cuda"])
-@pytest.mark.parametrize("network", ["basic", "bottleneck"])
+@pytest.mark.parametrize(
+    ("network", "platform"),
+    [
+        pytest.param("basic", "cpu", marks=pytest.mark.long),
+        ("basic", "cuda"),
+        ("bottleneck", "cpu"),
+        ("bottleneck", "cuda"),
+    ],
+)
 def test_a_program_for_images_of_any_number_and_size(network: str, platform: str) -> None:
     n, height, width = jax.export.symbolic_shape("n, h, w")
     model = jresnet.ResNet(NETWORKS[network], rngs=nnx.Rngs(0))
