@@ -102,10 +102,11 @@ class Workplace:
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
     parser = Parser(
-        description="Measure the speed of jresnet and of PyTorch's networks with the same weights and images. The frameworks "
-        "alternate, and each measurement runs in its own process. Prints a Markdown table; progress goes to stderr.",
-        epilog="Exit codes: 0 success, even if a peer failed; 1 unusable input, or jresnet failed; 2 wrong options; 130 after "
-        "Ctrl-C.",
+        description="Measure the speed of jresnet and of PyTorch's networks with the same weights and images. "
+        "The frameworks alternate, and each measurement runs in its own process. Prints a Markdown table; progress goes to "
+        "stderr.",
+        epilog="Exit codes: 0 success, even if a peer failed; 1 unusable input, or jresnet failed; 2 wrong options; "
+        "130 after Ctrl-C.",
     )
     add = parser.add_argument
     add("--suite", choices=(*SUITES, "all"), help="what to measure (default: train and infer)")
@@ -128,7 +129,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--precision",
         choices=("float32", "bfloat16"),
-        help="of convolutions (default: float32 on cpu, bfloat16 on gpu)",
+        help="dtype of convolutions (default: float32 on cpu, bfloat16 on gpu)",
     )
     add("--device", choices=("cpu", "gpu"), default="cpu", help="device to measure on (default: %(default)s)")
     add("--rounds", type=int, metavar="N", help="measurements per framework (default: 5 on cpu, 2 on gpu)")
