@@ -66,7 +66,7 @@ def main() -> int:
     if len(args.epochs) != len(args.per_class):
         options.error("--epochs takes one number for each of --per-class")
     before = args.out / "comparison.json"
-    rows: list[dict[str, Any]] = json.loads(before.read_text())["runs"] if before.exists() else []  # continues
+    rows: list[dict[str, Any]] = json.loads(before.read_text())["runs"] if before.exists() else []  # resumes
     for count, epochs in zip(args.per_class, args.epochs, strict=True):
         for seed in range(args.seeds):
             if any((row["images_per_class"], row["seed"]) == (count, seed) for row in rows):

@@ -242,7 +242,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, rows in scaled.items():
         print(f"\n{name}, {args.batch} images per device; BatchNorm's exchanges are not included\n")
         print(
-            "| devices | link | ms exchange | ms step, overlapped | ms step, not | images/s |\n|---|---|---|---|---|---|"
+            "| devices | link | ms exchange | ms step, overlapped | ms step, not overlapped | images/s |\n"
+            "|---|---|---|---|---|---|"
         )
         for row in rows:
             times = [row[key] * 1e3 for key in ("exchange", "step, exchange hidden", "step, exchange after it")]
