@@ -137,7 +137,7 @@ def floors(amount: Work, device: Device) -> dict[str, float]:
 # Maximum number of devices, bytes per second that each sends while all exchange gradients, and latency in seconds.
 LINKS = {
     "NVLink, 8 GPUs of one machine": (8, 450e9, 5e-6),
-    "InfiniBand NDR, one port a GPU": (1024, 50e9, 15e-6),
+    "InfiniBand NDR, one port per GPU": (1024, 50e9, 15e-6),
     "TPU v5e's interconnect": (256, 100e9, 5e-6),
 }
 
@@ -186,7 +186,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--batch", type=int, default=256, metavar="N", help="images per batch (default: %(default)s)")
     add("--task", choices=("train", "infer"), default="train", help="(default: %(default)s)")
-    add("--precision", choices=tuple(WIDTH), default="bfloat16", help="of the convolutions (default: %(default)s)")
+    add("--precision", choices=tuple(WIDTH), default="bfloat16", help="dtype of the convolutions (default: %(default)s)")
     add("--layers", action="store_true", help="also print a line for each layer")
     add("--json", action="store_true", help="print one JSON object instead")
     return parser
