@@ -186,7 +186,9 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--batch", type=int, default=256, metavar="N", help="images per batch (default: %(default)s)")
     add("--task", choices=("train", "infer"), default="train", help="(default: %(default)s)")
-    add("--precision", choices=tuple(WIDTH), default="bfloat16", help="dtype of the convolutions (default: %(default)s)")
+    add(
+        "--precision", choices=tuple(WIDTH), default="bfloat16", help="dtype of the convolutions (default: %(default)s)"
+    )
     add("--layers", action="store_true", help="also print a line for each layer")
     add("--json", action="store_true", help="print one JSON object instead")
     return parser
