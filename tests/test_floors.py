@@ -44,7 +44,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert floors.main(["--arch", "resnet20_cifar", "--batch", "8", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["seconds"]["as it is"]["H200"]["arithmetic"] == pytest.approx(
-        found["work"]["as it is"]["flops"] / 790e12
+        found["work"]["as it is"]["flops"] / 989e12
     )
     assert floors.main(["--arch", "resnet20_cifar", "--layers"]) == 0
     assert "| conv 3x3, 32x32x3 -> 32x32x16 |" in capsys.readouterr().out

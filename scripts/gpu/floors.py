@@ -2,7 +2,7 @@
 
 Two numbers, from the shapes alone: the operations of the convolutions and the head over the rate of the matrix units, and
 the bytes that must pass through the device's memory over its bandwidth. No program is faster than the larger one. All
-figures are computed, none is measured; the rates of the devices are datasheets', or measured where DEVICES says so.
+figures are computed, none is measured; the rates of the devices are those that their manufacturers state.
 
 Bytes are counted in passes over the activations. With ``unfused`` BatchNorm the output of a convolution is written, read
 for the statistics, read to be normalised and written again; with ``fused`` the convolution takes the sums as it writes, and
@@ -40,8 +40,8 @@ class Device:
 
 
 DEVICES = (
-    Device("H100", 798.0, 3.0, "measured: a large product, a copy"),
-    Device("H200", 790.0, 4.3, "measured: a large product, a copy"),
+    Device("H100", 989.0, 3.35, "NVIDIA's datasheet, SXM 80 GB"),
+    Device("H200", 989.0, 4.8, "NVIDIA's datasheet, SXM"),
     Device("A100", 312.0, 2.04, "NVIDIA's datasheet, SXM 80 GB"),
     Device("TPU v5e", 197.0, 0.82, "Google Cloud's documentation"),
 )
