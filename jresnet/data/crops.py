@@ -1,8 +1,9 @@
 """Training views: torchvision's ``RandomResizedCrop``, drawn and decoded on the host.
 
 OpenCV decodes and resizes JPEGs. Decoding gives the same pixels as Pillow. ``scripts/benchmark_loader.py`` measures the
-speed of the whole loader beside torchvision's. If the crop is at least twice as large as the result, the JPEG is decoded at 1/2, 1/4 or 1/8 of its size (libjpeg's scaling in the frequency domain). All
-other files, including damaged JPEGs, are decoded by Pillow (:mod:`jresnet.data.images`).
+speed of the whole loader beside torchvision's. If the crop is at least twice as large as the result, the JPEG is decoded at
+1/2, 1/4 or 1/8 of its size (libjpeg's scaling in the frequency domain). All other files, including damaged JPEGs, are
+decoded by Pillow (:mod:`jresnet.data.images`).
 
 OpenCV and Pillow use different filters for shrinking. For crops at least 1.5 times as large as the result, OpenCV averages
 over the area of a pixel; for smaller ones it interpolates between the four nearest pixels, which is faster. The root mean
