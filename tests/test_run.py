@@ -85,7 +85,7 @@ def values_of(path: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_that_are_kept():
-    """With oneDNN's calls none is (docs/explanation/speed.md); each of these runs would compile anew."""
+    """With oneDNN's calls none is (docs/explanation/jax-versions.md); each of these runs would compile anew."""
     with pytest.MonkeyPatch.context() as patched:
         if jresnet.compiler_options().get(ONEDNN):
             patched.setenv("JRESNET_COMPILER_OPTIONS", "off")

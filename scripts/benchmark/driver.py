@@ -180,7 +180,7 @@ def run(args: argparse.Namespace, command: str, folder: Path) -> int:
     problems = known["problems"]
     if gpu and known["platform"] != "gpu":
         print("would measure:", *rows, sep="\n  ")
-        problems.append("--device gpu: JAX finds no GPU: install its driver and pip install 'jax[cuda12]'")
+        problems.append("--device gpu: JAX finds no GPU: install its driver and pip install 'jax[cuda13]'")
     if problems:
         raise Problem("\n".join(problems))
 
