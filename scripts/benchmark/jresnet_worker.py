@@ -184,11 +184,7 @@ def training(job: Job) -> dict[str, Any]:
         jax.block_until_ready(state)
 
     found = common.pace(job, run, job["batch"]) | {"compile_seconds": seconds}
-<<<<<<< HEAD
-    if job["task"] == "first step":  # some programs cannot be cached (docs/explanation/speed.md)
-=======
-    if job["task"] == "first step":  # some programs cannot be kept (docs/explanation/jax-versions.md)
->>>>>>> pages
+    if job["task"] == "first step":  # some programs cannot be cached (docs/explanation/jax-versions.md)
         found["note"] = "step loaded" if kept else "step compiled"
     if job["check"]:
         # Gradient of the timed function: after one step, the momentum is the gradient plus the weight decay.
