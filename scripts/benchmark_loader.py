@@ -1,12 +1,13 @@
-"""Measure jresnet's loader of photos beside torchvision's, and beside the decoder alone.
+"""Compare the speed of jresnet's image loader with torchvision's, and with the decoder alone.
 
 ``python scripts/benchmark_loader.py --json results/loader/NAME.json``
 
-JPEGs of 500x375 are made, random resized crops of 224 pixels asked for: by :class:`jresnet.data.stream.Stream`; by torch's
-``DataLoader`` over torchvision's ``ImageFolder`` with its v2 transforms (the crop, the flip, and the normalisation that
-jresnet leaves to the device); by OpenCV's decoder alone, whole images and nothing else. All three in processes of their
-own, as many workers each, in turn, as often as ``--rounds`` says. ``--step`` then trains ResNet-18 on real and on one
-constant batch in turn: where both take the same, the device does not wait for images.
+The script creates JPEGs of 500x375 pixels and measures three ways to read them. :class:`jresnet.data.stream.Stream` and
+torch's ``DataLoader`` over torchvision's ``ImageFolder`` produce random resized crops of 224 pixels. torchvision's v2
+transforms include the normalisation, which jresnet runs on the device. OpenCV's decoder only decodes whole images. Each
+measurement runs in its own process with the same number of workers, and the three alternate for ``--rounds`` rounds.
+``--step`` also trains ResNet-18, alternately on real batches and on one constant batch: if both take the same time, the
+device does not wait for images.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ SIZE, VIEW, CLASSES = (500, 375), 224, 4
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     parser = Parser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--images", type=int, default=512, help="JPEGs to make")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that decode, of each contestant")
+    parser.add_argument("--images", type=int, default=512, help="number of JPEGs to create")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="decoding processes per loader")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each measurement")
+    parser.add_argument("--seconds", type=float, default=10.0, help="duration of each measurement")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--step", action="store_true", help="time training with real and with constant batches, too")
-    parser.add_argument("--json", type=Path, help="a file for the results")
+    parser.add_argument("--step", action="store_true", help="also time training on real and on constant batches")
+    parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -61,7 +62,7 @@ def main() -> None:
 
 
 def make(root: Path, count: int) -> float:
-    """Smooth images with noise in classes, as files; returns their mean size in kB."""
+    """Writes smooth images with noise as JPEGs in class folders; returns their mean size in kB."""
     draws, total = np.random.default_rng(0), 0
     for number in range(count):
         path = root / f"class{number % CLASSES}" / f"{number}.jpg"
@@ -76,7 +77,7 @@ def make(root: Path, count: int) -> float:
 
 
 def measured(name: str, folder: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One measurement, in a process of its own."""
+    """One measurement in a new process."""
     given = [f"--{key}={getattr(args, key)}" for key in ("workers", "batch", "seconds")]
     line = [sys.executable, __file__, "--one", name, "--data", folder, *given]
     done = subprocess.run(line, check=True, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -84,7 +85,7 @@ def measured(name: str, folder: str, args: argparse.Namespace) -> dict[str, Any]
 
 
 def pace(args: argparse.Namespace, batch: Callable[[], object]) -> dict[str, Any]:
-    """Images a second over the seconds that are asked for, from when every worker has given some batches."""
+    """Images per second over ``args.seconds``, after a warm-up in which every worker delivers some batches."""
     for _ in range(2 * max(args.workers, 1) + 2):
         batch()
     began, count = time.perf_counter(), 0
@@ -95,7 +96,7 @@ def pace(args: argparse.Namespace, batch: Callable[[], object]) -> dict[str, Any
 
 
 def jresnet(args: argparse.Namespace) -> dict[str, Any]:
-    """The stream of training views."""
+    """jresnet's stream of augmented images."""
     from jresnet.data import folder
     from jresnet.data.stream import Files, Stream
     from jresnet.weights.preprocessing import Preprocessing
@@ -116,7 +117,7 @@ def torchvision(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def decoder(args: argparse.Namespace) -> dict[str, Any]:
-    """Whole images decoded and forgotten, by as many processes."""
+    """Decodes whole images in the same number of processes, and discards them."""
     with multiprocessing.get_context("spawn").Pool(args.workers, _one_thread) as pool:
         contents = [path.read_bytes() for path in sorted(args.data.rglob("*.jpg"))]
         pool.map(_decode, [contents] * args.workers)
@@ -141,7 +142,7 @@ def _decode(contents: list[bytes]) -> int:
 
 
 def step(args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds a step of ResNet-18, with real batches and with one constant batch, in turn."""
+    """Seconds per step of ResNet-18, alternately on real batches and on one constant batch."""
     import jax
 
     from jresnet.data import folder
@@ -160,7 +161,7 @@ def step(args: argparse.Namespace) -> dict[str, Any]:
     waited: list[float] = []
 
     class Timed(feed.Feed):
-        """The stream's batches, with the time that each took to come."""
+        """The stream's batches; records the time spent waiting for each."""
 
         def batch(self, step: int) -> Any:
             began = time.perf_counter()
@@ -172,14 +173,14 @@ def step(args: argparse.Namespace) -> dict[str, Any]:
     number, ends = 0, time.monotonic() + 2 * args.seconds
     made.loop.compile(state, constant, order, key)
     while time.monotonic() < ends or len(seconds["real"]) < 4:
-        # The same numbers for both, so that the stream is asked for one batch after the other: another would begin it anew.
+        # Both use the same step numbers, so that the stream delivers consecutive batches; a gap would restart it.
         for kind, split in (("real", timed), ("constant", constant)):
             began = time.perf_counter()
             state, _ = made.loop(state, split, order, number, number + 2, key)
             seconds[kind].append((time.perf_counter() - began) / 2)
         number += 2
     source.close()
-    # The first two are left out: the workers start.
+    # The first call, of two steps, is left out, because the workers start during it.
     found = {f"{kind}_seconds": statistics.median(times[1:]) for kind, times in seconds.items()}
     return found | {"waited_seconds": statistics.median(waited[2:])}
 
@@ -188,7 +189,7 @@ CONTESTANTS = {"jresnet": jresnet, "torchvision": torchvision, "decoder": decode
 
 
 def report(args: argparse.Namespace, rows: dict[str, list[dict[str, Any]]], kilobytes: float) -> None:
-    """Prints the medians and their relations, and writes the file."""
+    """Prints the medians and their ratios, and writes the file."""
     from importlib.metadata import version
 
     medians = {
@@ -203,9 +204,9 @@ def report(args: argparse.Namespace, rows: dict[str, list[dict[str, Any]]], kilo
         for peer in ("torchvision", "decoder")
     }
     for name, rate in rates.items():
-        print(f"{name:12} {rate:8.0f} images/s, {rate / args.workers:7.0f} a worker")
+        print(f"{name:12} {rate:8.0f} images/s, {rate / args.workers:7.0f} per worker")
     print(
-        f"jresnet has {ratios['of_torchvision']:.2f} of torchvision's and {ratios['of_decoder']:.2f} of the decoder's"
+        f"jresnet: {ratios['of_torchvision']:.2f} times torchvision's rate, {ratios['of_decoder']:.2f} times the decoder's"
     )
     found = {
         "hardware": {"processor": processor(), "cores": os.cpu_count(), "system": platform.platform()},

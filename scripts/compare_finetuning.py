@@ -1,9 +1,9 @@
-"""Fine-tuning, a linear probe and training from scratch at equal steps, beside PyTorch doing the same.
+"""Compare fine-tuning, a linear probe and training from scratch at equal steps, in jresnet and in PyTorch.
 
     python scripts/compare_finetuning.py --data cifar-png --weights resnet20.th --out results/finetune
 
-``--data`` is a folder of small images with ``train/`` and ``val/``. A seed draws the images of each class, which both
-libraries get, and then the order, crops and flips, which each draws by itself: the means must agree within the noise.
+``--data`` is a folder of small images with ``train/`` and ``val/``. The seed determines the images of each class, which are
+the same for both libraries. Each library draws its own order, crops and flips, so the means agree only within the noise.
 """
 
 from __future__ import annotations
@@ -44,12 +44,14 @@ def parser() -> argparse.ArgumentParser:
     """The command line's options."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder with train/CLASS and val/CLASS")
-    parser.add_argument("--weights", required=True, help="a network for images of at most 64 pixels")
+    parser.add_argument("--weights", required=True, help="weights of a network for images of at most 64 pixels")
     parser.add_argument("--out", type=Path, required=True, help="folder for comparison.json")
     parser.add_argument(
-        "--per-class", type=int, nargs="+", default=[10, 100], metavar="N", help="training images a class"
+        "--per-class", type=int, nargs="+", default=[10, 100], metavar="N", help="training images per class"
     )
-    parser.add_argument("--epochs", type=int, nargs="+", default=[10, 3], metavar="N", help="for each of --per-class")
+    parser.add_argument(
+        "--epochs", type=int, nargs="+", default=[10, 3], metavar="N", help="epochs, one number for each of --per-class"
+    )
     parser.add_argument("--seeds", type=int, default=3, metavar="N")
     return parser
 
@@ -58,13 +60,13 @@ def main() -> int:
     """Runs the comparison; prints a table and writes comparison.json."""
     options = parser()
     args = options.parse_args()
-    cache.keep_compiled()  # the seeds' programs are the same
+    cache.keep_compiled()  # all seeds run the same programs
     trained = finetune.resolve(args.weights)
     random = finetune.Start("random", trained.arch, trained.config, None, trained.preprocessing, "as the trained ones")
     if len(args.epochs) != len(args.per_class):
         options.error("--epochs takes one number for each of --per-class")
     before = args.out / "comparison.json"
-    rows: list[dict[str, Any]] = json.loads(before.read_text())["runs"] if before.exists() else []  # it goes on
+    rows: list[dict[str, Any]] = json.loads(before.read_text())["runs"] if before.exists() else []  # resumes
     for count, epochs in zip(args.per_class, args.epochs, strict=True):
         for seed in range(args.seeds):
             if any((row["images_per_class"], row["seed"]) == (count, seed) for row in rows):
@@ -77,7 +79,7 @@ def main() -> int:
 
 
 def compare(data: Dataset, trained: Start, random: Start, count: int, seed: int, epochs: int) -> list[dict[str, Any]]:
-    """The accuracies of the three methods in both libraries, for one draw of the images."""
+    """The accuracies of the three methods in both libraries, for one random choice of the images."""
     where = devices.find(1)
     rows = []
 
@@ -110,11 +112,11 @@ def compare(data: Dataset, trained: Start, random: Start, count: int, seed: int,
     return rows
 
 
-# The same in PyTorch.
+# The same methods in PyTorch.
 
 
 def torch_network(begin: Start, classes: int, head: Mapping[str, np.ndarray] | None, seed: int) -> Any:
-    """PyTorch's network of the same weights; random ones where there are none."""
+    """PyTorch's network with the same weights; random ones if ``begin`` has none."""
     torch.manual_seed(seed)
     import dataclasses
 
@@ -139,7 +141,7 @@ def normalised(pixels: np.ndarray, config: FinetuneConfig) -> torch.Tensor:
 
 @torch.no_grad()
 def accuracy(network: Any, config: FinetuneConfig, data: Dataset) -> float:
-    """Share of the validation images."""
+    """Accuracy on the validation images."""
     network.eval()
     x = normalised(data.test.images, config)
     found = torch.cat([network(part).argmax(1) for part in x.split(250)])
@@ -149,7 +151,7 @@ def accuracy(network: Any, config: FinetuneConfig, data: Dataset) -> float:
 def torch_probe(
     config: FinetuneConfig, probe: Probe, data: Dataset, begin: Start, seed: int
 ) -> tuple[float, dict[str, np.ndarray]]:
-    """The head alone, on PyTorch's own embeddings: its accuracy, and the head."""
+    """Trains only the head, on PyTorch's own embeddings; returns its accuracy and the head."""
     network = torch_network(begin, len(data.classes), None, seed).eval()
     last = network.fc
     network.fc = torch.nn.Identity()
@@ -194,7 +196,7 @@ def torch_finetune(
     head: Mapping[str, np.ndarray] | None,
     seed: int,
 ) -> float:
-    """All layers; its accuracy after the last epoch."""
+    """Trains all layers; returns the accuracy after the last epoch."""
     network = torch_network(begin, len(data.classes), head, seed)
     factors = program.rates() or {}
     stages = [f"layer{i + 1}" for i in range(len(begin.config.depths))]
@@ -228,7 +230,7 @@ def torch_finetune(
 
 
 def views(pixels: np.ndarray) -> np.ndarray:
-    """A random crop of each image with 4 black pixels around, mirrored with probability 1/2."""
+    """A random crop of each image padded with 4 black pixels, mirrored with probability 1/2."""
     n, size = pixels.shape[:2]
     padded = np.pad(pixels, ((0, 0), (4, 4), (4, 4), (0, 0)))
     found = np.empty_like(pixels)
@@ -243,7 +245,7 @@ def views(pixels: np.ndarray) -> np.ndarray:
 
 
 def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean and standard deviation over the seeds."""
+    """Mean and standard deviation over the seeds, by method and number of images."""
     found = []
     for count in sorted({row["images_per_class"] for row in rows}):
         for method in METHODS:
@@ -264,8 +266,8 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: accuracies in per cent, mean ± standard deviation."""
-    lines = ["| images a class | method | steps | jresnet | PyTorch | n |", "|---|---|---|---|---|---|"]
+    """A Markdown table of accuracies in per cent, mean ± standard deviation."""
+    lines = ["| images per class | method | steps | jresnet | PyTorch | n |", "|---|---|---|---|---|---|"]
 
     def said(value: dict[str, Any]) -> str:
         spread = f" ± {100 * value['std']:.2f}" if value["std"] is not None else ""
@@ -280,11 +282,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def write(args: argparse.Namespace, begin: Start, data: Dataset, rows: list[dict[str, Any]]) -> None:
-    """Writes what is known so far."""
+    """Writes the results so far."""
     names = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "grain", "pillow")
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    told = [Path(part).name if os.sep in part else part for part in sys.argv[1:]]  # no paths of this machine
+    told = [Path(part).name if os.sep in part else part for part in sys.argv[1:]]  # without folders of this machine
     content = {
         "start": {"arch": begin.arch, "weights": Path(args.weights).name, "digest": begin.digest},
         "judged_on": f"{len(data.test.labels):,} validation images of {len(data.classes)} classes",

@@ -62,10 +62,8 @@ PAGES = {"docs/models.md": table, "README.md": families}
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     """Runs the command; returns its exit code."""
-    parser = Parser(
-        description="Write the tables of architectures between their marks in docs/models.md and README.md."
-    )
-    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 where a page differs")
+    parser = Parser(description="Generate the tables of architectures in docs/models.md and README.md.")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a page is outdated")
     args = parser.parse_args(argv)
     differing = 0
     for name, made in PAGES.items():
@@ -76,7 +74,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
             continue
         differing += 1
         if args.check:
-            print(f"error: {name} differs from the zoo: run python scripts/models.py", file=sys.stderr)
+            print(f"error: outdated: {name}: run python scripts/models.py", file=sys.stderr)
         else:
             write_atomically(root / name, after.encode())
             print(f"wrote {root / name}")

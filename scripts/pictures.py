@@ -1,8 +1,8 @@
-"""The pictures of the site and the README in docs/img: ``python scripts/pictures.py [--run RUN]``.
+"""Draw the images of the site and the README in docs/img: ``python scripts/pictures.py [--run RUN]``.
 
-Blocks are drawn from the models, curves from ``results/``, the parity plot from the table of docs/log/2026-11-parity.md, and
-with ``--run`` (of ``jresnet train --depth 20 --dataset digits``) the confusion matrix and the gallery of digits. Colours are
-those of Okabe and Ito, which the colour-blind tell apart; lines differ in their dashes and markers as well.
+Blocks are drawn from the models, curves from ``results/``, and the parity plot from the table of docs/log/2026-11-parity.md.
+``--run`` (of ``jresnet train --depth 20 --dataset digits``) adds the confusion matrix and the gallery of digits. The colours
+are those of Okabe and Ito, which colour-blind readers can distinguish; lines also differ in dashes and markers.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from jresnet.reports.plots import save
 ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "docs" / "img"
 BLUE, ORANGE, GREEN, RED, SKY, INK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#56B4E9", "#1f2933"
-LEFT, RIGHT = 3.0, 8.0  # where the layers and the shortcut stand
-FAMILIES = {  # what a block of it is called, by the architecture that shows it
+LEFT, RIGHT = 3.0, 8.0  # x coordinates of the layers and of the shortcut
+FAMILIES = {  # title of each block, by the architecture that it is drawn from
     "resnet18": "BasicBlock",
     "resnet50": "Bottleneck",
     "resnext50_32x4d": "ResNeXt: 32 groups",
@@ -46,13 +46,15 @@ FAMILIES = {  # what a block of it is called, by the architecture that shows it
 
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
-    parser = Parser(description="Draw the pictures of docs/img.")
-    parser.add_argument("--run", type=folder, metavar="RUN", help="of digits: its confusion matrix and a gallery, too")
+    parser = Parser(description="Draw the images of docs/img.")
+    parser.add_argument(
+        "--run", type=folder, metavar="RUN", help="a run on the digits: also draw its confusion matrix and a gallery"
+    )
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Draws; returns the exit code."""
+    """Draws the images; returns the exit code."""
     args = parser().parse_args(argv)
     blocks(OUT / "blocks.png")
     training_curves(OUT / "training-curves.png")
@@ -66,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def smaller(path: Path) -> None:
-    """A picture with 256 colours, a third of the bytes."""
+    """Reduces an image to 256 colours, which saves two thirds of the bytes."""
     from PIL import Image
 
     with Image.open(path) as picture:
@@ -75,7 +77,7 @@ def smaller(path: Path) -> None:
 
 
 def blocks(path: Path) -> None:
-    """The first block of the second stage of each family, which halves the image, with the shapes of its layers."""
+    """Draws the first block of the second stage of each family, which halves height and width, with its layers' shapes."""
     figure = Figure(figsize=(9, 9.4), facecolor="white", layout="constrained")
     places = figure.subplots(2, 3).ravel()
     for axes, (arch, title) in zip(places, FAMILIES.items(), strict=False):
@@ -85,7 +87,7 @@ def blocks(path: Path) -> None:
 
 
 def block(axes: Axes, arch: str, title: str) -> None:
-    """One block: boxes for its layers from top to bottom, with the shapes between them, and the shortcut on the right."""
+    """Draws a block: its layers from top to bottom with the shapes between them, and the shortcut on the right."""
     row = zoo.find(arch)
     model = jresnet.create(arch)
     size = row.image_size
@@ -103,7 +105,7 @@ def block(axes: Axes, arch: str, title: str) -> None:
         5, -1.75, f"layer2.0 of {arch}\n(stages of {depths} blocks)", ha="center", va="center", fontsize=8.5, color=INK
     )
     said(axes, LEFT, -0.4, shape)
-    y = 1.2  # of the middle of a box
+    y = 1.2  # y coordinate of the middle of a box
     step = 3.0 if count == 3 else 4.2
     for i in range(1, count + 1):
         conv: Conv = getattr(module, f"conv{i}")
@@ -114,7 +116,7 @@ def block(axes: Axes, arch: str, title: str) -> None:
             said(axes, LEFT, y + 1.3, shape)
         y += step
     assert shape == shapes["layer2.0"].shape[1:], (arch, shape)
-    end = y - step + 2.2  # of the sum
+    end = y - step + 2.2  # y coordinate of the sum
     arrow(axes, (LEFT, y - step + 0.8), (LEFT, end - 0.35))
     middle = (end - 0.4) / 2
     if module.downsample:
@@ -133,7 +135,7 @@ def block(axes: Axes, arch: str, title: str) -> None:
 
 
 def words(conv: Conv) -> list[str]:
-    """A convolution in words: ``3x3, 64 to 128``, and what is special about it."""
+    """Describes a convolution: ``3×3, 64 → 128``, and its stride and groups if they are not 1."""
     height, width, within, out = conv.kernel.shape
     more = ([f"stride {conv.stride}"] if conv.stride > 1 else []) + (
         [f"{conv.groups} groups"] if conv.groups > 1 else []
@@ -142,7 +144,7 @@ def words(conv: Conv) -> list[str]:
 
 
 def output(conv: Conv, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape that a convolution gives."""
+    """The output shape of a convolution."""
     side = [
         (n + 2 * conv.padding - conv.dilation * (conv.kernel.shape[0] - 1) - 1) // conv.stride + 1 for n in shape[:2]
     ]
@@ -150,7 +152,7 @@ def output(conv: Conv, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def box(axes: Axes, x: float, y: float, width: float, lines: list[str], color: str, height: float = 1.0) -> None:
-    """A layer."""
+    """Draws a layer."""
     place = (x - width / 2, y - height / 2)
     axes.add_patch(
         FancyBboxPatch(place, width, height, boxstyle="round,pad=0.02,rounding_size=0.12", facecolor=color, alpha=0.35)
@@ -162,19 +164,19 @@ def box(axes: Axes, x: float, y: float, width: float, lines: list[str], color: s
 
 
 def said(axes: Axes, x: float, y: float, shape: tuple[int, ...], before: str = "") -> None:
-    """A shape."""
+    """Writes a shape."""
     text = before + " × ".join(map(str, shape))
     axes.text(x, y, text, ha="center", va="center", fontsize=8.5, color=BLUE, backgroundcolor="white",
               bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
 
 
 def arrow(axes: Axes, begin: tuple[float, float], end: tuple[float, float]) -> None:
-    """An arrow."""
+    """Draws an arrow."""
     axes.add_patch(FancyArrowPatch(begin, end, arrowstyle="-|>", mutation_scale=9, color=INK, shrinkA=0, shrinkB=0))
 
 
 def legend(axes: Axes) -> None:
-    """What the signs mean."""
+    """Explains the symbols."""
     axes.set(xlim=(0, 10), ylim=(12.4, -2.4))
     axes.axis("off")
     box(axes, 2.2, 1.0, 3.4, ["layer"], SKY)
@@ -188,7 +190,7 @@ def legend(axes: Axes) -> None:
 
 
 def training_curves(path: Path) -> None:
-    """Loss and validation accuracy of ResNet-20 in both frameworks: the mean of three seeds, and each of them."""
+    """Draws loss and validation accuracy of ResNet-20 in both frameworks: each of three seeds, and their mean."""
     figure = Figure(figsize=(9, 3.6), facecolor="white", layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     for name, label, color, style in (
@@ -214,7 +216,7 @@ def training_curves(path: Path) -> None:
 
 
 def parity(path: Path) -> None:
-    """The float32 error of jresnet and of PyTorch, by architecture."""
+    """Draws the float32 errors of jresnet and PyTorch, one point per architecture."""
     page = (ROOT / "docs" / "log" / "2026-11-parity.md").read_text()
     lines = page[page.index("| architecture | float64 |") :].split("\n\n")[0].splitlines()[2:]
     rows: list[list[str]] = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
@@ -238,7 +240,7 @@ def parity(path: Path) -> None:
 
 
 def family(name: str) -> str:
-    """Where a row of the parity table comes from."""
+    """The source of the network in a row of the parity table."""
     arch = name.partition(" ")[0]
     if arch.endswith("_cifar"):
         return "for CIFAR"
@@ -246,7 +248,7 @@ def family(name: str) -> str:
 
 
 def digits(weights: Path, path: Path) -> None:
-    """A gallery of digits with heat maps, by the command."""
+    """Draws a gallery of digits with heat maps, by ``jresnet predict``."""
     from PIL import Image
 
     data: Any = load_digits().test

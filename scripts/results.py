@@ -1,10 +1,10 @@
-"""The documents' tables from the files under ``results/``: ``python scripts/results.py``, ``--check``, ``add RUN NAME``.
+"""Generate tables from the files under ``results/``: ``python scripts/results.py``, ``--check``, ``add RUN NAME``.
 
-A published row is a folder ``results/NAME`` with ``row.json``, which says what it is about, and a folder ``seed-N`` a seed
-with its ``config.json``, ``metrics.jsonl`` and ``summary.json``; every figure is computed from the metrics. The table's
-places are in README.md and under docs/, between ``<!-- results -->`` and ``<!-- /results -->``. Speeds are those of
-``results/speed/NAME.json``, which ``scripts/benchmark.py --json`` writes; the places of each are between
-``<!-- speed/NAME -->`` and ``<!-- /speed/NAME -->``.
+A published row is a folder ``results/NAME`` with ``row.json``, which describes it, and one folder ``seed-N`` per seed with
+``config.json``, ``metrics.jsonl`` and ``summary.json``. Every figure is computed from the metrics. The table of rows is
+written between ``<!-- results -->`` and ``<!-- /results -->`` in README.md and under docs/. Tables of speeds come from
+``results/speed/NAME.json``, which ``scripts/benchmark.py --json`` writes, and are written between ``<!-- speed/NAME -->``
+and ``<!-- /speed/NAME -->``.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from jresnet.reports.compare import Entry, percent, plus_minus, read_entry, read
 
 ROOT = Path(__file__).resolve().parent.parent
 SEED_FILES = ("config.json", "metrics.jsonl", "summary.json")
-VERSIONS = {"jresnet": ("jax", "flax"), "PyTorch": ("torch",)}  # what decides a framework's figures
-MAX_WORDS = 1000  # letters of a cell; commands are the longest
+VERSIONS = {"jresnet": ("jax", "flax"), "PyTorch": ("torch",)}  # packages whose versions a row shows
+MAX_WORDS = 1000  # characters of a cell; commands are the longest cells
 METRICS = ("val_accuracy", "test_accuracy")
 
 
 class Claim(NamedTuple):
-    """What a row is about: an accuracy after the last epoch, and of which images."""
+    """A published figure: an accuracy after the last epoch, and the images it was measured on."""
 
     metric: str
     images: str
@@ -45,16 +45,16 @@ class Claim(NamedTuple):
 class Row(NamedTuple):
     """A published row."""
 
-    name: str  # of its folder
+    name: str  # name of the folder
     title: str
     framework: str
     hardware: str
     command: str
-    peer: str | None  # the name of the row it is compared with
+    peer: str | None  # name of the row that it is compared with
     claims: tuple[Claim, ...]
     entry: Entry
     versions: dict[str, str]
-    digest: str  # of the data
+    digest: str  # digest of the data set
 
     def over_seeds(self, metric: str) -> dict[str, Any]:
         """Mean, sample standard deviation and values of a metric after the last epoch."""
@@ -64,37 +64,39 @@ class Row(NamedTuple):
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
     parser = Parser(
-        description="Write the tables of accuracies and of speeds between their marks in README.md and docs/ from results/.",
-        epilog="Exit code: 0; 1 where a row cannot be read or a document differs; 2 for bad options.",
+        description="Generate the tables of accuracies and speeds in README.md and docs/ from results/.",
+        epilog="Exit codes: 0 success; 1 unusable results, or --check found a difference; 2 wrong options.",
     )
     parser.add_argument(
-        "--check", action="store_true", help="write nothing; print how the documents differ, if they do"
+        "--check", action="store_true", help="write nothing; print the differences and fail if there are any"
     )
     add = parser.add_subparsers(dest="verb", metavar="add").add_parser(
         "add", help="copy the small files of a finished run into results/ (add --help)"
     )
-    add.add_argument("run", type=folder, metavar="RUN", help="folder of a finished run, or of a run's finished seeds")
-    add.add_argument("name", metavar="NAME", help="of the folder in results/")
+    add.add_argument("run", type=folder, metavar="RUN", help="folder of a finished run, with one or several seeds")
+    add.add_argument("name", metavar="NAME", help="name of the folder in results/")
     add.add_argument("--title", required=True, type=words, help='such as "ResNet-20, fast, 10 epochs"')
     add.add_argument("--framework", required=True, choices=VERSIONS)
     add.add_argument(
-        "--metric", required=True, action="append", choices=METRICS, help="what the row shows; may be given again"
+        "--metric", required=True, action="append", choices=METRICS, help="metric that the row shows; can be repeated"
     )
     add.add_argument(
         "--images", required=True, action="append", metavar="WORDS", type=words,
-        help='which images that is of, exactly, such as "CIFAR-10, 45k/5k, validation"; once for each --metric',
+        help='images that the metric was measured on, such as "CIFAR-10, 45k/5k, validation"; once for each --metric',
     )  # fmt: skip
     add.add_argument("--hardware", required=True, type=words, help='such as "2-core AMD EPYC (AVX2)"')
-    add.add_argument("--command", type=words, help="what made it (default: the one in the run's files)")
-    add.add_argument("--peer", metavar="NAME", type=words, help="the row it is compared with")
+    add.add_argument("--command", type=words, help="command that produced the run (default: the one in its files)")
+    add.add_argument("--peer", metavar="NAME", type=words, help="row to compare it with")
     add.add_argument("--force", action="store_true", help="replace results/NAME")
     return parser
 
 
 def words(text: str) -> str:
-    """An argument that becomes a cell of a table."""
+    """Checks an argument that becomes a cell of a table."""
     if not text.strip() or not text.isprintable() or len(text) > MAX_WORDS:
-        raise argparse.ArgumentTypeError(f"expected a line of 1 to {MAX_WORDS:,} printable letters, got {text!r:.80}")
+        raise argparse.ArgumentTypeError(
+            f"expected one line of 1 to {MAX_WORDS:,} printable characters, got {text!r:.80}"
+        )
     return text
 
 
@@ -126,8 +128,8 @@ def update(root: Path, check: bool) -> int:
         places = [path for path in documents for _ in marks.findall(before[path])]
         if not places or len(places) != len({*places}):
             problems.append(
-                f"{name} has {len(places)} places: one is needed, in README.md or under docs/, between the lines "
-                f"<!-- {name} --> and <!-- /{name} -->; a document has it once"
+                f"the table {name} needs the lines <!-- {name} --> and <!-- /{name} --> in README.md or a page under docs/, "
+                f"once per page: found {len(places)}"
             )
             continue
         for path in places:
@@ -136,7 +138,7 @@ def update(root: Path, check: bool) -> int:
     for path in documents:
         for name in re.findall(r"^<!-- (speed/.*) -->$", before[path], re.MULTILINE):
             if name not in tables:
-                problems.append(f"{path.name} has a place for results/{name}.json, which is not there")
+                problems.append(f"{path.name} has the line <!-- {name} -->, but results/{name}.json does not exist")
     if problems:
         raise InputError("\n".join(problems))
     differing = [path for path in documents if after[path] != before[path]]
@@ -148,14 +150,14 @@ def update(root: Path, check: bool) -> int:
             write_atomically(path, after[path].encode())
     names = ", ".join(path.name for path in differing)
     if check and differing:
-        print(f"error: {names}: not what results/ says: run python scripts/results.py", file=sys.stderr)
+        print(f"error: outdated: {names}: run python scripts/results.py", file=sys.stderr)
         return 1
-    print(f"wrote {names}" if differing else "README.md and docs/ say what results/ says")
+    print(f"wrote {names}" if differing else "README.md and docs/ are up to date")
     return 0
 
 
 def of_the_site(text: str) -> str:
-    """A table as a page under docs/ has it, where results/ is not at hand to be linked, and nothing is folded."""
+    """The table for a page under docs/: without links to results/, which the site does not contain, and without details."""
     text = re.sub(r"\[[^]]+\]\((results/[^)]+)\)", r"`\1`", text)
     return text.replace("<details><summary>The commands</summary>", "The commands:").replace("\n</details>\n", "")
 
@@ -164,14 +166,16 @@ def read_speeds(folder: Path) -> dict[str, str]:
     """The benchmarks' tables by ``speed/NAME``.
 
     Raises:
-        InputError: a line for each file that is no whole report.
+        InputError: some files are not complete reports; one line per file.
     """
     found, problems = {}, []
     for path in sorted(folder.glob("*.json")):
         try:
             found[f"speed/{path.stem}"] = table.summary(read_json(path)) + "\n"
         except (InputError, LookupError, TypeError, AttributeError) as error:
-            problems.append(f"results/speed/{path.name} is no report of scripts/benchmark.py --json: {error!r}")
+            problems.append(
+                f"results/speed/{path.name} is not a complete report of scripts/benchmark.py --json: {error!r}"
+            )
     if problems:
         raise InputError("\n".join(problems))
     return found
@@ -181,7 +185,7 @@ def read_rows(results: Path) -> list[Row]:
     """The rows under ``results``, in the order of their folders' names.
 
     Raises:
-        InputError: a line for everything that is wrong.
+        InputError: some rows are invalid; one line per problem.
     """
     rows, problems = {}, []
     for path in sorted(results.glob("[!.]*/row.json")):
@@ -204,10 +208,10 @@ def read_rows(results: Path) -> list[Row]:
 
 
 def read_row(folder: Path) -> Row:
-    """A row's folder.
+    """Reads a row from its folder.
 
     Raises:
-        InputError: something in it is missing, not finished, or does not go together.
+        InputError: a file is missing or invalid, the run is not finished, or the seeds are inconsistent.
     """
     values, entry = read_json(folder / "row.json"), read_entry(folder)
     try:
@@ -215,12 +219,12 @@ def read_row(folder: Path) -> Row:
         claims = tuple(Claim(claim["metric"], claim["images"]) for claim in values["metrics"])
         needed = VERSIONS[texts["framework"]]
     except (LookupError, TypeError) as error:
-        raise InputError(f"row.json lacks something, or it is wrong: {error!r}") from error
+        raise InputError(f"row.json is incomplete or invalid: {error!r}") from error
     if entry.state != "finished":
-        raise InputError(f"is not finished: {entry.state}")
+        raise InputError(f"the run is not finished: {entry.state}")
     for metric in ("train_loss", *(claim.metric for claim in claims)):
         if any(not isinstance(run.rows[-1].get(metric), int | float) for run in entry.runs):
-            raise InputError(f"a seed has no {metric} of the last epoch")
+            raise InputError(f"a seed has no {metric} for the last epoch")
     summary = summarise([run.summary for run in entry.runs if run.summary is not None])
     versions, dataset = summary.get("versions", {}), summary.get("dataset", {})
     if missing := [name for name in needed if name not in versions]:
@@ -234,7 +238,7 @@ def read_row(folder: Path) -> Row:
 
 
 def block(rows: list[Row]) -> str:
-    """What stands between the marks in README.md."""
+    """The text between the marks in README.md."""
     if not rows:
         return ""
     columns = ["run", "framework", "images", "accuracy", "n", "train loss", "hardware", "versions", "files"]
@@ -259,7 +263,7 @@ def block(rows: list[Row]) -> str:
 
 
 def _peer_lines(row: Row, rows: list[Row]) -> list[str]:
-    """A line on the difference to the row's peer for each metric that both have; a pair is compared once."""
+    """One line on the difference to the row's peer per common metric. Each pair of rows is compared once."""
     by_name = {other.name: other for other in rows}
     if row.peer is None or (by_name[row.peer].peer == row.name and row.peer < row.name):
         return []
@@ -271,23 +275,23 @@ def _peer_lines(row: Row, rows: list[Row]) -> list[str]:
         counts = len(ours["values"]), len(theirs["values"])
         difference = 100 * (ours["mean"] - theirs["mean"])
         if None in (ours["std"], theirs["std"]):
-            error = " points; one seed has no standard error"
+            error = " points; no standard error, as one side has one seed"
         else:
-            # Of two independent means with variances of their own (Welch 1947).
+            # Standard error of the difference of two means with unequal variances (Welch 1947).
             squares = [found["std"] ** 2 / n for found, n in zip((ours, theirs), counts, strict=True)]
             error = f" ± standard error {100 * math.sqrt(sum(squares)):.2f} points"
         lines.append(
-            f"* {row.title}, {row.framework} (n = {counts[0]}) less {peer.title}, {peer.framework} (n = {counts[1]}), "
+            f"* {row.title}, {row.framework} (n = {counts[0]}) minus {peer.title}, {peer.framework} (n = {counts[1]}), "
             f"{claim.images}: difference of the means {difference:+.2f}{error}"
         )
     return lines
 
 
 def add(args: argparse.Namespace, results: Path) -> None:
-    """Copies a finished run's small files into ``results``, read back as a row; whole or not at all.
+    """Copies the small files of a finished run into ``results`` and checks them as a row; copies nothing on an error.
 
     Raises:
-        InputError: where the run is not finished, or the name is taken.
+        InputError: the run is not finished, the row is invalid, or the name is taken.
     """
     target = results / args.name
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]{,99}", args.name, re.ASCII):
@@ -300,7 +304,7 @@ def add(args: argparse.Namespace, results: Path) -> None:
     summary = summarise([run.summary for run in entry.runs if run.summary is not None])
     command = args.command or summary.get("command")
     if command is None:
-        raise InputError("the seeds were made by different commands: give one with --command")
+        raise InputError("the commands of the seeds differ: give one with --command")
     claims = [{"metric": metric, "images": images} for metric, images in zip(args.metric, args.images, strict=True)]
     values = {"title": args.title, "framework": args.framework, "metrics": claims, "n": summary["n"]}
     values |= {"command": command, "hardware": args.hardware} | ({"peer": args.peer} if args.peer else {})
@@ -321,7 +325,7 @@ def add(args: argparse.Namespace, results: Path) -> None:
             made.rename(target)
     except OSError as error:
         raise InputError(f"cannot write {target}: {error.strerror or error}") from error
-    print(f"wrote {target}, {summary['n']} seeds; python scripts/results.py puts it into README.md")
+    print(f"wrote {target}, {summary['n']} seeds; python scripts/results.py adds it to the tables")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the tests share: where to find real data, and small networks."""
+"""Fixtures and helpers shared by the tests: real data, small networks, and commands."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 import safetensors.numpy
 
 REPOSITORY = Path(__file__).parent.parent
-sys.path.append(str(REPOSITORY / "scripts"))  # where scripts find what they share
+sys.path.append(str(REPOSITORY / "scripts"))  # modules that scripts share
 
 from benchmark.networks import randomise  # noqa: E402
 
@@ -27,17 +27,17 @@ from jresnet.weights import native  # noqa: E402
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Many tests, and the commands they run, compile the same step: compile it once a session."""
+    """One compilation cache per session, since many tests, and the commands they run, compile the same step."""
     folder = str(tmp_path_factory.mktemp("jax-cache"))
     os.environ["JAX_COMPILATION_CACHE_DIR"] = folder  # for commands
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))  # of listings
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))  # cached listings of image folders
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.jit(abs)(1.0)  # XLA reads XLA_FLAGS now: what compiled_quickly sets there is for commands
+    jax.jit(abs)(1.0)  # XLA reads XLA_FLAGS here, so that what compiled_quickly sets there is for commands alone
 
 
-# What kernels and networks compute in float32, or what the compiler makes of them, is asked here: compiled as users' are.
+# These compare float32 results of kernels and networks, or look at the compiled program: compiled as users' programs are.
 AS_USERS_DO = {
     "test_benchmark_torch", "test_compiler", "test_elsewhere", "test_golden", "test_jax_fit", "test_kernels", "test_models",
     "test_resnet", "test_winograd",
@@ -46,9 +46,9 @@ AS_USERS_DO = {
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
-    """All other tests, and the commands they run, leave LLVM's optimizations out: XLA compiles in half the time.
+    """Turns LLVM's optimizations off in all other tests, and the commands they run, to halve XLA's compile time.
 
-    jaxlib 0.10 can also emit its loops as LLVM's instead of MLIR's, which halves that time again.
+    In jaxlib 0.10, the older emitters of fusions halve it again.
     """
     quick = request.path.stem not in AS_USERS_DO
     with pytest.MonkeyPatch.context() as patched:
@@ -59,22 +59,22 @@ def compiled_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
                 patched.setenv("XLA_FLAGS", f"{flags} --xla_cpu_use_fusion_emitters=false")
                 options_of = compiler.get_compile_options
 
-                def without_mlir(*args: object, **options: object) -> object:
+                def with_older_emitters(*args: object, **options: object) -> object:
                     given = {"xla_cpu_use_fusion_emitters": False} | (options.pop("env_options_overrides", None) or {})
                     return options_of(*args, env_options_overrides=given, **options)
 
-                patched.setattr(compiler, "get_compile_options", without_mlir)
+                patched.setattr(compiler, "get_compile_options", with_older_emitters)
         jax.config.update("jax_disable_most_optimizations", quick)
         yield
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder named by JRESNET_SHARED, with ``cifar10/`` (real images) and ``weights/`` (a network from elsewhere)."""
+    """The folder named by JRESNET_SHARED, with ``cifar10/`` (real images) and ``weights/`` (a network trained elsewhere)."""
     folder = os.environ.get("JRESNET_SHARED")
     if not folder:
-        pytest.skip("JRESNET_SHARED names no folder with real images and weights")
-    assert Path(folder).is_dir(), f"JRESNET_SHARED={folder} is no folder"
+        pytest.skip("JRESNET_SHARED is not set: expected a folder with real images and weights")
+    assert Path(folder).is_dir(), f"JRESNET_SHARED={folder} is not a folder"
     return Path(folder)
 
 
@@ -106,24 +106,24 @@ def native_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-    """Runs Python with ``arguments`` in the repository, as a person would; never raises."""
+    """Runs Python with ``arguments`` in the repository, as a user would; does not check the exit code."""
     options = {"cwd": REPOSITORY, "capture_output": True, "text": True, "timeout": 300} | options
     return subprocess.run([sys.executable, *map(str, arguments)], **options)  # type: ignore[call-overload]
 
 
 def load_script(name: str) -> ModuleType:
-    """``scripts/NAME.py`` as a module, without running its command."""
+    """Loads ``scripts/NAME.py`` as a module, without running its command."""
     spec = importlib.util.spec_from_file_location(name, REPOSITORY / "scripts" / f"{name}.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look themselves up there
+    sys.modules[name] = module  # dataclasses look up their module there
     spec.loader.exec_module(module)
     return module
 
 
 def written_anyway(path: Path, model: ResNet, **metadata: str) -> None:
-    """A native file of ``model`` whose seal is right and whose ``metadata`` is what ``save`` would refuse."""
+    """Writes a native file with valid digests and with ``metadata`` that ``save`` would reject."""
     native.save(path, model)
     with safetensors.safe_open(path, "numpy") as file:
         values, said = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118

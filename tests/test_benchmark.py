@@ -298,7 +298,7 @@ def test_the_readmes_table() -> None:
     }  # fmt: skip
     text, below = table.summary(report).split("\n\n")
     header, first, second, third = (list(row.values()) for row in [dict(enumerate(cells(text)[0])), *cells(text)])
-    assert header == ["", "jresnet", "of GEMM", "to torch", "MiB, beside torch", "error, beside torch"]
+    assert header == ["", "jresnet", "of GEMM", "to torch", "MiB, jresnet / torch", "error, jresnet / torch"]
     assert first == ["train", "6 (4-8) images/s", "6%", "1.50 (1.00-2.00)", "2 / 4", "1.0e-07 / 2.0e-07"]
     assert second == ["start", "9 (9-9) s (cold); cached: 4 (4-4) s", "-", "0.33 (0.33-0.33)", "- / -", "- / -"]
     assert third == ["broken", "-", "-", "1.50 (1.00-2.00)", "- / 4", "- / 2.0e-07"]
@@ -364,7 +364,7 @@ def test_the_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert driver.main(["--suite", "train", "--minutes", "1e-9", "--json", str(file)]) == 0
     left_out = json.loads(file.read_text())["left_out"]
     assert len(left_out) == 4
-    assert f"left out, as --minutes were over: {'; '.join(left_out)}" in capsys.readouterr().out
+    assert f"left out because of the time limit --minutes: {'; '.join(left_out)}" in capsys.readouterr().out
     place = driver.Workplace(tmp_path, "cpu", 3, deadline=0.0)
     row = Row("train", "train", "x", 32, 8)
     found = driver.measure(place, row, ["jresnet"], {"config": None, "gflop": 1.0})
@@ -416,14 +416,14 @@ print(json.dumps({{"python": "9.9", "torch": "9"}} if sys.argv[1] == "-c" else {
     place = driver.Workplace(tmp_path, "cpu", 1, peer_python=str(other))
     assert place.ask("torch", "gemm", precision="float32") == {"told": "torch_worker.py"}
     assert driver.main(["--peer-python", "/bin/true"]) == 1
-    assert capsys.readouterr().err.startswith("error: --peer-python /bin/true is no Python that works")
+    assert capsys.readouterr().err.startswith("error: --peer-python /bin/true is not a working Python interpreter")
 
 
 def test_without_a_gpu(fake: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert driver.main(["--device", "gpu", "--suite", "infer"]) == 1
     out, complaints = capsys.readouterr()
     assert out.splitlines() == ["would measure:", *(f"  infer resnet50 at 224, batch {n}, bfloat16" for n in (256, 1))]
-    assert complaints.startswith("error: --device gpu: JAX finds none")
+    assert complaints.startswith("error: --device gpu: JAX finds no GPU")
     assert (fake / "log").read_text() == "survey"
 
 
@@ -435,7 +435,7 @@ def test_when_jresnet_fails(fake: Path, capsys: pytest.CaptureFixture[str]) -> N
     ours, theirs = cells(out.split("\n\n")[0])
     assert (ours["note"], ours["n"]) == ("killed by SIGKILL", "0")
     assert (theirs["n"], theirs["ratio"]) == ("2", "-")
-    assert "error: jresnet has no figures: train x" in complaints
+    assert "error: jresnet failed: train x" in complaints
     (fake / "fake.py").write_text("raise SystemExit('broken')")
     assert driver.main([]) == 1
     assert capsys.readouterr().err == "error: jresnet does not start: broken\n"

@@ -265,7 +265,7 @@ def test_a_fresh_head_for_a_file_without_one(tensors: dict, tmp_path: Path, caps
     assert torch2flax.main(arguments) == 0
     assert native.read(output)[1].num_classes == 0
     assert torch2flax.main([*arguments, "--force", "--num-classes", "5"]) == 0
-    assert "fresh head for 5 classes, to be trained: the weights have none" in capsys.readouterr().out
+    assert "new head for 5 classes, to be trained: the weights have no head" in capsys.readouterr().out
     assert native.read(output)[1].num_classes == 5
 
 
@@ -342,11 +342,11 @@ def test_the_command_says_what_it_adapts(tensors: dict[str, np.ndarray], tmp_pat
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "adapted  stem for 1 input channel: the kernel for 3, summed over the channels" in done.stdout
-    assert "adapted  fresh head for 7 classes, to be trained: the weights' own has 10" in done.stdout
+    assert "adapted  new head for 7 classes, to be trained: the weights have a head for 10" in done.stdout
     _, config, values, metadata = native.read(output)
     assert (config.num_classes, config.in_channels, values["fc.bias"].shape) == (7, 1, (7,))
     assert metadata["num_batches_tracked"] == "7"
-    with pytest.warns(UserWarning, match="fresh head|stem for 1"):
+    with pytest.warns(UserWarning, match="new head|stem for 1"):
         again = jresnet.create("resnet20_cifar", weights=output, num_classes=5, in_channels=1)
     assert again.config.num_classes == 5
     with pytest.raises(WeightsError, match="only a stem for 3 can be adapted"):

@@ -321,7 +321,7 @@ def run_python(block: Block, names: dict[str, Any], document: Path) -> None:
     if "torch_model" in block.text:
         names.setdefault("torch_model", torch_model())
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*fresh|.*adapted", UserWarning)  # heads that a page asks for
+        warnings.filterwarnings("ignore", ".*new head|.*adapted", UserWarning)  # heads that a page asks for
         warnings.simplefilter("ignore", ResourceWarning)  # open() without a name, in two lines that show one call
         exec(compile("\n" * block.line + block.text, str(document), "exec"), names)
 
@@ -426,7 +426,7 @@ def test_a_notebook_runs(source: Path, place: None, monkeypatch: pytest.MonkeyPa
     names: dict[str, Any] = {"__name__": "__main__"}
     text = source.read_text().replace("--depth 20", "--depth 8").replace('"resnet20_cifar"', '"resnet8_cifar"')
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*fresh", UserWarning)
+        warnings.filterwarnings("ignore", ".*new head", UserWarning)
         exec(compile(text, str(source), "exec"), names)
     names["plt"].close("all") if "plt" in names else None
 

@@ -126,7 +126,7 @@ def test_a_fresh_head_and_another_stem(native_file: Path) -> None:
         model = jresnet.create("resnet20_cifar", weights=native_file, num_classes=7, in_channels=6, seed=3)
     stem, head = (str(warning.message) for warning in caught)
     assert "stem for 6 input channels" in stem
-    assert "fresh head for 7 classes" in head
+    assert "new head for 7 classes" in head
     assert {warning.filename for warning in caught} == {__file__}  # the line that asked for it
     assert model(jnp.zeros((1, 32, 32, 6))).shape == (1, 7)
     np.testing.assert_array_equal(model.layer3[2].bn2.var[...], own.layer3[2].bn2.var[...])
@@ -146,7 +146,7 @@ def test_without_a_head(native_file: Path, tmp_path: Path) -> None:
     # And back: a head of the wanted size, drawn anew.
     jresnet.save(tmp_path / "headless.safetensors", model)
     assert jresnet.load(tmp_path / "headless.safetensors").fc is None
-    with pytest.warns(UserWarning, match="fresh head for 5 classes, to be trained: the weights have none"):
+    with pytest.warns(UserWarning, match="new head for 5 classes, to be trained: the weights have no head"):
         again = jresnet.create(weights=tmp_path / "headless.safetensors", num_classes=5)
     assert again(x).shape == (2, 5)
     assert jresnet.create("resnet50", num_classes=0).num_features == 2048

@@ -713,7 +713,7 @@ def test_models_commands_and_evaluation_take_them(
 
     model = jresnet.create("resnet20_cifar", weights=spec)
     np.testing.assert_array_equal(model.fc.bias[...], tensors["fc.bias"])
-    with pytest.warns(UserWarning, match="fresh head for 5 classes"):
+    with pytest.warns(UserWarning, match="new head for 5 classes"):
         assert jresnet.create("resnet20_cifar", weights=spec, num_classes=5).fc.bias[...].shape == (5,)
     with pytest.raises(WeightsError, match="describes a resnet20_cifar, not a resnet32_cifar"):
         jresnet.create("resnet32_cifar", weights=spec)
@@ -730,5 +730,5 @@ def test_models_commands_and_evaluation_take_them(
     assert Preprocessing.from_json(metadata["preprocessing"]).resize == 288
     assert (metadata["source"], metadata["commit"]) == (f"{spec}@{FIRST}", FIRST)
     assert torch2flax.main([*arguments, "--force", "--num-classes", "4"]) == 0
-    assert "fresh head for 4 classes" in capsys.readouterr().out
+    assert "new head for 4 classes" in capsys.readouterr().out
     assert "categories" not in native.read(output)[3]

@@ -67,7 +67,7 @@ def test_the_way_back_to_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert native.digest(params.arrays(model)) == native.digest(params.arrays(small))
 
 
-@pytest.mark.parametrize("page", ["index.md", "tutorials/predict.md"])
+@pytest.mark.parametrize("page", ["../README.md", "tutorials/predict.md"])
 def test_the_five_names_of_a_photo(
     page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -71,7 +71,7 @@ def test_the_table(results: ModuleType, root: Path) -> None:
     # sqrt(13 / 3 + 2 / 2) = 2.31 points; each pair once, and only where both have the metric
     differences = [line for line in text.splitlines() if "difference of the means" in line]
     assert differences == [
-        f"* {title}, jresnet (n = 3) less {title}, PyTorch (n = 2), CIFAR-10, 45k/5k, validation: difference of the means "
+        f"* {title}, jresnet (n = 3) minus {title}, PyTorch (n = 2), CIFAR-10, 45k/5k, validation: difference of the means "
         "+1.00 ± standard error 2.31 points"
     ]
     assert "* ResNet-20, fast, 3 epochs, jresnet: `train.py --runs 3`" in text
@@ -105,7 +105,7 @@ def test_one_seed_and_no_row(results: ModuleType, tmp_path: Path) -> None:
     assert results.main([], tmp_path) == 0
     assert table(tmp_path)[0][0] == r"ResNet-20, step \| warm-up, 3 epochs"
     assert table(tmp_path)[0][3:6] == ["69.00 %", "1", "1.3667"]
-    assert "+0.00 points; one seed has no standard error" in (tmp_path / "README.md").read_text()
+    assert "+0.00 points; no standard error, as one side has one seed" in (tmp_path / "README.md").read_text()
 
 
 def test_add_copies_only_small_files(root: Path) -> None:
@@ -162,8 +162,8 @@ def test_force_replaces(results: ModuleType, root: Path, tmp_path: Path) -> None
         ("seed-1/metrics.jsonl", '"epoch": 3', '"epoch": 4', "metrics.jsonl is damaged: line 3"),
         ("seed-1/metrics.jsonl", '"test_accuracy": 0.72', '"test_accuracies": 0.72', "a seed has no test_accuracy"),
         ("seed-1/config.json", '"lr": 0.1', '"lr": 0.2', "seed-1 differs from seed-0 in lr"),
-        ("row.json", '"title"', '"titel"', "row.json lacks something"),
-        ("row.json", '"jresnet"', '"JAX"', "row.json lacks something, or it is wrong: KeyError('JAX')"),
+        ("row.json", '"title"', '"titel"', "row.json is incomplete or invalid"),
+        ("row.json", '"jresnet"', '"JAX"', "row.json is incomplete or invalid: KeyError('JAX')"),
         ("row.json", '"jresnet"', '"PyTorch"', "the seeds' versions of torch are missing"),
         ("row.json", '"peer": "fast-torch"', '"peer": "missing"', "its peer 'missing' must be another row"),
         ("row.json", '"peer": "fast-torch"', '"peer": "fast"', "its peer 'fast' must be another row"),
@@ -191,7 +191,7 @@ def test_a_row_that_is_not_finished_and_a_peer_of_other_data(
     assert "its peer 'fast-torch' must be another row, of the same data" in capsys.readouterr().err
     (root / "results/fast/seed-2/summary.json").unlink()
     assert results.main([], root) == 1
-    assert "results/fast: is not finished: 2 of 3 seeds finished" in capsys.readouterr().err
+    assert "results/fast: the run is not finished: 2 of 3 seeds finished" in capsys.readouterr().err
 
 
 def test_speeds(results: ModuleType, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -209,13 +209,13 @@ def test_speeds(results: ModuleType, root: Path, capsys: pytest.CaptureFixture[s
     (root / "README.md").write_text(README + SPEED.format("cpu") + SPEED.format("old"))
     assert results.main([], root) == 1
     complaints = capsys.readouterr().err
-    assert "speed/gpu has 0 places" in complaints
-    assert "README.md has a place for results/speed/old.json, which is not there" in complaints
+    assert re.search("the table speed/gpu needs .*: found 0", complaints)
+    assert "README.md has the line <!-- speed/old -->, but results/speed/old.json does not exist" in complaints
     (root / "docs" / "log").mkdir(parents=True)
     (root / "docs" / "log" / "speed.md").write_text("y\n" + SPEED.format("gpu") + "z\n")
     (root / "README.md").write_text(README + SPEED.format("cpu"))
     assert results.main(["--check"], root) == 1
-    assert "error: README.md, speed.md: not what results/ says" in capsys.readouterr().err
+    assert "error: outdated: README.md, speed.md: run" in capsys.readouterr().err
     assert results.main([], root) == 0
     first = (root / "README.md").read_text().split("<!-- speed/cpu -->\n")[1]
     assert "import | 2 (1-3) s | - | - | -" in first
@@ -240,7 +240,7 @@ def test_a_readme_without_its_marks(
 ) -> None:
     (root / "README.md").write_text(text)
     assert results.main([], root) == 1
-    assert re.search("results has [02] places: one is needed", capsys.readouterr().err)
+    assert re.search("the table results needs .*: found [02]", capsys.readouterr().err)
     assert (root / "README.md").read_text() == text
 
 

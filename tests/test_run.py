@@ -85,7 +85,7 @@ def values_of(path: Path) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_that_are_kept():
-    """With oneDNN's calls none is (docs/explanation/speed.md); each of these runs would compile anew."""
+    """With oneDNN's calls none is (docs/explanation/jax-versions.md); each of these runs would compile anew."""
     with pytest.MonkeyPatch.context() as patched:
         if jresnet.compiler_options().get(ONEDNN):
             patched.setenv("JRESNET_COMPILER_OPTIONS", "off")
@@ -574,10 +574,10 @@ def test_a_run_starts_from_weights(tmp_path: Path, capsys: pytest.CaptureFixture
     [
         (
             {"categories": CIFAR10_CLASSES},
-            "fresh head for 10 classes, to be trained: the weights' own is for airplane",
+            "new head for 10 classes, to be trained: the weights have a head for airplane",
         ),
-        ({"classes": 7}, "fresh head for 10 classes, to be trained: the weights' own has 7"),
-        ({}, "the head for 10 classes is the weights' own, but the weights do not name their classes"),
+        ({"classes": 7}, "new head for 10 classes, to be trained: the weights have a head for 7"),
+        ({}, "the head for 10 classes is that of the weights, but the weights do not name their classes"),
     ],
 )
 def test_a_head_for_other_classes_is_a_fresh_one(tmp_path: Path, said: dict, note: str) -> None:

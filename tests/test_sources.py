@@ -66,7 +66,7 @@ def test_native_files_say_their_architecture(native_file: Path, tmp_path: Path, 
 def test_a_model_from_a_file_of_pytorch(model: jresnet.ResNet, pth: Path) -> None:
     again = jresnet.create("resnet20_cifar", weights=pth)
     assert native.digest(params.arrays(again)) == native.digest(params.arrays(model))
-    with pytest.warns(UserWarning, match="fresh head for 6 classes|stem for 1 input channel"):
+    with pytest.warns(UserWarning, match="new head for 6 classes|stem for 1 input channel"):
         other = jresnet.create("resnet20_cifar", weights=pth, num_classes=6, in_channels=1)
     assert (other.config.num_classes, other.config.in_channels) == (6, 1)
     np.testing.assert_array_equal(other.bn1.var[...], model.bn1.var[...])
@@ -145,7 +145,7 @@ def test_a_file_says_its_architecture(model: jresnet.ResNet, pth: Path) -> None:
     assert (found.arch, found.config) == ("resnet20_cifar", model.config)
     for again in (jresnet.create(weights=pth), jresnet.load(pth), jresnet.load(str(pth))):
         assert native.digest(params.arrays(again)) == native.digest(params.arrays(model))
-    with pytest.warns(UserWarning, match="fresh head for 7 classes"):
+    with pytest.warns(UserWarning, match="new head for 7 classes"):
         assert jresnet.create(weights=pth, num_classes=7).config.num_classes == 7
     with pytest.raises(InputError, match="an architecture or weights, got neither"):
         jresnet.create()

@@ -82,7 +82,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_opencvs_views_are_close_to_pillows(kind: str, interpolation: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Root mean square over ten crops: measured 1.3 grey levels at most; a shift by one pixel would be above 4."""
+    """Root mean square over ten crops: measured 1.2 grey levels at 500x375, 2.2 at 1400x1100; a pixel's shift is above 4."""
     content, by_pillow = jpeg(**KINDS[kind]), []
     assert crops._plain_jpeg(content) == KINDS[kind].get("size", (500, 375))
     ours = [crops.random_resized_crop(content, 224, Random(seed), 0.08, interpolation) for seed in range(10)]

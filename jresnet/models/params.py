@@ -120,8 +120,8 @@ def adapt(
         dtype = values["conv1.kernel"].dtype
         head = Linear(wanted.num_features, wanted.num_classes, rngs=rngs or nnx.Rngs(0))
         values |= {f"fc.{name}": np.asarray(getattr(head, name)[...], dtype) for name in ("kernel", "bias")}
-        own = f"the weights' own has {found.num_classes}" if found.num_classes else "the weights have none"
-        notes.append(f"fresh head for {wanted.num_classes} classes, to be trained: {own}")
+        own = f"a head for {found.num_classes}" if found.num_classes else "no head"
+        notes.append(f"new head for {wanted.num_classes} classes, to be trained: the weights have {own}")
     return values, notes
 
 

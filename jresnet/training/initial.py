@@ -38,16 +38,16 @@ class Initial:
         """
         found, values, count = self.config, self.values, wanted.num_classes
         others = self.categories is not None and self.categories != tuple(classes)
-        if others and found.num_classes == count:  # the same number of classes, but others
+        if others and found.num_classes == count:  # other classes of the same number
             found = dataclasses.replace(found, num_classes=0)
             values = params.body(values)
         fitted, notes = params.adapt(values, found, wanted, nnx.Rngs(seed))
         if others and self.config.num_classes == count:
             notes = [
-                f"fresh head for {count} classes, to be trained: the weights' own is for {few(self.categories or ())}"
+                f"new head for {count} classes, to be trained: the weights have a head for {few(self.categories or ())}"
             ]
         elif self.categories is None and found.num_classes == count:
-            notes = [f"the head for {count} classes is the weights' own, but the weights do not name their classes"]
+            notes = [f"the head for {count} classes is that of the weights, but the weights do not name their classes"]
         return fitted, notes
 
 

@@ -1,9 +1,8 @@
-"""The command: ``python scripts/benchmark.py`` measures jresnet's speed, and PyTorch's beside it.
+"""The command ``python scripts/benchmark.py``: measures the speed of jresnet and of PyTorch.
 
-Every measurement is a process of its own (``jresnet_worker.py``, ``torch_worker.py``), one at a time, and the frameworks
-take turns: A B A B. All get the same random weights and images, which a worker writes once a row, with the
-logits or the gradient in float64 to compare theirs with. This file imports neither JAX nor PyTorch, so that it has no part
-in their memory.
+Each measurement runs in its own process (``jresnet_worker.py``, ``torch_worker.py``), one at a time. The frameworks
+alternate: A B A B. All use the same random weights and images, which a worker writes once per row, together with the
+reference logits or gradient in float64. This file imports neither JAX nor PyTorch, so that it uses little memory.
 """
 
 from __future__ import annotations
@@ -40,53 +39,56 @@ from jresnet.files import write_atomically
 from jresnet.models import zoo
 
 WORKERS = {name: ROOT / "scripts" / "benchmark" / f"{name}_worker.py" for name in ("jresnet", "torch")}
-RUNS = {"jresnet": "scripts/train_cifar10.py", "torch": "tests/parity/train_torch.py"}  # for the accuracy suite
+RUNS = {
+    "jresnet": "scripts/train_cifar10.py",
+    "torch": "tests/parity/train_torch.py",
+}  # training scripts of the accuracy suite
 PACKAGES = {"jresnet": ("jax", "jaxlib", "flax", "optax", "numpy"), "torch": ("torch", "torchvision", "timm")}
 
-INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # as Linux names them; a model's name may not tell
-SECONDS = 3.0  # of steps a measurement, at least
-CHECKED_GFLOP = 2000  # up to which a row is computed in float64 too: that takes minutes on two cores
-EPOCH = 50_000  # images, CIFAR-10's
-BOUNDS = {"batch": (1, 1_000_000), "rounds": (1, 1000), "size": (32, 4096)}  # of options
-GPU_MINUTES = 7.0  # budget; a round that has begun is finished
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")  # Linux's names; a CPU's model name may not imply them
+SECONDS = 3.0  # minimum duration of a measurement
+CHECKED_GFLOP = 2000  # limit for computing a row in float64 too, which takes minutes on two cores
+EPOCH = 50_000  # images per epoch, as in CIFAR-10
+BOUNDS = {"batch": (1, 1_000_000), "rounds": (1, 1000), "size": (32, 4096)}  # minimum and maximum of options
+GPU_MINUTES = 7.0  # default of --minutes; a round that has started is finished
 
 
 class Problem(Exception):
-    """What stops the command; a line for each thing that is wrong."""
+    """An error that stops the command; the text has one line per problem."""
 
 
 class WorkerError(Exception):
-    """Why a worker has no figures."""
+    """A failed worker; the text is the reason."""
 
 
 @dataclass(frozen=True)
 class Workplace:
-    """What the measurements of one call have in common."""
+    """Settings shared by all measurements of one call."""
 
-    folder: Path  # for what passes between the workers
+    folder: Path  # files exchanged between the workers, and compilation caches
     device: str
-    rounds: int  # measurements of each framework
+    rounds: int  # measurements per framework
     data_dir: Path | None = None
-    no_torch: str = ""  # why there are no peers
+    no_torch: str = ""  # why the peers cannot be measured; empty if they can
     peer_python: str = sys.executable
-    deadline: float = math.inf  # of time.monotonic(), after which neither a row nor a round begins
+    deadline: float = math.inf  # value of time.monotonic() after which no row or round starts
 
     @property
     def late(self) -> bool:
         return time.monotonic() > self.deadline
 
     def ask(self, worker: str, do: str, cache: str = "cache", **job: Any) -> dict[str, Any]:
-        """A worker's answer; ``cache`` is the folder of what it compiles. Raises WorkerError."""
+        """Runs a job in a worker and returns the answer; ``cache`` is the compilation cache. Raises WorkerError."""
         job |= {"do": do, "device": self.device}
         command = [self.python(worker), str(WORKERS[worker]), json.dumps(job)]
         return answer(command, **self.environment(cache, job.get("devices", 1)))
 
     def python(self, worker: str) -> str:
-        """The interpreter of a worker."""
+        """The Python interpreter of a worker."""
         return self.peer_python if worker == "torch" else sys.executable
 
     def environment(self, cache: str = "cache", devices: int = 1) -> dict[str, str]:
-        """Of a process that measures."""
+        """Environment variables of a measuring process."""
         found = huge_pages.environment() | {
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / cache / "jax"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -100,33 +102,46 @@ class Workplace:
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
     parser = Parser(
-        description="Measure jresnet's speed and that of PyTorch's networks with the same weights and images, in turn, each "
-        "in a process of its own. Prints a Markdown table; progress goes to stderr.",
-        epilog="Exit code: 0; 1 where something cannot be used or jresnet has no figures (a peer may have none); 2 for bad "
-        "options; 130 when interrupted.",
+        description="Measure the speed of jresnet and of PyTorch's networks with the same weights and images. "
+        "The frameworks alternate, and each measurement runs in its own process. Prints a Markdown table; progress goes to "
+        "stderr.",
+        epilog="Exit codes: 0 success, even if a peer failed; 1 unusable input, or jresnet failed; 2 wrong options; "
+        "130 after Ctrl-C.",
     )
     add = parser.add_argument
     add("--suite", choices=(*SUITES, "all"), help="what to measure (default: train and infer)")
     add("--peer", default=",".join(PEERS), metavar="NAMES", help="some of %(default)s (default: all), or none")
     add(
-        "--peer-python", default=sys.executable, metavar="PATH", help="that has the peers installed (default: this one)"
+        "--peer-python", default=sys.executable, metavar="PATH",
+        help="Python interpreter with the peers installed (default: this one)",
+    )  # fmt: skip
+    add("--arch", help="an architecture of jresnet.list_models() (default: those of the suite)")
+    add(
+        "--batch",
+        type=int,
+        metavar="N",
+        help="images per batch (default: the suite's; with --arch 128 small or 16 large)",
     )
-    add("--arch", help="of jresnet.list_models(), instead of the suite's own (default: those)")
-    add("--batch", type=int, metavar="N", help="images (default: the row's own; with --arch 128 small or 16 large)")
     add(
         "--size", type=int, metavar="PIXELS",
-        help=f"height and width, below {SMALL} with the CIFAR stem and ten classes (the row's own; with --arch 32 or 224)",
+        help=f"height and width; below {SMALL}: CIFAR stem and ten classes (default: the suite's; with --arch 32 or 224)",
     )  # fmt: skip
-    add("--precision", choices=("float32", "bfloat16"), help="of convolutions (cpu: float32, gpu: bfloat16)")
-    add("--device", choices=("cpu", "gpu"), default="cpu", help="(default: %(default)s)")
-    add("--rounds", type=int, metavar="N", help="measurements of each framework (cpu: 5, gpu: 2)")
-    add("--json", type=Path, metavar="FILE", help="every round's figures, written after each row (default: none)")
-    add("--force", action="store_true", help="replace the file of --json and the plots where they exist")
-    add("--plots", type=folder, metavar="DIR", help="folder for the scaling suite's plots, PNG (default: none)")
-    add("--data-dir", type=folder, metavar="DIR", help="CIFAR-10, for the suites data and accuracy (default: digits)")
+    add(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        help="dtype of convolutions (default: float32 on cpu, bfloat16 on gpu)",
+    )
+    add("--device", choices=("cpu", "gpu"), default="cpu", help="device to measure on (default: %(default)s)")
+    add("--rounds", type=int, metavar="N", help="measurements per framework (default: 5 on cpu, 2 on gpu)")
+    add("--json", type=Path, metavar="FILE", help="file for the figures of every round, written after each row")
+    add("--force", action="store_true", help="replace existing files of --json and --plots")
+    add("--plots", type=folder, metavar="DIR", help="folder for PNG plots of the scaling suite")
+    add(
+        "--data-dir", type=folder, metavar="DIR", help="CIFAR-10 for the suites data and accuracy (default: the digits)"
+    )
     add(
         "--minutes", type=float, metavar="M",
-        help=f"rows and rounds begin while these last; the rest is named (cpu: no limit, gpu: {GPU_MINUTES:g})",
+        help=f"start no row or round after M minutes; list the rest (default: no limit on cpu, {GPU_MINUTES:g} on gpu)",
     )  # fmt: skip
     return parser
 
@@ -148,8 +163,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace, command: str, folder: Path) -> int:
-    """Measures, prints and writes all rows."""
-    gpu, load = args.device == "gpu", os.getloadavg()[0]  # before anything runs here
+    """Measures all rows, prints the table and writes the report."""
+    gpu, load = args.device == "gpu", os.getloadavg()[0]  # the load without the benchmark
     minutes = (GPU_MINUTES if gpu else math.inf) if args.minutes is None else args.minutes
     rows, peers = choose(args), [] if args.peer == "none" else args.peer.split(",")
     if problems := check(args, peers):
@@ -165,7 +180,7 @@ def run(args: argparse.Namespace, command: str, folder: Path) -> int:
     problems = known["problems"]
     if gpu and known["platform"] != "gpu":
         print("would measure:", *rows, sep="\n  ")
-        problems.append("--device gpu: JAX finds none; it needs the driver and pip install 'jax[cuda12]'")
+        problems.append("--device gpu: JAX finds no GPU: install its driver and pip install 'jax[cuda13]'")
     if problems:
         raise Problem("\n".join(problems))
 
@@ -194,19 +209,19 @@ def run(args: argparse.Namespace, command: str, folder: Path) -> int:
     if args.plots:
         plot(report["rows"], args.plots)
     if failed := [f"{row['task']} {row['arch']}" for row in report["rows"] if "failed" in row["results"]["jresnet"]]:
-        raise Problem(f"jresnet has no figures: {', '.join(failed)}")
+        raise Problem(f"jresnet failed: {', '.join(failed)}")
     return 0
 
 
 def check(args: argparse.Namespace, peers: Sequence[str]) -> list[str]:
-    """What is wrong with the options, as far as can be told without JAX."""
-    problems = [f"unknown peer {name!r}: there are {', '.join(PEERS)}, or none" for name in peers if name not in PEERS]
+    """Problems with the options that can be found without JAX."""
+    problems = [f"unknown peer {name!r}: expected {', '.join(PEERS)}, or none" for name in peers if name not in PEERS]
     for name, (least, most) in BOUNDS.items():
         given = getattr(args, name)
         if given is not None and not least <= given <= most:
             problems.append(f"--{name} must be from {least} to {most}, got {given}")
     if args.minutes is not None and not 0 < args.minutes < math.inf:
-        problems.append(f"--minutes must be more than 0, and finite, got {args.minutes:g}")
+        problems.append(f"--minutes must be finite and above 0, got {args.minutes:g}")
     try:
         if args.arch is not None:
             zoo.find(args.arch)
@@ -220,9 +235,9 @@ def check(args: argparse.Namespace, peers: Sequence[str]) -> list[str]:
         except InputError as error:
             problems.append(str(error))
     if args.data_dir and not args.data_dir.exists():
-        problems.append(f"--data-dir {args.data_dir} is not there")
+        problems.append(f"--data-dir {args.data_dir} does not exist")
     if args.plots and args.suite not in ("scaling", "all"):
-        problems.append("--plots draws the scaling suite: add --suite scaling")
+        problems.append("--plots needs the scaling suite: add --suite scaling")
     if args.plots and args.plots.exists() and not args.plots.is_dir():
         problems.append(f"--plots {args.plots} is a file: name a folder")
     if args.plots and not importlib.util.find_spec("matplotlib"):
@@ -231,26 +246,26 @@ def check(args: argparse.Namespace, peers: Sequence[str]) -> list[str]:
 
 
 def ceilings(place: Workplace, rows: Sequence[Row], peers: bool) -> dict[str, float]:
-    """1e9 operations a second in a large matrix product, by framework and precision."""
+    """Rates of a large matrix product by framework and precision, in 1e9 operations per second."""
     found = {}
     for precision in sorted({row.precision for row in rows if row.arch}):
         for worker in ("jresnet", "torch") if peers and not place.no_torch else ("jresnet",):
-            with contextlib.suppress(WorkerError):  # why, the rows will tell
+            with contextlib.suppress(WorkerError):  # the rows report the reason
                 found[f"{worker} {precision}"] = place.ask(worker, "gemm", precision=precision)["gflops"]
     return found
 
 
 def measure(place: Workplace, row: Row, contestants: Sequence[str], about: Mapping[str, Any]) -> dict[str, Any]:
-    """Of each contestant a list of its rounds' answers or, as text, why it has none."""
+    """For each contestant the answers of its rounds, or a text with the reason why it failed."""
     found: dict[str, Any] = {name: place.no_torch if name in PEERS and place.no_torch else [] for name in contestants}
     timed = row.task in ("train", "infer", "epoch")
     images = min(row.batch, CHECKED_IMAGES) if row.task == "infer" else row.batch
-    checked = row.suite == row.task and about["gflop"] * images <= CHECKED_GFLOP  # in "train" and "infer"
+    checked = row.suite == row.task and about["gflop"] * images <= CHECKED_GFLOP  # suites "train" and "infer"
     with tempfile.TemporaryDirectory(dir=place.folder) as inputs:
         job = dataclasses.asdict(row) | {"config": about["config"], "folder": inputs, "epoch": EPOCH}
         job |= {"seconds": SECONDS if timed else 0, "data_dir": place.data_dir and str(place.data_dir)}
         if row.arch and not row.dataset:
-            say(f"{row}: weights, images{', float64' if checked else ''}")
+            say(f"{row}: writing weights, images{', float64 reference' if checked else ''}")
             try:
                 place.ask("jresnet", "make", **job, check=checked)
             except WorkerError as error:
@@ -258,7 +273,7 @@ def measure(place: Workplace, row: Row, contestants: Sequence[str], about: Mappi
         for number in range(place.rounds):
             if number and place.late:
                 break
-            cache = f"{inputs}/{number}" if row.task in ("first step", "compile") else "cache"  # else an old one helps
+            cache = f"{inputs}/{number}" if row.task in ("first step", "compile") else "cache"  # a new one if it counts
             for name in [name for name in contestants if isinstance(found[name], list)]:
                 try:
                     if row.dataset:
@@ -275,7 +290,7 @@ def measure(place: Workplace, row: Row, contestants: Sequence[str], about: Mappi
 
 
 def once(place: Workplace, row: Row, name: str, cache: str, job: dict[str, Any]) -> dict[str, Any]:
-    """One measurement, in a fresh process; ``seconds`` of the answer is what the row is about."""
+    """One measurement in a new process. ``seconds`` of the answer is the quantity that the row measures."""
     worker = "torch" if name in PEERS else "jresnet"
     if row.task == "import":
         timed = f"import time; began = time.perf_counter(); import {worker}; print(time.perf_counter() - began)"
@@ -290,10 +305,10 @@ def once(place: Workplace, row: Row, name: str, cache: str, job: dict[str, Any])
 
 
 def reach(place: Workplace, row: Row, name: str, seed: int) -> dict[str, Any]:
-    """How long a whole run trains and evaluates, without compilation, until test accuracies are reached.
+    """Seconds of training and evaluation, without compilation, until a run reaches the test accuracies.
 
     Raises:
-        WorkerError: where one of them is not.
+        WorkerError: the run does not reach the highest one.
     """
     with tempfile.TemporaryDirectory(dir=place.folder) as folder:
         out = Path(folder) / "run"
@@ -317,22 +332,22 @@ def reach(place: Workplace, row: Row, name: str, seed: int) -> dict[str, Any]:
 
 
 def answer(command: list[str], **environment: str) -> Any:
-    """The JSON on the last line of a command's output; raises WorkerError."""
+    """The JSON on the last line of a command's output. Raises WorkerError."""
     return json.loads(execute(command, **environment)[-1])
 
 
 def execute(command: list[str], **environment: str) -> list[str]:
-    """The lines of a command's output.
+    """Runs a command; returns the lines of its stdout.
 
     Raises:
-        WorkerError: with the last lines of what it complained about.
+        WorkerError: the command failed; the text has the last lines of stderr.
     """
     paths = [str(ROOT), str(ROOT / "scripts"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    # Sleeping threads, which OMP_WAIT_POLICY=passive asks for, take up to a third from PyTorch.
+    # With OMP_WAIT_POLICY=passive, threads sleep between operations, which costs PyTorch up to a third of its speed.
     inherited = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
     environment = {**inherited, **environment, "PYTHONPATH": os.pathsep.join(paths)}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
-        # A session of its own: Ctrl-C reaches this process alone, which then ends the worker and its children.
+        # In a new session the worker does not receive Ctrl-C. This process does, and kills the worker with its children.
         worker = subprocess.Popen(command, stdout=out, stderr=errors, env=environment, start_new_session=True)
         try:
             code = worker.wait()
@@ -351,7 +366,7 @@ def execute(command: list[str], **environment: str) -> list[str]:
 
 
 def hardware() -> dict[str, Any]:
-    """The machine."""
+    """Describes the machine."""
     described = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     model = re.search(r"^model name\s*:\s*(.+)$", described, re.MULTILINE)
     return {
@@ -366,10 +381,10 @@ def hardware() -> dict[str, Any]:
 
 
 def versions(peer_python: str) -> dict[str, str]:
-    """Of Python and what is installed of jresnet's packages here, and of the peers' there.
+    """Versions of Python and of jresnet's packages here, and of the peers' packages in ``peer_python``.
 
     Raises:
-        Problem: where that is no Python.
+        Problem: ``peer_python`` is not a working Python interpreter.
     """
     code = (
         "import importlib.metadata, json, platform, sys\n"
@@ -381,13 +396,13 @@ def versions(peer_python: str) -> dict[str, str]:
         ours = answer([sys.executable, "-c", code, *PACKAGES["jresnet"]])
         theirs = answer([peer_python, "-c", code, *PACKAGES["torch"]])
     except (OSError, ValueError, LookupError, WorkerError) as error:
-        raise Problem(f"--peer-python {peer_python} is no Python that works: {error}") from error
+        raise Problem(f"--peer-python {peer_python} is not a working Python interpreter: {error}") from error
     python = theirs.pop("python")
     return ours | ({"the peers' python": python} if python != ours["python"] else {}) | theirs
 
 
 def write(path: Path, report: Mapping[str, Any]) -> None:
-    """The old file or the new one, whole."""
+    """Writes the report atomically."""
     try:
         write_atomically(path, (json.dumps(report, indent=1, allow_nan=False) + "\n").encode())
     except InputError as error:
@@ -395,12 +410,12 @@ def write(path: Path, report: Mapping[str, Any]) -> None:
 
 
 def handle_signals() -> None:
-    """SIGTERM, too, ends the worker first."""
+    """Makes SIGTERM exit by an exception, so that the worker is killed too."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def say(text: str) -> None:
-    """Progress."""
+    """Prints progress to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 

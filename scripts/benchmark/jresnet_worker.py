@@ -1,6 +1,6 @@
-"""jresnet's worker of the benchmark: a job as JSON in the first argument, the answer as JSON on the last line.
+"""The benchmark's jresnet worker. The first argument is a job as JSON; the last line of the output is the answer as JSON.
 
-It also writes a row's weights and images for all frameworks, and what they come to in float64.
+It also writes the weights and images of a row for all frameworks, and the reference in float64.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Job = Mapping[str, Any]
 
 
 def survey(job: Job) -> dict[str, Any]:
-    """The device, and of each row its configuration and operations an image; or what is wrong with them."""
+    """The device, the configuration and operations per image of each row, and the problems found."""
     problems, rows = [], []
     for row in job["rows"]:
         rows.append({"config": None, "gflop": 0.0})
@@ -55,8 +55,8 @@ def survey(job: Job) -> dict[str, Any]:
 
 
 def gemm(job: Job) -> dict[str, Any]:
-    """How fast a large matrix product is."""
-    # Sums in float32: else a CPU's bfloat16 units are not used.
+    """Rate of a large matrix product."""
+    # Accumulates in float32; otherwise a CPU's bfloat16 units are not used.
     product = jax.jit(lambda a, b: lax.dot(a, b, preferred_element_type=jnp.float32))
 
     def prepare(size: int) -> Callable[[], object]:
@@ -67,7 +67,7 @@ def gemm(job: Job) -> dict[str, Any]:
 
 
 def make(job: Job) -> dict[str, Any]:
-    """Writes random weights, images and labels and, where ``check`` asks, what they come to in float64."""
+    """Writes random weights, images and labels and, if ``check`` is set, the reference in float64."""
     folder, draw = Path(job["folder"]), np.random.default_rng(1)
     model = jresnet.ResNet(common.configuration(job), rngs=nnx.Rngs(0))
     randomise(model)
@@ -81,7 +81,7 @@ def make(job: Job) -> dict[str, Any]:
 
 
 def reference(model: jresnet.ResNet, images: jax.Array, labels: jax.Array, task: str) -> dict[str, Any]:
-    """The first logits, or the gradient, of a model and images in float64."""
+    """The logits of the first images, or the gradient, of a float64 model."""
     graph, params, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     if task == "infer":
         logits = jax.jit(lambda x: nnx.merge(graph, params, stats)(x))
@@ -91,7 +91,7 @@ def reference(model: jresnet.ResNet, images: jax.Array, labels: jax.Array, task:
 
 
 def load(job: Job, wide: Any = np.float32) -> tuple[jresnet.ResNet, jax.Array, jax.Array]:
-    """The row's model, with parameters in ``wide``, its images and its labels."""
+    """The row's model with parameters of dtype ``wide``, its images and its labels."""
     images, labels, tensors = common.inputs(job)
     config, dtype = (
         common.configuration(job),
@@ -102,33 +102,33 @@ def load(job: Job, wide: Any = np.float32) -> tuple[jresnet.ResNet, jax.Array, j
 
 
 def loss(graph: nnx.GraphDef, params: nnx.State, stats: nnx.State, images: jax.Array, labels: jax.Array):
-    """-> mean cross-entropy, the new BN statistics."""
+    """Returns the mean cross-entropy and the new BatchNorm statistics."""
     model = nnx.merge(graph, params, stats, copy=True)
     logits = model(images, train=True)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), nnx.state(model, nnx.BatchStat)
 
 
 def by_key(state: nnx.State) -> dict[str, np.ndarray]:
-    """Parameters, or their gradients, by torchvision's keys and in PyTorch's layout."""
+    """Parameters or gradients with torchvision's keys, in PyTorch's layout."""
     flat = ((".".join(map(str, path)), leaf.get_value()) for path, leaf in nnx.to_flat_state(state))
     return {keymap.torch_key(path): keymap.to_torch(np.asarray(value)) for path, value in flat}
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """A row's figures."""
+    """Measures a row."""
     found = {"infer": infer, "epoch": epoch, "data": first_batch}.get(job["task"], training)(job)
     memory = jax.devices()[0].memory_stats() or {}
     return found | ({"device_bytes": memory["peak_bytes_in_use"]} if "peak_bytes_in_use" in memory else {})
 
 
 def compiled(function: Callable, *arguments: Any, **options: Any) -> tuple[Callable, float]:
-    """A function compiled for such arguments, and the seconds it took."""
+    """A function compiled for the given arguments, and the compile time in seconds."""
     began = time.perf_counter()
     return cache.compiled(jax.jit(function, **options), *arguments), time.perf_counter() - began
 
 
 def infer(job: Job) -> dict[str, Any]:
-    """Logits of a batch that lies on the device; the weights are constants of the program, as in a frozen PyTorch one."""
+    """Inference on a batch on the device. The weights are constants of the program, as in PyTorch's frozen network."""
     model, images, _ = load(job)
     forward, seconds = compiled(jresnet.fuse(model), images, compiler_options=jresnet.compiler_options())
 
@@ -144,7 +144,7 @@ def infer(job: Job) -> dict[str, Any]:
 
 
 def training(job: Job) -> dict[str, Any]:
-    """Steps of SGD on a batch that lies on the device; on an accelerator many in one call, as in jresnet's own loop."""
+    """SGD steps on a batch on the device. On an accelerator one call runs many steps, as in jresnet's own loop."""
     where, optimizer = devices.find(job["devices"]), optim.optimizer("sgd", common.LR, **common.SGD)
     on_device = where.platform != "cpu"
 
@@ -184,10 +184,10 @@ def training(job: Job) -> dict[str, Any]:
         jax.block_until_ready(state)
 
     found = common.pace(job, run, job["batch"]) | {"compile_seconds": seconds}
-    if job["task"] == "first step":  # some programs cannot be kept (docs/explanation/speed.md)
+    if job["task"] == "first step":  # some programs cannot be cached (docs/explanation/jax-versions.md)
         found["note"] = "step loaded" if kept else "step compiled"
     if job["check"]:
-        # The gradient that the timed function takes: after one step the momentum is the gradient and the decay.
+        # Gradient of the timed function: after one step, the momentum is the gradient plus the weight decay.
         state, *_ = start()
         before = by_key(state.params)
         run(1)
@@ -198,7 +198,7 @@ def training(job: Job) -> dict[str, Any]:
 
 
 def epoch(job: Job) -> dict[str, Any]:
-    """Epochs of random images in uint8 on the device, augmented, by the library's own step and loop."""
+    """Epochs of random uint8 images on the device, with augmentation, in the library's own step and loop."""
     (model, *_), where, draw = load(job), devices.find(1), np.random.default_rng(0)
     optimizer = optim.optimizer("sgd", common.LR, **common.SGD)
     images = draw.integers(0, 256, (job["epoch"], job["size"], job["size"], 3), np.uint8)
@@ -232,7 +232,7 @@ def pipeline(size: int) -> augment.Pipeline:
 
 
 def first_batch(job: Job) -> dict[str, Any]:
-    """Seconds from the files to a batch of augmented images on the device; import and compilation are left out."""
+    """Seconds from opening the files to a batch of augmented images on the device, without import and compilation."""
     key, some = jax.random.key(0), jax.ShapeDtypeStruct((job["batch"], 32, 32, 3), jnp.uint8)
     views, compile_seconds = compiled(pipeline(32).train, key, some)
     began = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What the benchmark and the tests do with jresnet's networks: count their operations, and draw their statistics."""
+"""Functions on networks that the benchmark and the tests share: counting operations, random BatchNorm statistics."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from jresnet.models.resnet import ResNet, ResNetConfig
 
 
 def macs(config: ResNetConfig, size: int) -> int:
-    """Multiply-accumulates of the convolutions and the head for one image of ``size`` pixels, from the shapes."""
+    """Multiply-accumulates of the convolutions and the head for an image of ``size`` pixels, counted from the shapes."""
     graph, state = nnx.split(ResNet(config, rngs=None))
 
     def count(jaxpr: Any) -> int:
         total = 0
         for equation in jaxpr.eqns:
             shapes = [variable.aval.shape for variable in equation.invars]
-            if equation.primitive.name == "jresnet_convolution":  # HWIO, I divided by the groups
+            if equation.primitive.name == "jresnet_convolution":  # HWIO; I is the input channels per group
                 total += math.prod(equation.outvars[0].aval.shape) * math.prod(shapes[1][:3])
             elif equation.primitive.name == "dot_general":
                 total += math.prod(shapes[0]) * shapes[1][-1]
@@ -33,7 +33,7 @@ def macs(config: ResNetConfig, size: int) -> int:
 
 
 def randomise(model: ResNet, seed: int = 0) -> None:
-    """Draws the parameters and statistics of every BatchNorm, and every bias: default ones hide swapped leaves."""
+    """Draws random BatchNorm parameters and statistics, and random biases. Default values would hide swapped arrays."""
     draw = np.random.default_rng(seed)
     state = nnx.state(model)
     for path, leaf in nnx.to_flat_state(state):

@@ -1,4 +1,4 @@
-"""What the benchmark measures: rows, by suite, and of whom."""
+"""The rows that each suite measures, and the frameworks measured in each row."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from benchmark.table import PEERS
 SUITES = ("train", "infer", "accuracy", "startup", "data", "scaling")
 SMALL = 64  # pixels below which networks have the CIFAR stem and ten classes
 
-ABLE = {  # which peers a task has
+ABLE = {  # the peers that support a task
     "train": PEERS, "infer": PEERS, "epoch": ("torch", "torch-compile"), "first step": ("torch", "torch-compile"),
     "compile": ("torch-compile",), "import": ("torch",), "accuracy": ("torch",), "data": (),
 }  # fmt: skip
-ACCURACY_BATCH = {"digits": 32, "cifar10": 512}  # the recipe's own
-LEVELS = {"digits": (0.90, 0.95), "cifar10": (0.90, 0.94)}  # test accuracies whose time is taken
-# Suite, device ("": both), task, architecture, pixels, batches. For a GPU the order is what the budget shall reach first.
+ACCURACY_BATCH = {"digits": 32, "cifar10": 512}  # batch sizes of the recipe
+LEVELS = {"digits": (0.90, 0.95), "cifar10": (0.90, 0.94)}  # test accuracies; the time to reach them is measured
+# Suite, device ("": both), task, architecture, pixels, batches. The rows of a GPU are in order of priority, as its time is
+# limited.
 DEFAULTS = (
     ("train", "cpu", "train", "resnet20_cifar", 32, (128,)),
     ("train", "cpu", "train", "resnet18", 32, (128,)),
@@ -46,18 +47,18 @@ DEFAULTS = (
 
 @dataclass(frozen=True)
 class Row:
-    """One thing to measure, of every framework."""
+    """One task and network to measure in every framework."""
 
     suite: str
-    # "train", "infer", "epoch": images a second; "accuracy", "import", "first step", "compile", "data": seconds
+    # "train", "infer", "epoch" in images per second; "accuracy", "import", "first step", "compile", "data" in seconds
     task: str
     arch: str = ""
     size: int = 0  # pixels, height and width
     batch: int = 0  # images
     precision: str = "float32"
-    series: str = ""  # in "scaling": what is varied, "batch", "depth" or "devices"
-    devices: int = 1  # simulated ones
-    dataset: str = ""  # in "accuracy": the images
+    series: str = ""  # in suite "scaling" the quantity that varies: "batch", "depth" or "devices"
+    devices: int = 1  # number of simulated devices
+    dataset: str = ""  # in suite "accuracy" the name of the data set
 
     def __str__(self) -> str:
         network = f" {self.arch} at {self.size}, batch {self.batch}, {self.precision}" if self.arch else ""
@@ -68,12 +69,12 @@ class Row:
 
     @property
     def chosen(self) -> dict[str, Any]:
-        """Stem and classes, as ``jresnet.create`` takes them; None: the architecture's own."""
+        """Stem and number of classes, as arguments of ``jresnet.create``; None: the architecture's default."""
         small = self.size < SMALL
         return {"stem": "cifar" if small else None, "num_classes": 10 if small else None}
 
     def contestants(self, peers: Sequence[str]) -> list[str]:
-        """Who is measured, in turn: jresnet, and those of ``peers`` that have such a task."""
+        """What is measured, in this order: jresnet, and those of ``peers`` that support the task."""
         able = ABLE[self.task]
         if self.series:
             able = () if self.series == "devices" else ("torch",)
@@ -82,7 +83,7 @@ class Row:
 
 
 def choose(args: argparse.Namespace) -> list[Row]:
-    """The rows that the options name, each once."""
+    """The rows selected by the options, without duplicates."""
     suites = SUITES if args.suite == "all" else (args.suite,) if args.suite else ("train", "infer")
     precision = args.precision or ("bfloat16" if args.device == "gpu" else "float32")
     usual = args.size or (32 if (args.arch or "_cifar").endswith("_cifar") else 224)
@@ -107,7 +108,7 @@ def choose(args: argparse.Namespace) -> list[Row]:
 
 
 def _scaling(args: argparse.Namespace, size: int, precision: str) -> list[Row]:
-    """Training over the batch, the depth and simulated devices, the other two as they are."""
+    """Training rows that vary the batch size, the depth or the number of simulated devices, one at a time."""
     arch, batch = args.arch or "resnet20_cifar", args.batch or 128
     batches = [args.batch] if args.batch else [1, 4, 16, 64, 256, 1024]
     depths = [] if args.arch else [20, 32, 44, 56, 110]

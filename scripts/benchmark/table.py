@@ -1,4 +1,4 @@
-"""What the benchmark makes of its measurements: statistics, tables and plots."""
+"""Statistics, tables and plots of the benchmark's measurements."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ SERIES = ("batch", "depth", "devices")  # of the scaling suite
 PLOTS = tuple(f"scaling-{series}.png" for series in SERIES)
 COLUMNS = "what", "framework", "images/s", "seconds", "ratio", "GEMM", "compile s", "memory MiB", "error", "n", "note"
 NOTES = """
-images/s, seconds (of a step, of an epoch, or until what was named was done), ratio (jresnet's speed over this one's, round
-by round): median (least-most) of n rounds. GEMM: share of the fastest large matrix product measured here, operations counted
-from the shapes, training as three forward passes. compile: in the first round. memory: peak of the process, and of the
-device. error: relative L2 distance to float64, of the logits (inference) or the whole gradient (training)."""
+images/s, seconds, ratio: median (minimum-maximum) of n rounds. seconds: per step, per epoch, or of the whole task. ratio:
+jresnet's speed divided by this framework's in the same round. GEMM: rate of operations as a share of the fastest large
+matrix product measured here; operations are counted from the shapes, a training step as three forward passes. compile s: in
+the first round. memory MiB: peak of the process, and of the device. error: relative L2 distance to float64, of the logits
+(inference) or the whole gradient (training)."""
 
 
 def evaluate(name: str, found: Mapping[str, Any], gflop: float, fastest: float) -> dict[str, Any]:
-    """What a contestant's rounds come to.
+    """Statistics of a contestant's rounds.
 
     Args:
-        name: whose.
-        found: of :func:`measure`.
-        gflop: 1e9 operations an image takes.
-        fastest: 1e9 operations a second in a matrix product; 0: unknown.
+        name: name of the contestant.
+        found: result of :func:`measure`.
+        gflop: operations per image, in 1e9.
+        fastest: rate of the fastest matrix product, in 1e9 operations per second; 0: unknown.
     """
     rounds, ours = found[name], found["jresnet"]
     if isinstance(rounds, str):
@@ -47,22 +48,22 @@ def evaluate(name: str, found: Mapping[str, Any], gflop: float, fastest: float) 
 
 
 def middle(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and most."""
+    """Median, minimum and maximum."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 def head() -> str:
-    """The first two lines of the table that the command prints."""
+    """The first two lines of the printed table."""
     return f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
 def line(what: str, name: str, result: Mapping[str, Any]) -> str:
-    """The line of a contestant in the table that the command prints.
+    """A contestant's line of the printed table.
 
     Args:
-        what: was measured.
-        name: of whom.
-        result: of :func:`evaluate`.
+        what: what was measured.
+        name: name of the contestant.
+        result: result of :func:`evaluate`.
     """
     if "failed" in result:
         return f"| {what} | {name} |{' - |' * (len(COLUMNS) - 4)} 0 | {result['failed'].replace('|', '/')} |"
@@ -76,7 +77,7 @@ def line(what: str, name: str, result: Mapping[str, Any]) -> str:
 
 
 def show(result: Mapping[str, Any], key: str, form: str, scale: float = 1.0) -> str:
-    """A figure, with least and most where it has them; a dash where there is none."""
+    """Formats a figure, with minimum and maximum if it has them; a dash if it is missing."""
     value = result.get(key)
     if isinstance(value, Mapping):
         median, least, most = (f"{value[which] * scale:{form}}" for which in ("median", "min", "max"))
@@ -85,13 +86,13 @@ def show(result: Mapping[str, Any], key: str, form: str, scale: float = 1.0) -> 
 
 
 def memory(result: Mapping[str, Any]) -> str:
-    """MiB of the process, and of the device."""
+    """Memory of the process and of the device, in MiB."""
     parts = [show(result, key, ".0f", 2**-20) for key in ("host_bytes", "device_bytes") if key in result]
     return ", ".join(parts) or "-"
 
 
 def place(report: Mapping[str, Any]) -> str:
-    """Where it was measured, with what, and how fast a matrix product is there."""
+    """Describes the machine, the versions, and the rates of a matrix product."""
     machine = report["hardware"]
     software = ", ".join(f"{name} {found}" for name, found in report["versions"].items())
     ceilings = ", ".join(f"{name} {found:.4g}" for name, found in report["ceilings"].items())
@@ -102,26 +103,28 @@ def place(report: Mapping[str, Any]) -> str:
 
 
 def footer(report: Mapping[str, Any]) -> str:
-    """What stands below the table that the command prints."""
+    """The text below the printed table."""
     machine, parts = report["hardware"], [NOTES, place(report)]
     if machine["load"] > machine["cores"] / 4:
-        parts.append(f"the machine was busy, load {machine['load']:.1f}: repeat this; PyTorch's threads suffer most")
+        parts.append(
+            f"load {machine['load']:.1f}: measure again without other load, which slows PyTorch's threads most"
+        )
     if report["left_out"]:
-        parts.append("left out, as --minutes were over: " + "; ".join(report["left_out"]))
+        parts.append("left out because of the time limit --minutes: " + "; ".join(report["left_out"]))
     return "\n".join(parts)
 
 
 def summary(report: Mapping[str, Any]) -> str:
-    """A report as the README shows it: of each thing measured a line with jresnet's figures and the ratios to its peers."""
+    """A report as README.md and docs/ show it: one line per row with jresnet's figures and the ratios to its peers."""
     peers = [name for name in PEERS if any("ratio" in row["results"].get(name, {}) for row in report["rows"])]
     columns = ["", "jresnet", "of GEMM", *(f"to {name}" for name in peers)]
-    columns += [f"MiB, beside {peers[0]}", f"error, beside {peers[0]}"] if peers else ["MiB", "error"]
+    columns += [f"MiB, jresnet / {peers[0]}", f"error, jresnet / {peers[0]}"] if peers else ["MiB", "error"]
     table = [columns, ["---"] * len(columns)]
     for row in report["rows"]:
         ours, beside = row["results"]["jresnet"], row["results"].get(peers[0], {}) if peers else {}
         unit = ("images_per_second", ".4g", " images/s") if "images_per_second" in ours else ("seconds", ".3g", " s")
         speeds = []
-        for name, found in row["results"].items():  # what takes seconds can be had warm, too
+        for name, found in row["results"].items():  # tasks in seconds may have a cached variant
             if name.startswith("jresnet") and "failed" not in found:
                 note = f" ({found['note']})" if unit[0] == "seconds" and "note" in found else ""
                 who = "" if name == "jresnet" else name.removeprefix("jresnet, ") + ": "
@@ -137,8 +140,8 @@ def summary(report: Mapping[str, Any]) -> str:
 
 
 def plot(rows: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """``scaling-SERIES.png``: images a second over batch, depth and devices."""
-    from matplotlib.figure import Figure  # which draws with Agg, where pyplot chooses
+    """Draws ``scaling-SERIES.png``: images per second over batch size, depth and number of devices."""
+    from matplotlib.figure import Figure  # always draws with Agg; pyplot would choose a backend
 
     folder.mkdir(parents=True, exist_ok=True)
     for series, file in zip(SERIES, PLOTS, strict=True):

@@ -1,4 +1,4 @@
-"""torchvision's way from image files to batches, for the loader's benchmark: ``ImageFolder``, v2, ``DataLoader``."""
+"""torchvision's image loader for the loader benchmark: ``ImageFolder``, v2 transforms and ``DataLoader``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def batches(root: Path, size: int, batch: int, workers: int) -> Callable[[], object]:
-    """A function that gives the next batch of training views, without end."""
+    """A function that returns the next batch of augmented images, for any number of epochs."""
     views = v2.Compose(
         [
             v2.RandomResizedCrop(size, antialias=True),

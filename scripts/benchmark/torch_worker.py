@@ -1,6 +1,6 @@
-"""PyTorch's worker of the benchmark: a job as JSON in the first argument, the answer as JSON on the last line.
+"""The benchmark's PyTorch worker. The first argument is a job as JSON; the last line of the output is the answer as JSON.
 
-The networks are those of ``convert.reference`` (torchvision's, and the CIFAR family) or timm's, channels-last.
+The networks are those of ``convert.reference`` (torchvision's, and the CIFAR family) or timm, in channels-last layout.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Job = Mapping[str, Any]
 
 
 def gemm(job: Job) -> dict[str, Any]:
-    """How fast a large matrix product is."""
+    """Rate of a large matrix product."""
 
     def prepare(size: int) -> Callable[[], object]:
         a, b = (torch.randn(size, size, device=device(job), dtype=getattr(torch, job["precision"])) for _ in range(2))
@@ -31,24 +31,24 @@ def gemm(job: Job) -> dict[str, Any]:
 
 
 def device(job: Job) -> str:
-    """Where the job is done."""
+    """The device of the job."""
     if job["device"] == "cpu":
         return "cpu"
     if not torch.cuda.is_available():
-        sys.exit("this torch finds no GPU")
+        sys.exit("the installed torch finds no GPU")
     torch.backends.cudnn.benchmark = True
-    torch.set_float32_matmul_precision("high")  # TF32, which is XLA's default and cuDNN's for convolutions
+    torch.set_float32_matmul_precision("high")  # TF32, the default of XLA, and of cuDNN for convolutions
     return "cuda"
 
 
 def wait(job: Job) -> None:
-    """Until the device is done; a CPU is when a call returns."""
+    """Waits until an accelerator is done. On a CPU a call returns when the work is done."""
     if job["device"] != "cpu":
         torch.cuda.synchronize()
 
 
 def load(job: Job) -> tuple[nn.Module, dict[str, Tensor], Tensor, Tensor]:
-    """The row's network, its weights, images in NHWC order and labels, on the device."""
+    """The row's network, its weights, images (NHWC in memory) and labels."""
     arch, config = job["arch"], common.configuration(job)
     if job["contestant"] == "timm":
         installed.import_torchvision()  # timm imports it
@@ -63,13 +63,13 @@ def load(job: Job) -> tuple[nn.Module, dict[str, Tensor], Tensor, Tensor]:
     tensors = {key: torch.from_numpy(value) for key, value in values.items()}
     model.load_state_dict(tensors, strict=True)
     model = model.to(device(job), memory_format=torch.channels_last)
-    # What is NHWC in memory, seen as NCHW, is channels-last.
+    # An NCHW view of NHWC memory is channels-last.
     batch = torch.from_numpy(images).to(device(job)).permute(0, 3, 1, 2)
     return model, tensors, batch, torch.from_numpy(labels).long().to(device(job))
 
 
 def compiled(model: nn.Module, job: Job) -> Callable[[Tensor], Tensor]:
-    """The network, compiled for that contestant: for inference with its weights as constants, on a GPU as CUDA graphs."""
+    """The network, compiled for "torch-compile": with frozen weights in inference, and as CUDA graphs on a GPU."""
     if job["contestant"] != "torch-compile":
         return model
     import torch._inductor.config
@@ -83,7 +83,7 @@ def autocast(job: Job) -> torch.autocast:
 
 
 def measure(job: Job) -> dict[str, Any]:
-    """A row's figures."""
+    """Measures a row."""
     found = {"infer": infer, "epoch": epoch}.get(job["task"], training)(job)
     if job["contestant"] == "torch-compile":
         found["compile_seconds"] = found["first_step_seconds"]
@@ -91,7 +91,7 @@ def measure(job: Job) -> dict[str, Any]:
 
 
 def infer(job: Job) -> dict[str, Any]:
-    """Logits of a batch that lies on the device."""
+    """Inference on a batch on the device."""
     model, _, images, _ = load(job)
     forward = compiled(model.eval(), job)
 
@@ -111,14 +111,14 @@ def infer(job: Job) -> dict[str, Any]:
 
 
 def layout(model: nn.Module, images: Tensor) -> str:
-    """How the images and all kernels lie in memory."""
+    """Memory layout of the images and all kernels."""
     tensors = [images, *(value for value in model.parameters() if value.ndim == 4)]
     last = all(value.is_contiguous(memory_format=torch.channels_last) for value in tensors)
     return "channels-last" if last else "channels-first"
 
 
 def training(job: Job) -> dict[str, Any]:
-    """Steps of SGD on a batch that lies on the device."""
+    """SGD steps on a batch on the device."""
     model, tensors, images, labels = load(job)
     step = stepper(model, job)
 
@@ -137,7 +137,7 @@ def training(job: Job) -> dict[str, Any]:
 
 
 def stepper(model: nn.Module, job: Job) -> Callable[[Tensor, Tensor], None]:
-    """Takes a training step on images and labels; the gradients stay until the next."""
+    """A function that runs a training step. The gradients are kept until the next step."""
     optimizer = torch.optim.SGD(model.parameters(), common.LR, **common.SGD, fused=True)
     forward = compiled(model.train(), job)
 
@@ -152,7 +152,7 @@ def stepper(model: nn.Module, job: Job) -> Callable[[Tensor, Tensor], None]:
 
 
 def epoch(job: Job) -> dict[str, Any]:
-    """Epochs of random images in uint8 on the device: crops of the padded images, flips, normalisation, steps."""
+    """Epochs of random uint8 images on the device: crops of padded images, flips, normalisation, training steps."""
     (model, *_), size, count, where = load(job), job["size"], job["epoch"], device(job)
     step, along, steps = stepper(model, job), torch.arange(size, device=where), count // job["batch"]
     padded = torch.randint(0, 256, (count, size + 8, size + 8, 3), dtype=torch.uint8, device=where)

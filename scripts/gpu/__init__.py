@@ -1,1 +1,1 @@
-"""What is run on an accelerator: floors to read a measurement by, checks, speeds, accuracies."""
+"""Scripts for accelerators: lower bounds on the time of a step, checks, speeds and accuracies."""

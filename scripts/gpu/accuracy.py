@@ -1,7 +1,7 @@
-"""Accuracy and the time to it on an accelerator: ``python scripts/gpu_accuracy.py --data-dir DIR --out OUT``.
+"""Accuracy and time to accuracy on an accelerator: ``python scripts/gpu_accuracy.py --data-dir DIR --out OUT``.
 
-Runs the training command for each row below, as long as the minutes last, and collects what the runs wrote: the summary,
-the rows of metrics, the curves, and ResNet-20's weights. PyTorch's row is that recipe by ``tests/parity/train_torch.py``.
+Runs the training command for each row of ``RUNS`` until the time limit, and collects summaries, metrics, curves and
+ResNet-20's weights. PyTorch's row trains with the same recipe by ``tests/parity/train_torch.py``.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from jresnet.commands.flags import Parser
 
 ROOT = Path(__file__).resolve().parents[2]
 JRESNET, TORCH = "scripts/train_cifar10.py", "tests/parity/train_torch.py"
-KEPT = ("config.json", "metrics.jsonl", "summary.json", "curves.png", "confusion.png")  # of a run's folder
-LARGEST = 2**20  # bytes of weights that are kept
+KEPT = ("config.json", "metrics.jsonl", "summary.json", "curves.png", "confusion.png")  # files of a run that are kept
+LARGEST = 2**20  # bytes; larger weights are deleted
 
 
 @dataclass(frozen=True)
 class Run:
-    """One command, and what is asked of it."""
+    """One training command, and the accuracy that it must reach."""
 
     name: str
     script: str
     options: tuple[str, ...]
     seeds: int
-    asked: float | None  # test accuracy after the last epoch, least mean
-    usual: bool = True  # whether it is run where no run is named
+    asked: float | None  # required mean test accuracy after the last epoch
+    usual: bool = True  # whether it is run by default
 
 
 _STEP = ("--recipe", "step", "--epochs", "200")
 _VALIDATED = (*_STEP, "--val-split", "5000")
-RUNS = (  # in the order in which the minutes shall reach them
+RUNS = (  # in order of priority, as the time is limited
     Run("resnet18-fast", JRESNET, ("--depth", "18", "--recipe", "fast", "--epochs", "20"), 5, 0.94),
     Run("resnet20-step", JRESNET, ("--depth", "20", *_STEP), 2, 0.92),
     Run("resnet18-fast-torch", TORCH, ("--depth", "18", "--recipe", "fast", "--epochs", "20"), 2, None),
@@ -50,7 +50,7 @@ RUNS = (  # in the order in which the minutes shall reach them
     Run("resnet56-step", JRESNET, ("--depth", "56", *_STEP), 1, 0.939, usual=False),
     Run("resnet18-step-val", JRESNET, ("--depth", "18", *_VALIDATED), 1, None, usual=False),
     Run("resnet34-step", JRESNET, ("--depth", "34", *_STEP), 1, 0.957, usual=False),
-    Run(  # what carries over from airbench to a plain ResNet (arXiv:2404.00498), for longer
+    Run(  # techniques of airbench (arXiv:2404.00498) that apply to a plain ResNet, with more epochs
         "resnet18-long", JRESNET,
         ("--depth", "18", "--recipe", "fast", "--epochs", "100", "--label-smoothing", "0.2",
          "--ema", "0.999", "--zero-init-residual"), 1, 0.96, usual=False,
@@ -60,7 +60,7 @@ RUNS = (  # in the order in which the minutes shall reach them
 
 
 def command(run: Run, args: argparse.Namespace, out: Path) -> list[str]:
-    """What is typed for a run."""
+    """The command line of a run."""
     found = [sys.executable, "-u", str(ROOT / run.script), *run.options, "--runs", str(run.seeds), "--out", str(out)]
     found += ["--data-dir", str(args.data_dir)] if args.data_dir else ["--dataset", "digits"]
     if args.small:
@@ -71,7 +71,7 @@ def command(run: Run, args: argparse.Namespace, out: Path) -> list[str]:
 
 
 def execute(run: Run, args: argparse.Namespace, out: Path, until: float) -> dict[str, Any]:
-    """Runs a command, which is ended when the time is over, and collects what it wrote."""
+    """Runs a command, terminates it at the time limit, and collects its results."""
     began, line = time.monotonic(), command(run, args, out)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests" / "parity")])}
     log = out.with_suffix(".log")
@@ -105,7 +105,7 @@ def execute(run: Run, args: argparse.Namespace, out: Path, until: float) -> dict
 
 
 def keep(out: Path) -> None:
-    """Deletes from a run's folder what need not come back: checkpoints, and weights that are large."""
+    """Deletes large files from a run's folder, such as checkpoints and large weights."""
     for folder in [*out.rglob("checkpoints"), *out.rglob("tensorboard")]:
         shutil.rmtree(folder, ignore_errors=True)
     for path in [path for path in out.rglob("*") if path.is_file()]:
@@ -117,19 +117,30 @@ def keep(out: Path) -> None:
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
     parser = Parser(
-        description="Train to the accuracies that are asked of CIFAR-10, and collect accuracies and times.",
-        epilog="Exit code: 0; 1 where a run failed, fell short or was not reached; 2 for bad options.",
+        description="Train networks on CIFAR-10, check the required accuracies, and collect accuracies and times.",
+        epilog="Exit codes: 0 success; 1 a run failed, missed its accuracy or was not reached; 2 wrong options.",
     )
     add = parser.add_argument
-    add("--data-dir", type=Path, metavar="DIR", help="CIFAR-10 (default: the digits, to rehearse)")
-    add("--out", type=Path, required=True, metavar="OUT", help="where accuracy.json and the runs' folders go")
+    add("--data-dir", type=Path, metavar="DIR", help="CIFAR-10 (default: the digits, to test the script)")
+    add("--out", type=Path, required=True, metavar="OUT", help="folder for accuracy.json and the runs")
     add(
         "--runs", nargs="+", choices=[run.name for run in RUNS], metavar="NAME",
         help=f"some of: %(choices)s (default: the first {sum(run.usual for run in RUNS)})",
     )  # fmt: skip
-    add("--minutes", type=float, default=5.0, metavar="M", help="a run begins while these last (default: %(default)s)")
-    add("--precision", choices=("float32", "bfloat16"), default="bfloat16", help="(default: %(default)s)")
-    add("--small", action="store_true", help="ResNet-8 and an epoch of 32 images each, to rehearse on a CPU")
+    add(
+        "--minutes",
+        type=float,
+        default=5.0,
+        metavar="M",
+        help="time limit in minutes for all runs (default: %(default)s)",
+    )
+    add(
+        "--precision",
+        choices=("float32", "bfloat16"),
+        default="bfloat16",
+        help="dtype of convolutions (default: %(default)s)",
+    )
+    add("--small", action="store_true", help="ResNet-8 for one epoch of 32 images, to test the script on a CPU")
     return parser
 
 
@@ -155,7 +166,7 @@ def main(argv: list[str] | None = None) -> int:
         short = run.asked is not None and not args.small and found.get("mean", 0.0) < run.asked
         right = right and found["code"] == 0 and not short
         said = f"{found['mean']:.2%} (n={found['n']})" if "mean" in found else found.get("said", "")[-200:]
-        print(f"{'FELL SHORT' if short else 'ok' if found['code'] == 0 else 'FAILED'} {run.name}: {said}", flush=True)
+        print(f"{'TOO LOW' if short else 'ok' if found['code'] == 0 else 'FAILED'} {run.name}: {said}", flush=True)
     (args.out / "accuracy.json").write_text(json.dumps(report, indent=1) + "\n")
     print(f"not reached: {', '.join(report['not reached']) or 'none'}")
     return 0 if right and not report["not reached"] else 1

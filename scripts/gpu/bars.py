@@ -1,4 +1,4 @@
-"""A picture of some numbers: bars beside each other, in a PNG."""
+"""Bar charts as PNG files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jresnet.reports import plots
 
 
 def bars(values: Mapping[str, float], path: Path, unit: str, title: str) -> None:
-    """Draws ``values`` by name, the first on top."""
+    """Draws one horizontal bar per name, the first at the top."""
     figure = plots._figure((9, 1.2 + 0.3 * len(values)))
     axes = figure.subplots()
     names = [plots.short(name, 60) for name in values]

@@ -1,8 +1,9 @@
-"""Is it right on this accelerator? ``python scripts/gpu_check.py --out DIR``: parity, the program, a run, its resumption.
+"""Check jresnet on an accelerator: ``python scripts/gpu_check.py --out DIR``.
 
-Each result is written to ``DIR/check.json`` as soon as it is known; what the minutes do not reach is named there. What the
-CPU has to compute for it, in float64, takes minutes for ResNet-50: ``--write-references FILE`` does that before, on a
-machine with the same versions.
+Checks the lowered program, parity with float64, a training run and its resumption. Each result is written to
+``DIR/check.json`` as soon as it is known; checks not reached within the time limit are listed there. The CPU computes the
+float64 references, which takes minutes for ResNet-50. ``--write-references FILE`` computes them beforehand, on a machine
+with the same versions.
 """
 
 from __future__ import annotations
@@ -36,16 +37,17 @@ from jresnet.weights import native
 ROOT = Path(__file__).resolve().parents[2]
 ARCHS = ("resnet18", "resnet20_cifar", "resnet50", "resnext50_32x4d")
 STEPS, LR, MOMENTUM, WEIGHT_DECAY = 3, 0.01, 0.9, 5e-4
-# Over the distance of the CPU's float32 to float64: another order of summation. bfloat16 keeps 8 bits: 2^-8 a layer.
+# FLOAT32: allowed error, relative to that of the CPU's float32; the order of summation differs. BFLOAT16: allowed relative
+# error of the logits; bfloat16 has 8 bits of precision, so that each layer adds an error of up to 2^-8.
 FLOAT32, BFLOAT16 = 5.0, 0.1
-SAMPLED = 128  # numbers of each array that are compared
+SAMPLED = 128  # elements of each array that are compared
 RUN = ("--dataset", "digits", "--depth", "20", "--epochs", "4", "--deterministic", "--limit-train", "512")
 
 
 def outcome(
     values: dict[str, np.ndarray], config: Any, images: np.ndarray, labels: np.ndarray, dtype: Any
 ) -> dict[str, Any]:
-    """Logits in evaluation, the first gradient and the parameters after a few steps of SGD: numbers of them, float64."""
+    """Evaluation logits, first gradient, and parameters and statistics after a few SGD steps: float64 samples of each."""
     model = params.fill(config, values, dtype)
     graph, weights, stats = nnx.split(model, nnx.Param, nnx.BatchStat)
     optimizer = optim.optimizer("sgd", LR, momentum=MOMENTUM, nesterov=True, weight_decay=WEIGHT_DECAY)
@@ -72,7 +74,7 @@ def outcome(
 
 
 def flat(tree: Any) -> np.ndarray:
-    """Numbers of every array of a tree, one after the other: all of a small one, ``SAMPLED`` of a large one, by chance."""
+    """Concatenates the elements of a tree's arrays: all of a small array, ``SAMPLED`` random ones of a large array."""
     draw, found = np.random.default_rng(0), []
     for leaf in jax.tree.leaves(tree):
         values = np.asarray(leaf, np.float64).ravel()
@@ -81,7 +83,7 @@ def flat(tree: Any) -> np.ndarray:
 
 
 def distances(found: dict[str, Any], exact: dict[str, Any]) -> dict[str, float]:
-    """Relative L2 errors."""
+    """Relative L2 error of each quantity."""
     return {k: float(np.linalg.norm(found[k] - exact[k]) / np.linalg.norm(exact[k])) for k in exact}
 
 
@@ -90,7 +92,7 @@ class Case:
 
     Args:
         arch: the network.
-        small: few images.
+        small: use few, small images.
     """
 
     def __init__(self, arch: str, small: bool):
@@ -107,18 +109,18 @@ class Case:
         self.labels = draw.integers(0, self.config.num_classes, batch)
 
     def outcome(self, dtype: Any = None) -> dict[str, Any]:
-        """Of JAX's default device, in float32 or ``dtype``."""
+        """The outcome on JAX's default device, in float32 or ``dtype``."""
         return outcome(self.values, self.config, self.images, self.labels, dtype)
 
     def digest(self) -> str:
-        """SHA-256 of all that goes in: another version of JAX may draw otherwise."""
+        """SHA-256 of all inputs, since another version of JAX may draw other random numbers."""
         total = hashlib.sha256(self.images.tobytes() + self.labels.tobytes())
         for path in sorted(self.values):
             total.update(path.encode() + self.values[path].tobytes())
         return total.hexdigest()
 
     def references(self) -> dict[str, dict[str, Any]]:
-        """What the CPU computes in float64 and in float32."""
+        """The outcomes on the CPU in float64 and in float32."""
         wide = {path: value.astype(np.float64) for path, value in self.values.items()}
         with jax.default_device(self.host):
             with jax.enable_x64(True):
@@ -127,7 +129,7 @@ class Case:
 
 
 def write_references(path: Path, archs: Sequence[str], small: bool) -> None:
-    """Writes what :func:`parity` compares with."""
+    """Writes the references for :func:`parity`."""
     found: dict[str, Any] = {}
     for arch in archs:
         case = Case(arch, small)
@@ -139,7 +141,7 @@ def write_references(path: Path, archs: Sequence[str], small: bool) -> None:
 
 
 def read_references(path: Path | None, case: Case) -> dict[str, dict[str, Any]] | None:
-    """What was written of a network; None where there is nothing, or it is of other parameters."""
+    """The references written for a network; None if there are none, or if they belong to other inputs."""
     if path is None or not path.exists():
         return None
     with np.load(path) as file:
@@ -155,7 +157,7 @@ def read_references(path: Path | None, case: Case) -> dict[str, dict[str, Any]] 
 
 
 def parity(arch: str, small: bool, path: Path | None) -> dict[str, Any]:
-    """This device's float32 and bfloat16, and the CPU's float32, against the CPU's float64."""
+    """Errors of this device in float32 and bfloat16, and of the CPU in float32, relative to the CPU in float64."""
     case = Case(arch, small)
     known = read_references(path, case)
     references = known or case.references()
@@ -170,7 +172,7 @@ def parity(arch: str, small: bool, path: Path | None) -> dict[str, Any]:
 
 
 def program() -> dict[str, Any]:
-    """What the compiled ResNet-50 of this device holds, beside what was lowered for it."""
+    """Counts operations of ResNet-50 lowered for this device. On accelerators it must have no loops and no barriers."""
     model = jresnet.fuse(jresnet.create("resnet50"))
     lowered = jax.jit(model).lower(jax.ShapeDtypeStruct((8, 224, 224, 3), jnp.float32))
     text = lowered.as_text()
@@ -180,7 +182,7 @@ def program() -> dict[str, Any]:
 
 
 def run(out: Path, small: bool) -> dict[str, Any]:
-    """A run of the digits, and the same stopped by SIGTERM and resumed: the same bits."""
+    """Trains on the digits twice, the second time with SIGTERM and a resumption. Both must give bit-identical weights."""
     whole, cut = out / "digits", out / "digits-resumed"
     shorter = ("--depth", "8", "--limit-train", "64") if small else ()
     first = train(whole, *shorter)
@@ -205,7 +207,7 @@ def run(out: Path, small: bool) -> dict[str, Any]:
 
 
 def train(out: Path, *more: str, stop_after: str = "") -> dict[str, Any]:
-    """The training command; with ``stop_after`` it gets SIGTERM once it prints a line that begins so."""
+    """Runs the training command; sends SIGTERM after a printed line that begins with ``stop_after``."""
     command = [sys.executable, "-u", str(ROOT / "scripts" / "train_cifar10.py"), *RUN, "--out", str(out), *more]
     lines: list[str] = []
     with subprocess.Popen(
@@ -223,19 +225,23 @@ def parser() -> argparse.ArgumentParser:
     """The command line's options."""
     parser = Parser(
         description="Check jresnet on this machine's accelerator: logits, gradients and three SGD steps against the CPU's "
-        "float64, the lowered program, a run of the digits, and its resumption bit by bit.",
-        epilog="Exit code: 0; 1 where something is not right or was not reached; 2 for bad options.",
+        "float64, the lowered program, a training run on the digits, and its bit-identical resumption.",
+        epilog="Exit codes: 0 success; 1 a check failed or was not reached; 2 wrong options.",
     )
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("--out", type=Path, metavar="DIR", help="where check.json goes")
+    where.add_argument("--out", type=Path, metavar="DIR", help="folder for check.json")
     where.add_argument(
-        "--write-references", type=Path, metavar="FILE", help="write what the CPU computes, for --references, and end"
+        "--write-references", type=Path, metavar="FILE", help="write the CPU's results for --references, and exit"
     )
-    parser.add_argument("--references", type=Path, metavar="FILE", help="*.npz (default: computed where it is needed)")
     parser.add_argument(
-        "--minutes", type=float, default=3.0, metavar="M", help="a check begins while these last (default: 3)"
+        "--references", type=Path, metavar="FILE", help="file of --write-references (default: compute them)"
     )
-    parser.add_argument("--small", action="store_true", help="two small networks and sizes, to rehearse on a CPU")
+    parser.add_argument(
+        "--minutes", type=float, default=3.0, metavar="M", help="start no check after M minutes (default: 3)"
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="a small network and few images, to test the script on a CPU"
+    )
     return parser
 
 
@@ -265,18 +271,18 @@ def main(argv: list[str] | None = None) -> int:
         began = time.monotonic()
         try:
             found = check()
-        except Exception as error:  # one check that fails says nothing of the others
+        except Exception as error:  # the other checks still run
             found = {"right": False, "error": f"{type(error).__name__}: {error}"[:2000]}
         report["checks"][name] = found | {"seconds": round(time.monotonic() - began, 1)}
         (args.out / "check.json").write_text(json.dumps(report, indent=1) + "\n")
         print(
-            f"{'right' if found['right'] else 'WRONG':6} {name}, {time.monotonic() - began:.0f} s: {found}"[:400],
+            f"{'ok' if found['right'] else 'FAILED':6} {name}, {time.monotonic() - began:.0f} s: {found}"[:400],
             flush=True,
         )
     (args.out / "check.json").write_text(json.dumps(report, indent=1) + "\n")
     right = all(found["right"] for found in report["checks"].values()) and not report["not reached"]
     print(
-        f"{report['device']}: {'all right' if right else 'NOT all right'}; not reached: {report['not reached'] or 'none'}"
+        f"{report['device']}: {'all passed' if right else 'NOT all passed'}; not reached: {report['not reached'] or 'none'}"
     )
     return 0 if right else 1
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Fine-tuning on a folder of photos that it makes, and who waits: bash scripts/gpu/fifth.sh OUT [MINUTES [WHEELS]].
-# It needs grain, array_record, portpicker and opencv-python-headless, which decode: from WHEELS where they are not installed.
+# Fine-tuning on generated photos, and how long the device waits: bash scripts/gpu/fifth.sh OUT [MINUTES [WHEELS]].
+# Decoding needs grain, array_record, portpicker and opencv-python-headless; they are installed from the folder WHEELS if given.
 set -uo pipefail
 out=$1 minutes=${2:-6} wheels=${3:-}
 . scripts/gpu/setup.sh

@@ -1,7 +1,8 @@
-"""Fine-tuning end to end on a folder: ``python scripts/gpu_finetune.py --out DIR`` makes photos, trains, and says who waits.
+"""Measure fine-tuning on a folder of photos: ``python scripts/gpu_finetune.py --out DIR``.
 
-Three rates, in images a second: of the whole run, of its decoding alone, and of its steps on images that lie on the device.
-Where the run is as fast as its steps, the device never waits. Written to ``DIR/finetune.json`` one by one.
+Creates photos and measures three rates in images per second: the whole run, decoding alone, and training steps on images
+that are already on the device. If the run is as fast as its steps, the device does not wait for images. The results are
+written to ``DIR/finetune.json`` one by one.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ KEPT = (".json", ".jsonl", ".png", ".log")
 
 
 def photos(root: Path, count: int) -> None:
-    """``count`` JPEG files of 500x375 pixels and some 60 kB in ``CLASS/N.jpg``, the size of ImageNet's."""
+    """Writes ``count`` JPEGs of 500x375 pixels and about 60 kB to ``CLASS/N.jpg``, similar in size to ImageNet's."""
 
     def make(number: int) -> None:
         draw, kind = np.random.default_rng(number), number % len(CLASSES)
@@ -58,12 +59,12 @@ def photos(root: Path, count: int) -> None:
 
 
 def decoding(root: Path, size: int, batch: int, workers: int, seconds: float) -> float:
-    """Training views a second that ``workers`` processes decode, with nobody else at work."""
+    """Augmented images per second that ``workers`` processes decode, without training."""
     how = Preprocessing(None, size, *STATISTICS["imagenet"])
     files = Files(folder.find(root).train.sources, how)
     stream = Stream(files, batch_size=batch, epochs=1000, seed=0, size=size, workers=workers)
     try:
-        stream.batch(0)  # the workers have begun
+        stream.batch(0)  # wait until the workers have started
         began, number = time.perf_counter(), 0
         while time.perf_counter() - began < seconds:
             number += 1
@@ -74,7 +75,7 @@ def decoding(root: Path, size: int, batch: int, workers: int, seconds: float) ->
 
 
 def command(out: Path, start: Path, root: Path, batch: int, epochs: int, workers: int, left: float) -> dict[str, Any]:
-    """The fine-tuning command, all layers, and what its summary says."""
+    """Fine-tunes all layers with the command; returns figures of its summary."""
     line = [
         sys.executable, "-u", str(ROOT / "scripts" / "finetune.py"), "--weights", str(start), "--data", str(root),
         "--out", str(out), "--no-head-stage", "--epochs", str(epochs), "--batch-size", str(batch), "--workers", str(workers),
@@ -109,20 +110,26 @@ def _path() -> str:
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
     parser = Parser(
-        description="Fine-tune ResNet-50 on a folder of photos that this makes, and measure whether the device waits.",
-        epilog="Exit code: 0; 1 where something failed or was not reached; 2 for bad options.",
+        description="Fine-tune ResNet-50 on generated photos, and measure how long the device waits for images.",
+        epilog="Exit codes: 0 success; 1 a part failed or was not reached; 2 wrong options.",
     )
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="where finetune.json and the photos go")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for finetune.json and the photos")
     add(
         "--minutes",
         type=float,
         default=5.0,
         metavar="M",
-        help="a part is begun while these last (default: %(default)s)",
+        help="start no part after M minutes (default: %(default)s)",
     )
-    add("--workers", type=int, nargs="+", metavar="N", help="processes that decode (default: 8 and all cores)")
-    add("--small", action="store_true", help="a few photos and a small network, to rehearse on a CPU")
+    add(
+        "--workers",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="numbers of decoding processes to measure (default: 8 and the number of cores)",
+    )
+    add("--small", action="store_true", help="a few photos and a small network, to test the script on a CPU")
     return parser
 
 
@@ -138,7 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         import grain  # noqa: F401
     except ImportError as error:
-        print(f"error: photos are decoded ahead by grain, which cannot be used: {error}", file=sys.stderr)
+        print(f"error: cannot import grain, which decodes the photos: {error}: pip install grain", file=sys.stderr)
         return 1
 
     began = time.monotonic()
@@ -155,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
         parts[f"run, {number} workers"] = lambda n=number: command(
             args.out / f"run-{n}", start, root, batch, epochs, n, until - time.monotonic()
         )
-    # Last: this process takes memory of the device.
+    # Last, because it makes this process occupy memory of the device.
     parts["steps alone"] = lambda: (
         batch / min(Training(arch, size, batch, 2 if small else 30).run()[0] for _ in range(1))
     )
@@ -166,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             try:
                 report[name] = work()
-            except Exception as error:  # of one part
+            except Exception as error:  # the other parts still run
                 report[name], right = {"error": f"{type(error).__name__}: {error}"[:1000]}, False
         (args.out / "finetune.json").write_text(json.dumps(report, indent=1) + "\n")
         shown = report[name] if isinstance(report[name], float) else (report[name] or {})
@@ -190,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
         for name in parts
         if isinstance(report[name], float) or "images a second" in report[name]
     }
-    bars(rates, args.out / "finetune.png", "images a second", f"{arch} at {size}, batch {batch}, {report['device']}")
+    bars(rates, args.out / "finetune.png", "images per second", f"{arch} at {size}, batch {batch}, {report['device']}")
     return 0 if right else 1
 
 

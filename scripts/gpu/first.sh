@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Seven minutes on a GPU: is it right there, and how fast beside PyTorch. Run in the repository's root, which need not be
-# installed: bash scripts/gpu/first.sh OUT [MINUTES [WHEELS [REFERENCES]]], the last made before, where minutes are free and the
-# versions are the same, by: python scripts/gpu_check.py --write-references REFERENCES. Results are in OUT as soon as known.
+# Correctness on a GPU, and speed relative to PyTorch, in seven minutes. Run it in the repository's root; jresnet need not be
+# installed: bash scripts/gpu/first.sh OUT [MINUTES [WHEELS [REFERENCES]]]. REFERENCES is written beforehand, on a machine with
+# the same versions, by: python scripts/gpu_check.py --write-references REFERENCES. Results are written to OUT one by one.
 set -uo pipefail
 out=$1 minutes=${2:-6.5} wheels=${3:-} references=${4:-}
 . scripts/gpu/setup.sh

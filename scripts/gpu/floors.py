@@ -1,13 +1,15 @@
-"""The least time that a step can take on an accelerator: ``python scripts/gpu_floors.py --arch resnet50 --size 224``.
+"""Lower bounds on the time of a step on an accelerator: ``python scripts/gpu_floors.py --arch resnet50 --size 224``.
 
-Two numbers, from the shapes alone: the operations of the convolutions and the head over the rate of the matrix units, and
-the bytes that must pass through the device's memory over its bandwidth. No program is faster than the larger one. All
-figures are computed, none is measured; the rates of the devices are datasheets', or measured where DEVICES says so.
+Two bounds are computed from the shapes: the operations of the convolutions and the head divided by the rate of the matrix
+units, and the bytes moved to and from the device's memory divided by its bandwidth. No program is faster than the larger
+bound. All bounds are computed, not measured. The rates of the devices come from datasheets, or were measured if DEVICES
+says so.
 
-Bytes are counted in passes over the activations. With ``unfused`` BatchNorm the output of a convolution is written, read
-for the statistics, read to be normalised and written again; with ``fused`` the convolution takes the sums as it writes, and
-the next one normalises as it reads. In the backward pass a convolution reads the gradient of its output twice and its input
-once and writes the input's gradient; an unfused BatchNorm reads gradient and input twice more and writes once.
+Bytes are counted in passes over the activations. With ``unfused`` BatchNorm, the output of a convolution is written, read
+for the statistics, read for the normalisation and written again. With ``fused``, the convolution computes the sums while
+it writes, and the next convolution normalises while it reads. In the backward pass, a convolution reads the gradient of its
+output twice and its input once, and writes the input's gradient. An unfused BatchNorm reads gradient and input twice more
+and writes once.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from jresnet.models.resnet import ResNet, ResNetConfig
 
 @dataclass(frozen=True)
 class Device:
-    """What a device can do; 1e12 operations and 1e12 bytes a second."""
+    """Rates of a device, in 1e12 operations and 1e12 bytes per second."""
 
     name: str
     tflops: float  # bfloat16, dense
@@ -40,28 +42,28 @@ class Device:
 
 
 DEVICES = (
-    Device("H100", 798.0, 3.0, "measured: a large product, a copy"),
-    Device("H200", 790.0, 4.3, "measured: a large product, a copy"),
+    Device("H100", 798.0, 3.0, "measured with a large matrix product and a copy"),
+    Device("H200", 790.0, 4.3, "measured with a large matrix product and a copy"),
     Device("A100", 312.0, 2.04, "NVIDIA's datasheet, SXM 80 GB"),
     Device("TPU v5e", 197.0, 0.82, "Google Cloud's documentation"),
 )
-WIDTH = {"bfloat16": 2, "float32": 4}  # bytes a number
+WIDTH = {"bfloat16": 2, "float32": 4}  # bytes per element
 
 
 @dataclass(frozen=True)
 class Layer:
     """A convolution, or the head, for one image."""
 
-    name: str  # its kind and shapes
+    name: str  # kind and shapes
     macs: int  # multiply-accumulates
-    reads: int  # numbers of its input
-    writes: int  # numbers of its output
-    weights: int  # numbers of its kernel
+    reads: int  # elements of the input
+    writes: int  # elements of the output
+    weights: int  # elements of the kernel
     normalised: bool  # whether a BatchNorm follows
 
 
 def layers(config: ResNetConfig, size: int) -> list[Layer]:
-    """The layers with a product in them, in the order of the forward pass, from the traced program."""
+    """The convolutions and the head in the order of the forward pass, from the traced program."""
     graph, state = nnx.split(ResNet(config, rngs=None))
     found: list[Layer] = []
 
@@ -92,18 +94,18 @@ def layers(config: ResNetConfig, size: int) -> list[Layer]:
 
 @dataclass(frozen=True)
 class Work:
-    """What a step has to do."""
+    """Operations and bytes of a step."""
 
     flops: float
-    fused: float  # bytes, BatchNorm and ReLU within the convolutions
-    unfused: float  # bytes, BatchNorm and ReLU as passes of their own
-    kept: float  # bytes of activations that wait for the backward pass
+    fused: float  # bytes, with BatchNorm and ReLU fused into the convolutions
+    unfused: float  # bytes, with BatchNorm and ReLU in separate passes
+    kept: float  # bytes of activations stored for the backward pass
 
 
 def work(found: list[Layer], batch: int, task: str, precision: str, remat: bool = False) -> Work:
     """Operations and bytes of a step of ``task``, ``"train"`` or ``"infer"``, on ``batch`` images.
 
-    Parameters and their momenta are float32; in training a step reads and writes both and reads the gradients.
+    Parameters and momenta are float32. A training step reads and writes both, and reads the gradients.
     """
     width, macs = WIDTH[precision], sum(layer.macs for layer in found)
     reads, writes = sum(layer.reads for layer in found), sum(layer.writes for layer in found)
@@ -124,7 +126,7 @@ def work(found: list[Layer], batch: int, task: str, precision: str, remat: bool 
 
 
 def floors(amount: Work, device: Device) -> dict[str, float]:
-    """Least seconds by each of the two numbers."""
+    """Lower bounds in seconds."""
     return {
         "arithmetic": amount.flops / device.tflops / 1e12,
         "bytes, fused": amount.fused / device.terabytes / 1e12,
@@ -132,23 +134,23 @@ def floors(amount: Work, device: Device) -> dict[str, float]:
     }
 
 
-# Bytes a second that a device sends while all exchange gradients in a ring, and seconds before the first byte arrives.
+# Maximum number of devices, bytes per second that each sends while all exchange gradients, and latency in seconds.
 LINKS = {
     "NVLink, 8 GPUs of one machine": (8, 450e9, 5e-6),
-    "InfiniBand NDR, one port a GPU": (1024, 50e9, 15e-6),
-    "TPU v5e's own": (256, 100e9, 5e-6),
+    "InfiniBand NDR, one port per GPU": (1024, 50e9, 15e-6),
+    "TPU v5e's interconnect": (256, 100e9, 5e-6),
 }
 
 
 def exchange(weights: int, devices: int, rate: float, latency: float) -> float:
-    """Seconds to sum float32 gradients of ``weights`` numbers over ``devices``, in two trees (Sanders et al. 2009)."""
+    """Seconds to sum ``weights`` float32 gradients over ``devices``, with two trees (Sanders et al. 2009)."""
     if devices == 1:
         return 0.0
     return 2 * (devices - 1) / devices * 4 * weights / rate + 2 * math.ceil(math.log2(devices)) * latency
 
 
 def scaling(found: list[Layer], batch: int, precision: str, device: Device, counts: list[int]) -> list[dict[str, Any]]:
-    """Training with ``batch`` images a device: a step's least time, the exchange hidden behind it or not."""
+    """Lower bounds for training with ``batch`` images per device, with the exchange overlapped with the step or after it."""
     weights, step = (
         sum(layer.weights for layer in found),
         max(floors(work(found, batch, "train", precision), device).values()),
@@ -170,22 +172,24 @@ def scaling(found: list[Layer], batch: int, precision: str, device: Device, coun
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
     parser = Parser(
-        description="The least time of a step on an accelerator, computed from the shapes of the layers. Measures nothing, "
-        "and needs no accelerator.",
-        epilog="Exit code: 0; 1 for a network that cannot be; 2 for bad options.",
+        description="Compute lower bounds on the time of a step on an accelerator from the shapes of the layers. Measures "
+        "nothing, and needs no accelerator.",
+        epilog="Exit codes: 0 success; 1 invalid network; 2 wrong options.",
     )
     add = parser.add_argument
-    add("--arch", default="resnet50", help="of jresnet.list_models() (default: %(default)s)")
+    add("--arch", default="resnet50", help="an architecture of jresnet.list_models() (default: %(default)s)")
     add(
         "--size",
         type=int,
         metavar="PIXELS",
-        help="height and width, below 64 with the CIFAR stem (default: 224, or 32)",
+        help="height and width; below 64 with the CIFAR stem (default: 224, for CIFAR networks 32)",
     )
-    add("--batch", type=int, default=256, metavar="N", help="images (default: %(default)s)")
+    add("--batch", type=int, default=256, metavar="N", help="images per batch (default: %(default)s)")
     add("--task", choices=("train", "infer"), default="train", help="(default: %(default)s)")
-    add("--precision", choices=tuple(WIDTH), default="bfloat16", help="of the convolutions (default: %(default)s)")
-    add("--layers", action="store_true", help="a line for each layer, too")
+    add(
+        "--precision", choices=tuple(WIDTH), default="bfloat16", help="dtype of the convolutions (default: %(default)s)"
+    )
+    add("--layers", action="store_true", help="also print a line for each layer")
     add("--json", action="store_true", help="print one JSON object instead")
     return parser
 
@@ -219,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     print(f"{args.task} {args.arch} at {size}, batch {args.batch}, {args.precision}: computed, not measured\n")
     if args.layers:
-        print("| layer | GMAC an image | numbers read | written | kernel |\n|---|---|---|---|---|")
+        print("| layer | GMAC per image | elements read | written | kernel |\n|---|---|---|---|---|")
         for layer in found:
             print(f"| {layer.name} | {layer.macs / 1e9:.4f} | {layer.reads:,} | {layer.writes:,} | {layer.weights:,} |")
         print()
@@ -238,9 +242,10 @@ def main(argv: list[str] | None = None) -> int:
                 f"| {least['bytes, unfused'] * 1e3:.2f} | {rate:,.0f} |"
             )
     for name, rows in scaled.items():
-        print(f"\n{name}, {args.batch} images a device; BatchNorm's own exchanges are not counted\n")
+        print(f"\n{name}, {args.batch} images per device; BatchNorm's exchanges are not included\n")
         print(
-            "| devices | link | ms exchange | ms step, hidden | ms step, not hidden | images/s |\n|---|---|---|---|---|---|"
+            "| devices | link | ms exchange | ms step, overlapped | ms step, not overlapped | images/s |\n"
+            "|---|---|---|---|---|---|"
         )
         for row in rows:
             times = [row[key] * 1e3 for key in ("exchange", "step, exchange hidden", "step, exchange after it")]

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What pays: each way to train beside the usual one, in one run: bash scripts/gpu/fourth.sh OUT [MINUTES [WORDS of ways ...]].
+# Variants of training, each compared with the default: bash scripts/gpu/fourth.sh OUT [MINUTES [WORD ...]], with WORD as in
+# scripts/gpu_variants.py --only.
 set -uo pipefail
 out=$1 minutes=${2:-6}
 shift $(($# < 2 ? $# : 2))

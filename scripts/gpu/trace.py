@@ -1,6 +1,7 @@
-"""Where a training step's time goes on an accelerator: ``python scripts/gpu_trace.py --arch resnet50 --out DIR``.
+"""Profile a training step on an accelerator: ``python scripts/gpu_trace.py --arch resnet50 --out DIR``.
 
-Traces a few steps with ``jax.profiler`` and sums the device's kernels by kind; the trace itself is left in ``DIR/trace``.
+Traces a few steps with ``jax.profiler`` and sums the times of the device's kernels by kind. The trace is kept in
+``DIR/trace``.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from jresnet.models import zoo
 from jresnet.training import optim
 
 STEPS = 5
-KINDS = (  # the first pattern that a kernel's name has
+KINDS = (  # a kernel has the kind of the first pattern that matches its name
     ("convolution", r"conv|cudnn|xmma|implicit|wgrad|dgrad|winograd|nhwc"),
     ("matrix product", r"gemm|dot|cublas|cutlass"),
     ("reduction", r"reduce"),
@@ -39,20 +40,20 @@ KINDS = (  # the first pattern that a kernel's name has
 
 
 def kind(name: str) -> str:
-    """What a kernel of that name does."""
+    """The kind of the kernel with this name."""
     return next((label for label, pattern in KINDS if re.search(pattern, name, re.IGNORECASE)), "other")
 
 
 def summed(folder: Path) -> dict[str, Any]:
-    """Seconds by kind, and the twenty kernels with the most, of the traces in ``folder``; a step's share."""
+    """Seconds per step by kind, and the twenty slowest kernels, from the last trace in ``folder``."""
     files = sorted(folder.rglob("*.trace.json.gz"))
     if not files:
-        return {"note": "the profiler left no trace"}
+        return {"note": "the profiler wrote no trace"}
     events = json.loads(gzip.decompress(files[-1].read_bytes()))["traceEvents"]
     processes = {e["pid"]: e["args"]["name"] for e in events if e.get("name") == "process_name"}
     device = {pid for pid, name in processes.items() if "device" in name.lower() or "gpu" in name.lower()}
     device = device or set(processes)  # a CPU's threads
-    # A GPU's kernels are in the lines of its streams, a TPU's in one of operations; other lines sum these up once more.
+    # A GPU's kernels are on the lines of its streams, a TPU's on the line "XLA Ops". Other lines count them again.
     lines = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e.get("name") == "thread_name"}
     wanted = {line for line, name in lines.items() if line[0] in device and name.startswith("Stream")}
     wanted = wanted or {line for line, name in lines.items() if line[0] in device and name == "XLA Ops"}
@@ -74,7 +75,7 @@ def summed(folder: Path) -> dict[str, Any]:
 
 
 def trace(arch: str, size: int, batch: int, out: Path) -> dict[str, Any]:
-    """Traces steps of SGD in bfloat16 on a batch that lies on the device."""
+    """Traces SGD steps in bfloat16 on a batch on the device."""
     small = {"stem": "cifar", "num_classes": 10} if size < 64 else {}
     config = zoo.configure(arch, **small)
     model = jresnet.ResNet(config, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
@@ -116,13 +117,19 @@ def parser() -> argparse.ArgumentParser:
     """The command line's options."""
     parser = Parser(
         description="Trace training steps with jax.profiler and sum the device's kernels by kind.",
-        epilog="Exit code: 0; 1 for a network that cannot be; 2 for bad options.",
+        epilog="Exit codes: 0 success; 1 invalid network; 2 wrong options.",
     )
     add = parser.add_argument
-    add("--arch", default="resnet50", help="of jresnet.list_models() (default: %(default)s)")
-    add("--size", type=int, default=224, metavar="PIXELS", help="below 64 with the CIFAR stem (default: %(default)s)")
-    add("--batch", type=int, default=64, metavar="N", help="images (default: %(default)s)")
-    add("--out", type=Path, required=True, metavar="DIR", help="for trace-ARCH.json, and the trace itself in DIR/trace")
+    add("--arch", default="resnet50", help="an architecture of jresnet.list_models() (default: %(default)s)")
+    add(
+        "--size",
+        type=int,
+        default=224,
+        metavar="PIXELS",
+        help="height and width; below 64 with the CIFAR stem (default: %(default)s)",
+    )
+    add("--batch", type=int, default=64, metavar="N", help="images per batch (default: %(default)s)")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for trace-ARCH.json and trace/")
     return parser
 
 
@@ -138,9 +145,9 @@ def main(argv: list[str] | None = None) -> int:
     (args.out / f"trace-{args.arch}.json").write_text(json.dumps(found, indent=1) + "\n")
     kinds = {name: seconds * 1e3 for name, seconds in found.get("seconds a step by kind", {}).items()}
     title = f"{args.arch} at {args.size}, batch {args.batch}, {found['device']}"
-    bars(kinds, args.out / f"trace-{args.arch}.png", "milliseconds a step", title)
+    bars(kinds, args.out / f"trace-{args.arch}.png", "milliseconds per step", title)
     for name, seconds in found.get("seconds a step by kind", {}).items():
-        print(f"{seconds * 1e3:9.3f} ms a step  {name}")
+        print(f"{seconds * 1e3:9.3f} ms per step  {name}")
     return 0
 
 

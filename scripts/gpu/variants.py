@@ -1,8 +1,8 @@
-"""What pays on an accelerator: ``python scripts/gpu_variants.py --out DIR`` measures each way beside the usual one, in turn.
+"""Compare variants of the training step with the default on an accelerator: ``python scripts/gpu_variants.py --out DIR``.
 
-A way is kept where it pays on the card that it is for. Each row is written to ``DIR/variants.json`` as soon as it is known:
-the seconds of a step in jresnet's own loop (crops, optimizer and all), usual and changed turn by turn, and how far the first
-loss is from the usual one's.
+The default and a variant are measured alternately. Each row is written to ``DIR/variants.json`` as soon as it is known: the
+seconds per step of both in jresnet's own loop, including augmentation and optimizer, and the relative difference of the
+first loss.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SMALL = (("resnet8_cifar", 32, 4),)
 
 
 class StemByDepth(nnx.Module):
-    """A 7x7 convolution of stride 2 and padding 3 as one of 4x4 over 2x2 pixels laid side by side: 12 channels for 3."""
+    """A 7x7 convolution with stride 2 and padding 3 as a 4x4 convolution after space-to-depth, from 3 to 12 channels."""
 
     def __init__(self, conv: Any):
         self.kernel, self.dtype = conv.kernel, conv.dtype
@@ -61,20 +61,20 @@ class StemByDepth(nnx.Module):
 
 
 def by_depth(model: jresnet.ResNet) -> None:
-    """Gives a network with the large stem :class:`StemByDepth`."""
+    """Replaces the ImageNet stem of a network by :class:`StemByDepth`."""
     if model.config.stem != "imagenet":
         raise NotFitting("the stem has no stride")
     model.conv1 = StemByDepth(model.conv1)
 
 
 class NotFitting(Exception):
-    """A way that a network does not have."""
+    """The variant does not apply to the network."""
 
 
 def in_two_passes(
     x: jax.Array, scale: jax.Array, bias: jax.Array, about: jax.Array, eps: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """:func:`jresnet.kernels.normalise` as a textbook has it: the mean, then the variance of what is centred."""
+    """:func:`jresnet.kernels.normalise` in two passes: the mean, then the variance of the centred values."""
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     mean = wide.mean((0, 1, 2))
     centred = wide - mean[None, None, None]
@@ -85,7 +85,7 @@ def in_two_passes(
 
 @contextlib.contextmanager
 def two_passes() -> Iterator[None]:
-    """BatchNorm by :func:`in_two_passes`."""
+    """Computes BatchNorm by :func:`in_two_passes`."""
     before = kernels.normalise
     kernels.normalise = in_two_passes  # type: ignore[assignment]
     try:
@@ -96,18 +96,18 @@ def two_passes() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to train, as it differs from the usual one."""
+    """The differences of a variant from the default."""
 
     name: str
-    options: dict[str, Any] = field(default_factory=dict)  # XLA's
+    options: dict[str, Any] = field(default_factory=dict)  # compiler options of XLA
     remat: bool = False
     change: Callable[[jresnet.ResNet], None] = lambda model: None
     within: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
-    generator: str | None = None  # of random numbers
+    generator: str | None = None  # JAX's implementation of random numbers; None: the default
     on_device: bool = True
 
 
-VARIANTS = (  # the largest gain that is expected first
+VARIANTS = (  # in order of the expected gain
     Variant("BatchNorm in two passes", within=two_passes),
     Variant("the stem by depth", change=by_depth),
     Variant("a call for each step", on_device=False),
@@ -124,7 +124,7 @@ USUAL = Variant("as it is")
 
 
 class Training:
-    """Steps of a network, compiled, on images that lie on the device."""
+    """Compiled training steps of a network, on images on the device."""
 
     def __init__(self, arch: str, size: int, batch: int, steps: int, variant: Variant = USUAL):
         small = {"stem": "cifar", "num_classes": 10} if size < 64 else {}
@@ -151,17 +151,17 @@ class Training:
             began = time.perf_counter()
             self.loop.compile(self.state, self.split, self.order, self.key)
             self.compile_seconds = time.perf_counter() - began
-            self.first_loss = float(self.run()[1])  # memory is allocated, too
+            self.first_loss = float(self.run()[1])  # the first run also allocates memory
 
     def run(self) -> tuple[float, float]:
-        """Seconds of a step, and the first step's loss."""
+        """Runs all steps; returns the seconds per step and the loss of the first one."""
         began = time.perf_counter()
         self.state, metrics = self.loop(self.state, self.split, self.order, 0, self.steps, self.key)
         return (time.perf_counter() - began) / self.steps, float(metrics.loss[0])
 
 
 def compared(usual: Training, arch: str, size: int, batch: int, steps: int, variant: Variant) -> dict[str, Any]:
-    """A way's seconds beside the usual one's, in turn."""
+    """Measures a variant and the default alternately."""
     changed = Training(arch, size, batch, steps, variant)
     pairs = [(usual.run()[0], changed.run()[0]) for _ in range(ROUNDS)]
     before, after = (statistics.median(part) for part in zip(*pairs, strict=True))
@@ -173,7 +173,7 @@ def compared(usual: Training, arch: str, size: int, batch: int, steps: int, vari
 
 
 def evaluation(small: bool) -> dict[str, Any]:
-    """Evaluation of 10,000 images from the host's memory in batches of 128, and as they lie on the device in large ones."""
+    """Seconds to evaluate 10,000 images, in batches of 128 from the host's memory and in large batches on the device."""
     where, count = devices.find(1), 96 if small else 10_000
     arch = "resnet8_cifar" if small else "resnet18"
     model = jresnet.ResNet(zoo.configure(arch, stem="cifar", num_classes=10), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
@@ -201,7 +201,7 @@ def evaluation(small: bool) -> dict[str, Any]:
 
 
 def saving(small: bool) -> dict[str, Any]:
-    """How long training waits for a checkpoint and for the best weights, and until the checkpoint is on the disk."""
+    """Seconds that training waits for a checkpoint and for the best weights, and until the checkpoint is on disk."""
     where, arch = devices.find(1), "resnet8_cifar" if small else "resnet18"
     model = jresnet.ResNet(zoo.configure(arch, stem="cifar", num_classes=10), rngs=nnx.Rngs(0))
     state = where.replicate(train.init(model, optim.optimizer("sgd", 0.1)))
@@ -230,20 +230,24 @@ def saving(small: bool) -> dict[str, Any]:
 def parser() -> argparse.ArgumentParser:
     """The command line's options."""
     parser = Parser(
-        description="Measure ways to train on an accelerator beside the usual one: a step's seconds, in turn.",
-        epilog="Exit code: 0; 1 where a way failed or was not reached; 2 for bad options.",
+        description="Compare the seconds per step of variants of training with the default on an accelerator.",
+        epilog="Exit codes: 0 success; 1 a variant failed or was not reached; 2 wrong options.",
     )
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="where variants.json goes")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder for variants.json")
     add(
-        "--minutes", type=float, default=5.0, metavar="M", help="a way is begun while these last (default: %(default)s)"
+        "--minutes",
+        type=float,
+        default=5.0,
+        metavar="M",
+        help="start no variant after M minutes (default: %(default)s)",
     )
-    add("--small", action="store_true", help="one small network and two steps, to rehearse on a CPU")
+    add("--small", action="store_true", help="one small network and two steps, to test the script on a CPU")
     add(
         "--only",
         nargs="+",
         metavar="WORD",
-        help="ways with one of these in their names; evaluation, saving (default: all)",
+        help="only variants whose names contain a WORD, and evaluation or saving if named (default: all)",
     )
     return parser
 
@@ -263,7 +267,7 @@ def main(argv: list[str] | None = None) -> int:
         report["rows"][name] = found
         (args.out / "variants.json").write_text(json.dumps(report, indent=1) + "\n")
         gains = {title: 100 * row["gain"] for title, row in report["rows"].items() if "gain" in row}
-        bars(gains, args.out / "variants.png", "% faster than the usual way", report["device"])
+        bars(gains, args.out / "variants.png", "% faster than the default", report["device"])
         print(f"| {name} | {text} |", flush=True)
 
     def attempt(name: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -274,14 +278,12 @@ def main(argv: list[str] | None = None) -> int:
             return work()
         except NotFitting:
             return {}
-        except (
-            Exception
-        ) as error:  # one way that fails, such as an option that XLA does not know, says nothing of the rest
+        except Exception as error:  # such as an option that XLA does not know; the other variants still run
             note(name, {"error": f"{type(error).__name__}: {error}"[:1000]}, f"failed: {str(error)[:80]}")
             return {}
 
     chosen = [v for v in VARIANTS if not args.only or any(word in v.name for word in args.only)]
-    print("| what | before, after |\n|---|---|")
+    print("| what | default, variant |\n|---|---|")
     for work in (evaluation, saving):
         if args.only and work.__name__ not in args.only:
             continue

@@ -58,7 +58,7 @@ def test_a_published_file_through_the_cache(
     model = jresnet.create("resnet18", weights="IMAGENET1K_V1")
     found = verify.compare(model, reference, 64)
     assert found.is_rounding, found
-    with pytest.warns(UserWarning, match="fresh head for 10 classes"):
+    with pytest.warns(UserWarning, match="new head for 10 classes"):
         fresh = jresnet.create("resnet18", weights="IMAGENET1K_V1", num_classes=10)
     assert fresh.fc.bias[...].shape == (10,)
 
