@@ -40,7 +40,7 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 # These compare float32 results of kernels and networks, or look at the compiled program: compiled as users' programs are.
 AS_USERS_DO = {
     "test_benchmark_torch", "test_compiler", "test_elsewhere", "test_golden", "test_jax_fit", "test_kernels", "test_models",
-    "test_resnet", "test_winograd",
+    "test_resnet", "test_training", "test_winograd",
 }  # fmt: skip
 
 
@@ -66,6 +66,7 @@ def compiled_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
                 patched.setattr(compiler, "get_compile_options", with_older_emitters)
         jax.config.update("jax_disable_most_optimizations", quick)
         yield
+    jax.clear_caches()  # or a process that runs half of the tests holds 5 GB of compiled programs
 
 
 @pytest.fixture(scope="session")

@@ -141,8 +141,9 @@ def test_the_scripts_are_the_commands() -> None:
 def test_signals_are_heard_while_data_are_read(number: signal.Signals, code: int) -> None:
     """The download may take an hour."""
     program = """
-import sys, time
+import signal, sys, time
 from jresnet.commands import run, train
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore SIGINT, and so do their children
 def load_data(*_):
     print("reading", flush=True)
     time.sleep(60)

@@ -105,7 +105,7 @@ def test_digits_reach_95_per_cent(tmp_path: Path) -> None:
     """The README's first command, in a fresh process and compiled as a user's."""
     out = tmp_path / "out"
     began = time.monotonic()
-    optimised = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "false"}
+    optimised = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "false", "XLA_FLAGS": ""}
     done = command(SCRIPT, "--depth", 20, "--dataset", "digits", "--out", out, env=optimised)
     assert done.returncode == 0, done.stderr
     assert json.loads((out / "summary.json").read_text())["final"]["test_accuracy"] >= 0.95
