@@ -221,7 +221,7 @@ def parity(path: Path) -> None:
     lines = page[page.index("| architecture | float64 |") :].split("\n\n")[0].splitlines()[2:]
     rows: list[list[str]] = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     families = {"torchvision and tutorials": ("o", BLUE), "for CIFAR": ("s", RED), "timm": ("^", GREEN)}
-    figure = Figure(figsize=(7.5, 6), facecolor="white", layout="constrained")
+    figure = Figure(figsize=(7, 6.5), facecolor="white", layout="constrained")
     axes = figure.subplots()
     for label, (marker, color) in families.items():
         own = np.array([[float(row[column]) for column in (3, 2)] for row in rows if family(row[0]) == label])
@@ -234,7 +234,7 @@ def parity(path: Path) -> None:
     axes.set_xlabel("PyTorch: relative L2 distance of float32 logits to float64 logits")
     axes.set_ylabel("jresnet: distance of float32 logits to PyTorch's float64 logits")
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper left")
+    axes.legend(loc="lower right")
     axes.set_title(f"Rounding errors of {len(rows)} networks (docs/log/2026-11-parity.md)", fontsize=11)
     save(figure, path)
 
