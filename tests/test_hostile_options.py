@@ -493,7 +493,7 @@ def shell(line: str, *arguments: object) -> subprocess.CompletedProcess[bytes]:
         (
             '"$0" scripts/benchmark.py --suite data --data-dir "$1" >&-',
             1,
-            rb"error: --data-dir .*\\udcff is not there\n",
+            rb"error: --data-dir .*\\udcff does not exist\n",
         ),
         ('ulimit -v 400000; "$0" -m jresnet report "$1" --plot "$2/x.png"', 1, rb"error: .*\\udcff is not a folder\n"),
     ],
