@@ -377,10 +377,7 @@ def test_weights_must_stay_the_same(tiny: Path, data: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scratch", [False, pytest.param(True, marks=pytest.mark.long)])
-def test_a_trained_start_beats_a_random_one_on_real_images(
-    cifar10: Path, shared: Path, tmp_path: Path, scratch: bool
-) -> None:
+def test_a_trained_start_beats_a_random_one_on_real_images(cifar10: Path, shared: Path, tmp_path: Path) -> None:
     """Ten images a class: the probe is as good as fine-tuning, and that far better than from scratch in as many steps.
 
     ``scripts/compare_finetuning.py`` has the full figures, beside PyTorch's.
@@ -399,7 +396,7 @@ def test_a_trained_start_beats_a_random_one_on_real_images(
     accuracies = {}
     begin, where, head = finetune.resolve(trained), devices.find(1), None
     random = finetune.resolve(None, "resnet20_cifar")
-    for name, start in (("probe", begin), ("finetune", begin), ("scratch", random))[: 3 if scratch else 2]:
+    for name, start in (("probe", begin), ("finetune", begin), ("scratch", random)):
         given = {} if name == "probe" else {"epochs": 3, "batch_size": 10}
         config, _ = finetune.choose(start, data, probe=name == "probe", **given)
         if name == "probe":
@@ -411,4 +408,4 @@ def test_a_trained_start_beats_a_random_one_on_real_images(
         head = head or finetune.head_of(tmp_path / name / "last.safetensors")
     assert accuracies["probe"] >= 0.85
     assert accuracies["probe"] >= accuracies["finetune"] - 0.01  # three images
-    assert accuracies["finetune"] > accuracies.get("scratch", 0.3) + 0.4
+    assert accuracies["finetune"] > accuracies["scratch"] + 0.4
