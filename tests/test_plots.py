@@ -145,27 +145,29 @@ def test_the_worst_mistakes(drawn: list[Figure], tmp_path: Path, channels: int) 
     labels, predictions = np.array([0, 1, 2, 3, 0, 1]), np.array([0, 0, 0, 3, 1, 2])
     losses = np.array([9.0, 1.0, 3.0, 0.1, np.nan, 2.0])  # the highest loss is of an image classified rightly
     worst(tmp_path, labels, predictions, losses, channels=channels)
-    shown = [axes for axes in drawn[0].axes if axes.images]
-    assert [axes.images[0].get_array().flat[0] for axes in shown] == [4, 2, 5, 1]
-    assert [axes.get_title() for axes in shown] == [
+    (axes,) = drawn[0].axes
+    assert [image.get_array().flat[0] for image in axes.images] == [4, 2, 5, 1]
+    assert [text.get_text() for text in axes.texts] == [
         "dog / cat\nloss nan", "cat /\na very long …{$ and more\nloss 3.00", "a very long …{$ and more /\ndog\nloss 2.00",
         "cat / dog\nloss 1.00",
     ]  # fmt: skip
-    assert {axes.images[0].get_interpolation() for axes in shown} == {"nearest"}
+    assert {image.get_interpolation() for image in axes.images} == {"nearest"}
+    middles = [sum(image.get_extent()[:2]) / 2 for image in axes.images]
+    assert middles == pytest.approx([text.get_position()[0] for text in axes.texts])  # each caption above its image
     assert "4 of 6 images misclassified; predicted / true" in drawn[0].get_suptitle()
 
 
 def test_the_grid_of_the_worst(drawn: list[Figure], tmp_path: Path) -> None:
     labels, predictions = np.arange(90) % 4, (np.arange(90) + 2) % 4
     worst(tmp_path, labels, predictions, np.linspace(0, 5, 90))
-    shown = [axes for axes in drawn[0].axes if axes.images]
-    assert len(shown) == 25
-    corners = [(round(axes.get_position().x0, 3), round(axes.get_position().y0, 3)) for axes in shown]
+    (axes,) = drawn[0].axes
+    corners = [(round(image.get_extent()[0], 3), round(image.get_extent()[2], 3)) for image in axes.images]
     assert [len(set(sides)) for sides in zip(*corners, strict=True)] == [5, 5]
-    assert shown[0].images[0].get_array().flat[0] == 89
-    titles = [axes.title for axes in shown]
-    assert not overlaps(drawn[0], [*titles, drawn[0]._suptitle])
-    assert not outside(drawn[0], titles)
+    assert len(set(corners)) == 25
+    assert axes.images[0].get_array().flat[0] == 89
+    texts = [*axes.texts, drawn[0]._suptitle]
+    assert not overlaps(drawn[0], texts)
+    assert not outside(drawn[0], texts)
     assert "90 of 90 images misclassified, the 25 worst" in drawn[0].get_suptitle()
 
 
