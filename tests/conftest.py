@@ -12,6 +12,7 @@ from types import ModuleType
 
 import jax
 import jax._src.compiler
+import numpy as np
 import pytest
 import safetensors.numpy
 
@@ -21,6 +22,7 @@ sys.path.append(str(REPOSITORY / "scripts"))  # modules that scripts share
 from benchmark.networks import randomise  # noqa: E402
 
 import jresnet  # noqa: E402
+from jresnet.models import layers  # noqa: E402
 from jresnet.models.resnet import ResNet  # noqa: E402
 from jresnet.weights import native  # noqa: E402
 
@@ -34,14 +36,27 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))  # cached listings of image folders
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    draw_quickly()
     jax.jit(abs)(1.0)  # XLA reads XLA_FLAGS here, so that what compiled_quickly sets there is for commands alone
 
 
+def draw_quickly() -> None:
+    """Keeps one optimised program for initial weights: without LLVM's optimizations they take six times as long."""
+    drawn, key = layers._normal_block, jax.random.key(0)
+    program, dtype, devices = drawn.lower(key, np.uint32(0)).compile(), key.dtype, key.devices()
+
+    def block(key: jax.Array, index: np.uint32) -> jax.Array:
+        concrete = key.dtype == dtype and not isinstance(key, jax.core.Tracer) and key.devices() == devices
+        return program(key, index) if concrete else drawn(key, index)
+
+    layers._normal_block = block  # type: ignore[assignment]
+
+
 # These compare float32 results of kernels and networks, or look at the compiled program, so they compile as users' programs.
-# The others' float32 comparisons find wrong tensors, not rounding.
+# The others' float32 comparisons find wrong tensors, not rounding. In the others, the marker as_users_do is for one test.
 AS_USERS_DO = {
-    "test_benchmark_torch", "test_compiler", "test_elsewhere", "test_fuse", "test_golden", "test_jax_fit", "test_kernels",
-    "test_models", "test_resnet", "test_timm", "test_training", "test_winograd",
+    "test_benchmark_torch", "test_compiler", "test_elsewhere", "test_fuse", "test_golden", "test_jax_fit",
+    "test_models", "test_training", "test_winograd",
 }  # fmt: skip
 
 
@@ -61,13 +76,28 @@ def compiled_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
                 options_of = compiler.get_compile_options
 
                 def with_older_emitters(*args: object, **options: object) -> object:
-                    given = {"xla_cpu_use_fusion_emitters": False} | (options.pop("env_options_overrides", None) or {})
+                    given = options.pop("env_options_overrides", None) or {}
+                    if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "true":
+                        given = {"xla_cpu_use_fusion_emitters": False} | given
                     return options_of(*args, env_options_overrides=given, **options)
 
                 patched.setattr(compiler, "get_compile_options", with_older_emitters)
         jax.config.update("jax_disable_most_optimizations", quick)
         yield
     jax.clear_caches()  # or a process that runs half of the tests holds 5 GB of compiled programs
+
+
+@pytest.fixture(autouse=True)
+def compiled_as_users_do(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Turns LLVM's optimizations on again in a test that is marked so."""
+    if not request.node.get_closest_marker("as_users_do") or "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "false")
+        jax.config.update("jax_disable_most_optimizations", False)
+        yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="session")

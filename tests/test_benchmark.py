@@ -118,6 +118,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert shown["images/s"].startswith(f"{found['images_per_second']:.4g} (")
 
 
+@pytest.mark.long  # parity/test_benchmark_torch.py trains beside PyTorch
 @pytest.mark.usefixtures("quick")
 def test_training(folder: Path) -> None:
     """The whole gradient of the step that is timed, on two simulated devices."""
@@ -128,6 +129,7 @@ def test_training(folder: Path) -> None:
     assert found["images_per_second"] == 4 / found["seconds"] > 0
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("quick")
 def test_an_epoch(folder: Path) -> None:
     """Of 16 images, in steps of 6."""
@@ -136,6 +138,7 @@ def test_an_epoch(folder: Path) -> None:
     assert found["images_per_second"] == 12 / found["seconds"] > 0
 
 
+@pytest.mark.long
 def test_the_first_step(folder: Path) -> None:
     """Cold it compiles; with the cache it does not."""
     row = Row("startup", "first step", "tiny", 8, 2)

@@ -77,6 +77,7 @@ def test_integer_images_are_refused(model: jresnet.ResNet) -> None:
         model(np.zeros((2, 32, 32, 3), np.uint8))
 
 
+@pytest.mark.as_users_do
 def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32() -> None:
     model = jresnet.create("resnet20_cifar", dtype=jnp.bfloat16)
     exact = jresnet.create("resnet20_cifar")
@@ -92,6 +93,7 @@ def test_bfloat16_keeps_parameters_statistics_and_logits_in_float32() -> None:
     assert 1e-4 < error < 0.06
 
 
+@pytest.mark.as_users_do
 def test_batchnorm_statistics_of_bfloat16_are_taken_in_float32() -> None:
     x = (images(64, 8, 8, 4) + 20).astype(jnp.bfloat16)
     norm = BatchNorm(4, momentum=1.0)
@@ -101,6 +103,7 @@ def test_batchnorm_statistics_of_bfloat16_are_taken_in_float32() -> None:
     np.testing.assert_allclose(norm.var[...], wide.var((0, 1, 2), ddof=1), rtol=1e-5)
 
 
+@pytest.mark.as_users_do
 def test_batchnorm_survives_a_large_mean() -> None:
     x = images(32, 8, 8, 3) * 0.01 + 1000  # E[x²] - E[x]² would have no right digit
     wide, half = x.astype(np.float64), np.spacing(np.float32(1000)) / 2

@@ -205,6 +205,7 @@ def small(name: str) -> bool:
     return name in ("test_resnet", "resnet10t")
 
 
+@pytest.mark.as_users_do
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if small(name) else [pytest.mark.long]) for name in NAMES]
 )
