@@ -31,7 +31,7 @@ from jresnet.commands.flags import Parser, check_output
 from jresnet.errors import InputError, JresnetError, WeightsError
 from jresnet.files import TORCH_SUFFIXES, sha256_of, shown
 from jresnet.models import params, zoo
-from jresnet.models.config import KINDS, ResNetConfig, Shortcut, Stem, StrideIn
+from jresnet.models.config import KINDS, Block, ResNetConfig, Shortcut, Stem, StrideIn
 from jresnet.models.resnet import ResNet
 from jresnet.pytorch import infer, statedict
 from jresnet.pytorch.keymap import DIALECTS
@@ -219,7 +219,8 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     chosen = {name: getattr(args, name) for name in zoo.FREE if hasattr(args, name)}
     arch, spec = _arch_and_spec(args.what, args.weights)
     # Wrong values are reported before anything is downloaded.
-    zoo.replaced(zoo.find(arch).config if arch else ResNetConfig("bottleneck", (1, 1, 1, 1)), **chosen)
+    block: Block = "basic" if args.shortcut == "pad" else "bottleneck"
+    zoo.replaced(zoo.find(arch).config if arch else ResNetConfig(block, (1, 1, 1, 1)), **chosen)
     source = sources.find(spec, arch)
     if row := source.row:
         why = "torchvision's default" if spec == "DEFAULT" else "as requested"

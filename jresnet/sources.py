@@ -253,6 +253,11 @@ def open_file(path: Path) -> tuple[Any, dict[str, str]]:
             f"{path} is one part of a torch.distributed checkpoint: merge its folder into one file with "
             f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path.parent} model.pth"
         )
+    if path.suffix == ".index" or path.suffix.startswith(".data-"):
+        raise WeightsError(
+            f"{path} is part of a TensorFlow checkpoint, whose layers have other names and layouts; only PyTorch weights "
+            "can be converted: save them with torch.save(model.state_dict(), path)"
+        )
     safetensors = path.suffix == ".safetensors"
     if not safetensors and path.suffix not in TORCH_SUFFIXES and path.is_file():
         with contextlib.suppress(OSError), open(path, "rb") as file:  # torchfile reports the error

@@ -111,6 +111,11 @@ def match(
         other = next(
             (what for pattern, what in keymap.OTHER_NETWORKS if any(re.search(pattern, k) for k in shapes)), None
         )
+        if (prefix is not None or dialect) and (elsewhere := infer.find(shapes)):
+            raise WeightsError(
+                f"{source} contains no ResNet{naming}{where}: there is one "
+                f"{f'under {elsewhere.prefix!r}' if elsewhere.prefix else 'without a prefix'} in {elsewhere.dialect} naming"
+            )
         raise WeightsError(
             f"{source} contains no ResNet{naming}{where}{f' but {other}' if other else ''}: expected tensors such as "
             f"conv1.weight, bn1.weight and layer1.0.conv1.weight, found {few(shapes)}"
@@ -121,10 +126,15 @@ def match(
             "jresnet does not have such networks: use weights of a plain ResNet"
         )
     asked = dict(chosen)
-    if arch is not None:  # properties of the architecture that the tensors do not determine
-        chosen |= {name: getattr(zoo.find(arch).config, name) for name in ("antialias", "norm")}
     try:
         config = infer.configure(found, shapes, **chosen)
+        if arch is not None:  # properties of the architecture that the tensors do not determine
+            untold = {name: getattr(zoo.find(arch).config, name) for name in ("antialias", "norm")}
+            if any(path.endswith(".var") for path in found.keys):
+                untold["norm"] = None
+            if infer.is_like(dataclasses.replace(config, **untold), arch):
+                chosen |= untold
+                config = infer.configure(found, shapes, **chosen)
         layers = stated.layers(tensors.settings, found.keys, found.prefix) if isinstance(tensors, Module) else {}
         own = stated.of_layers(layers, config)
         if not layers and "bottleneck" in config.blocks and _is_segmentation(found, shapes):
@@ -158,10 +168,14 @@ def match(
     elif f"{found.head}.bias" not in got:
         del expected[f"{found.head}.bias"]
         notes.append(f"{found.head} has no bias: zeros are used")
+    if found.guessed:
+        notes.append(f"{found.head} is taken as the last layer: it is the only other layer")
     beside = _beside(got.keys() - expected.keys(), found, expected)
     problems += params.differences(expected, {name: shape for name, shape in got.items() if name not in beside})
-    if beside:
-        notes.append(f"ignored, not part of the network: {few([name for name in got if name in beside])}")
+    # Other networks of the same size are named already.
+    others = tuple(other for other in found.rivals if not found.prefix.startswith(other))
+    if named := [name for name in got if name in beside and not name.startswith(others)]:
+        notes.append(f"ignored, not part of the network: {few(named)}")
 
     values, counts, odd = {}, {}, []
     for name, value in tensors.items():
@@ -187,7 +201,7 @@ def match(
         if parts:
             problems.insert(0, f"it has {' and '.join(parts)}, which jresnet does not support")
         norms = [name for name, path in paths.items() if path.endswith(".var")]
-        if not any(name in got for name in norms):
+        if norms and not any(name in got for name in norms):
             folded = not any(path.endswith(".scale") and name in got for name, path in paths.items())
             problems.insert(
                 0,
@@ -321,6 +335,8 @@ def _beside(names: Collection[str], found: infer.Found, expected: Collection[str
     own = {key[len(found.prefix) :].partition(".")[0] for key in body}
 
     def is_part(name: str) -> bool:
+        if name.rpartition(".")[2] in keymap.PROFILED:
+            return False
         module = name[len(found.prefix) :].partition(".")[0]
         return name.startswith(found.prefix) and (module in own or re.fullmatch(r"layer\d+", module) is not None)
 

@@ -266,6 +266,14 @@ def test_whole_modules(tmp_path, form):
         assert found.settings["0"]["stride"] == (1, 1)
 
 
+@pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
+@pytest.mark.parametrize("prepare", [torch.jit.freeze, torch.jit.optimize_for_inference])
+def test_a_program_without_parameters(tmp_path, prepare):
+    torch.jit.save(prepare(torch.jit.script(network().eval())), tmp_path / "model.pt")
+    with pytest.raises(WeightsError, match=r"is a TorchScript program without parameters.*model\.state_dict\(\)"):
+        read(tmp_path / "model.pt")
+
+
 def test_archives_of_other_kinds(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
