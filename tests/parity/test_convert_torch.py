@@ -189,6 +189,8 @@ def test_heads(tmp_path: Path, name: str, bias: bool) -> None:
     if not bias:
         model.fc.bias = None
     state = {k.replace("fc.", f"{name}."): v for k, v in model.state_dict().items()}
+    if name != "my_head":  # which is found only if nothing else is there
+        state["loss.weight"] = torch.ones(7)
     torch.save(state, tmp_path / "model.pth")
     found = check(tmp_path / "model.pth", model)
     assert (f"{name} has no bias: zeros are used" in found.notes) == (not bias)
@@ -233,7 +235,7 @@ def test_files_without_a_head(tmp_path: Path, form: str) -> None:
     body = model.state_dict()
     state = {prefix + k: v for k, v in body.items()} | beside
     if form == "MoCo":
-        state |= {f"module.encoder_k.{k}": torch.zeros_like(v) for k, v in body.items()}
+        state = {f"module.encoder_k.{k}": torch.zeros_like(v) for k, v in body.items()} | state
     torch.save({"arch": "x", "state_dict": state}, tmp_path / "model.pth")
     found = check(tmp_path / "model.pth", model)
     assert found.headless
