@@ -324,7 +324,10 @@ def _arch_and_spec(what: str, weights: str | None) -> tuple[str | None, str]:
         return what, "DEFAULT"
     if os.path.exists(what) or Path(what).suffix or os.sep in what or ":" in what:
         return None, what
-    return zoo.find(what).name, "DEFAULT"  # raises an error that suggests similar names
+    try:
+        return zoo.find(what).name, "DEFAULT"  # raises an error that suggests similar names
+    except InputError as error:
+        raise InputError(f"there is no file {what!r}: {error}") from None
 
 
 if __name__ == "__main__":

@@ -288,6 +288,8 @@ def test_json(tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
     ("arguments", "code", "message"),
     [
         (["resnet51"], 1, "unknown architecture 'resnet51': did you mean resnet50"),
+        (["mine"], 1, "there is no file 'mine': unknown architecture 'mine': there are resnet18, resnet34, resnet50, "),
+        (["mine"], 1, "more (jresnet.list_models)"),
         ([], 2, "arguments are required: FILE|ARCH"),
         (["resnet50", "--verify", "sometimes"], 2, "invalid choice"),
         (["resnet50", "--weights", "IMAGENET1K_V3"], 1, "did you mean IMAGENET1K_V"),
