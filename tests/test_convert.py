@@ -189,7 +189,7 @@ def test_everything_that_is_wrong_is_listed(tensors: dict[str, np.ndarray]) -> N
     for part in (
         "2 missing: conv1.weight, layer1.0.bn1.running_mean", "1 unexpected: layer9.weight",
         "1 misshapen: layer2.0.conv1.weight is [100, 64], not [32, 16, 3, 3]",
-        "bn1.weight is int64, not a floating-point tensor",
+        "1 of type int64, not floating point: bn1.weight",
     ):  # fmt: skip
         assert part in str(caught.value)
 

@@ -214,6 +214,7 @@ def test_the_largest_dict_wins_whatever_its_name(small: dict[str, np.ndarray]) -
     optimizer = {"state": {i: {"exp_avg": value} for i, value in enumerate(small.values())}}
     found = statedict.match({"opt": optimizer, "a": {"b": {"my weights": small}}, "ema_decay": 0.9})
     assert same(found, small)
+    assert same(statedict.match({3: {"x": small}}, key="3.x"), small)  # by epoch
     assert same(statedict.match({"a": {"b": small}, "c": tensors_of(SMALL, seed=1)}, key="a.b"), small)
 
 
@@ -353,6 +354,12 @@ def test_a_message_names_at_most_five_keys_of_a_kind() -> None:
     assert "53 missing: bn1.running_mean, " in message
     assert "and 48 more; 50 unexpected: " in message
     assert len(message) < 700
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.complex64])
+def test_wrong_dtypes_are_one_kind(small: dict[str, np.ndarray], dtype: type) -> None:
+    with pytest.raises(WeightsError, match=r"\): 62 of type \w+, not floating point: (\S+, ){4}\S+ and 57 more$"):
+        statedict.match({key: value.astype(dtype) for key, value in small.items()})
 
 
 def test_no_resnet_at_all() -> None:

@@ -178,6 +178,7 @@ def match(
         notes.append(f"ignored, not part of the network: {few(named)}")
 
     values, counts, odd = {}, {}, []
+    unread: dict[str, list[str]] = {}  # names by the reason why they are not read
     for name, value in tensors.items():
         try:
             if name in expected:
@@ -189,7 +190,8 @@ def match(
                 else:
                     counts[counters[name]] = count
         except TypeError as error:
-            problems.append(f"{name} {error}")
+            unread.setdefault(str(error), []).append(name)
+    problems += [f"{len(names)} {reason}: {few(names)}" for reason, names in unread.items()]
     if odd:
         notes.append(f"ignored, not a number of batches: {few(odd)}")
     row = infer.row(config)
@@ -324,7 +326,8 @@ def _boxes(saved: Any) -> dict[str, dict[str, Any]]:
                 boxes[name] = module = Module(boxes[name])
                 module.settings = node.settings
         holders = (Mapping, list, tuple)
-        inside = [(k, v) for k, v in node.items() if isinstance(k, str) and len(k) <= 200 and isinstance(v, holders)]
+        named = [(str(k), v) for k, v in node.items() if isinstance(k, str | int) and isinstance(v, holders)]
+        inside = [(k, v) for k, v in named if len(k) <= 200]
         waiting += [(f"{name}.{k}" if name else k, v) for k, v in inside]
     return boxes
 
@@ -365,16 +368,23 @@ def _numpy(value: Any) -> np.ndarray:
     return value.detach().float().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
 
 
+def _is_empty(value: Any) -> bool:
+    """Whether it is a torch tensor that has a shape but no data."""
+    return str(getattr(value, "device", "")) == "meta"
+
+
 def _float32(value: Any) -> np.ndarray:
     dtype = getattr(value, "dtype", type(value).__name__)
     if not (str(dtype).removeprefix("torch.").startswith(("float", "bfloat"))):
-        raise TypeError(f"is {dtype}, not a floating-point tensor")
+        raise TypeError(f"of type {dtype}, not floating point")
+    if _is_empty(value):
+        raise TypeError("without data, on torch's device meta")
     return np.ascontiguousarray(_numpy(value), dtype=np.float32)
 
 
 def _count(value: Any) -> int | None:
     """A counter as an int, None if invalid. Averaging weights makes counters fractional; float16 makes them infinite."""
-    if int(np.prod(tuple(value.shape))) != 1:
+    if int(np.prod(tuple(value.shape))) != 1 or _is_empty(value) or "complex" in str(value.dtype):
         return None
     if "int" in str(value.dtype):
         return int(value.reshape(()))

@@ -13,6 +13,7 @@ from conftest import command
 
 from convert import reference, torch2flax, verify
 from jresnet import files, sources
+from jresnet.errors import WeightsError
 from jresnet.models import params
 from jresnet.models.resnet import ResNetConfig
 from jresnet.pytorch import keymap, statedict
@@ -324,6 +325,12 @@ def test_fastai(tmp_path: Path) -> None:
     assert any(note.startswith("ignored, not part of the network: 1.2.weight, 1.2.bias") for note in found.notes)
 
 
+def test_tensors_without_data() -> None:
+    state = {key: value.to("meta") for key, value in tiny().state_dict().items()}
+    with pytest.raises(WeightsError, match=r"62 without data, on torch's device meta: conv1\.weight, "):
+        statedict.match(state)
+
+
 def test_numpys_file_of_a_state_dict(tmp_path: Path) -> None:
     model = tiny()
     np.savez(tmp_path / "model.npz", **{f"module.{k}": v.numpy() for k, v in model.state_dict().items()})
@@ -361,6 +368,27 @@ def test_backbones_of_torchvision(tmp_path: Path) -> None:
     np.testing.assert_allclose(given, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
 
 
+def test_the_backbone_of_a_segmentation_network(tmp_path: Path) -> None:
+    """Its last layer, ``classifier.4``, is a convolution; the backbone is dilated, as torchvision's are."""
+    from torchvision.models._utils import IntermediateLayerGetter
+
+    class Features(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = IntermediateLayerGetter(
+                bottlenecks(replace_stride_with_dilation=[False, True, True]), {"layer4": "out"}
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.backbone(x)["out"].mean((2, 3))
+
+    model = Features().eval()
+    head = {"classifier.4.weight": torch.ones(9, 256, 1, 1), "classifier.4.bias": torch.ones(9)}
+    torch.save({"model": model.state_dict() | head}, tmp_path / "model.pth")
+    found = check(tmp_path / "model.pth", model)
+    assert (found.config.output_stride, found.headless) == (8, True)
+
+
 def test_the_command_needs_a_file_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -378,8 +406,6 @@ def test_the_command_needs_a_file_alone(
 @pytest.mark.parametrize("draws", [30, pytest.param(200, marks=pytest.mark.long)])
 def test_no_draw_decides_whether_a_conversion_is_right(draws: int) -> None:
     """All correct conversions pass, and each of a tenth with one wrong tensor is refused."""
-
-    from jresnet.errors import WeightsError
 
     refused = 0
     for seed in range(draws):
@@ -502,7 +528,6 @@ def test_torchscript(tmp_path: Path, how: str) -> None:
 def test_pre_activation_is_refused(tmp_path: Path) -> None:
     """The blocks of He et al. 2016b: normalisation, ReLU, convolution."""
     import jresnet
-    from jresnet.errors import WeightsError
 
     class Block(torch.nn.Module):
         def __init__(self, inputs: int, outputs: int):
