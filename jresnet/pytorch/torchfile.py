@@ -391,7 +391,15 @@ def _parts(node: unpickle.Record) -> tuple[dict[str, Any], dict[str, Any]] | Non
     if not all(isinstance(group, dict) for group in groups):
         return None
     own = {name: value for group in groups for name, value in group.items() if isinstance(name, str)}  # type: ignore[union-attr]
+    for name in _strings(named.get("_non_persistent_buffers_set")):  # a state_dict does not have these either
+        own.pop(name, None)
     return own, named
+
+
+def _strings(node: Any) -> list[str]:
+    """The strings in the record of a set."""
+    inside = node.args[0] if type(node) is unpickle.Record and node.args else []
+    return [name for name in inside if isinstance(name, str)] if isinstance(inside, list) else []
 
 
 def _is_plain(value: Any) -> bool:

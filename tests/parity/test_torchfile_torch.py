@@ -250,6 +250,8 @@ def test_refused(tmp_path, value, match, zipped):
 def test_whole_modules(tmp_path, form):
     """The tensors that its state_dict has, by the same names, of a module whose class is not imported."""
     model, path = network().eval(), tmp_path / "model.pt"
+    if form in ("zip", "legacy"):
+        model[1].register_buffer("filt", torch.ones(3), persistent=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is deprecated
         if form == "script":
