@@ -353,11 +353,13 @@ def _assemble(saved: object, run: _Interpreter, keys: Iterable[str], load: Calla
             raise Refused(f"has modules nested deeper than {MAX_DEPTH} levels, or contains itself; {ADVICE}")
         run.charge(len(prefix) // unpickle.BYTES_PER_STEP)
         own, attributes = _parts(node) or ({}, {})
-        run.charge(1 + len(own) + len(attributes))
+        items = _set_items(attributes.get("_non_persistent_buffers_set"))  # a state_dict does not have these, either
+        run.charge(1 + len(own) + len(attributes) + len(items))
+        hidden = {name for name in items if isinstance(name, str)}
         plain = {name: value for name, value in attributes.items() if _is_plain(value)}
         into.settings[prefix.removesuffix(".")] = {"class": node.name} | plain
         for name, child in own.items():
-            if type(child) is _Tensor:
+            if type(child) is _Tensor and name not in hidden:
                 into[f"{prefix}{name}"] = arrays[child]
             elif type(child) is unpickle.Record:
                 collect(child, f"{prefix}{name}.", into, depth + 1)
@@ -391,15 +393,13 @@ def _parts(node: unpickle.Record) -> tuple[dict[str, Any], dict[str, Any]] | Non
     if not all(isinstance(group, dict) for group in groups):
         return None
     own = {name: value for group in groups for name, value in group.items() if isinstance(name, str)}  # type: ignore[union-attr]
-    for name in _strings(named.get("_non_persistent_buffers_set")):  # a state_dict does not have these either
-        own.pop(name, None)
     return own, named
 
 
-def _strings(node: Any) -> list[str]:
-    """The strings in the record of a set."""
-    inside = node.args[0] if type(node) is unpickle.Record and node.args else []
-    return [name for name in inside if isinstance(name, str)] if isinstance(inside, list) else []
+def _set_items(node: Any) -> list[Any]:
+    """The items in the record of a set."""
+    inside = node.args[0] if type(node) is unpickle.Record and node.args else None
+    return inside if isinstance(inside, list) else []
 
 
 def _is_plain(value: Any) -> bool:
