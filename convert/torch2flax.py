@@ -123,8 +123,8 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     place.add_argument(
         "--key",
         type=named,
-        help="key of the dict of tensors in a checkpoint, such as state_dict_ema or model.teacher (default: the key with "
-        "the largest network; averaged weights are preferred)",
+        help="key of the dict of tensors in a checkpoint, such as state_dict_ema or model.teacher; . is the file itself "
+        "(default: the key with the largest network; averaged weights are preferred)",
     )
     network.add_argument(
         "--num-classes",

@@ -304,7 +304,7 @@ def test_json(tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
         (["{good}", "--dialect", "weiaicunzai"], 1, "contains no ResNet in weiaicunzai naming"),
         (["{good}", "--prefix", "backbone"], 1, "contains no ResNet under 'backbone': there is one without a prefix"),
         (["{good}", "--shortcut", "conv"], 1, "whose shortcut is 'pad', not 'conv': leave out shortcut"),
-        (["{good}", "--key", "model"], 1, "has no dict of tensors 'model': found ''"),
+        (["{good}", "--key", "model"], 1, "has no dict of tensors 'model': found '.'"),
         (["resnet20_cifar", "--weights", "hf:nothing"], 1, "hf:ORG/REPO[@REVISION]"),
     ],
 )

@@ -214,6 +214,9 @@ def test_the_largest_dict_wins_whatever_its_name(small: dict[str, np.ndarray]) -
     optimizer = {"state": {i: {"exp_avg": value} for i, value in enumerate(small.values())}}
     found = statedict.match({"opt": optimizer, "a": {"b": {"my weights": small}}, "ema_decay": 0.9})
     assert same(found, small)
+    both = {**small, "ema": tensors_of(SMALL, seed=1)}
+    assert statedict.match(both).notes == ("read from 'ema'; also found: '.'",)
+    assert same(statedict.match(both, key="."), small)
     assert same(statedict.match({3: {"x": small}}, key="3.x"), small)  # by epoch
     assert same(statedict.match({"a": {"b": small}, "c": tensors_of(SMALL, seed=1)}, key="a.b"), small)
 

@@ -77,8 +77,8 @@ def match(
         arch: the expected architecture, a name from :func:`jresnet.list_models`; ``None``: any ResNet.
         dialect: a name in :data:`jresnet.pytorch.keymap.DIALECTS`; ``None``: the one that fits the keys best.
         prefix: prefix of the network's keys, such as ``backbone``; ``None``: that of the largest network.
-        key: key of the dict of tensors in a checkpoint, such as ``state_dict_ema`` or ``model.teacher``; ``None``: the one
-            with the largest network.
+        key: key of the dict of tensors in a checkpoint, such as ``state_dict_ema`` or ``model.teacher``; ``"."`` is the
+            checkpoint itself; ``None``: the one with the largest network.
         source: name of the weights in error messages.
         chosen: any of num_classes, in_channels, stem, shortcut, stride_in and output_stride. If the tensors determine a
             property, the chosen value must agree. If they do not (a stem's max-pool, stride_in, output_stride), the chosen
@@ -274,8 +274,10 @@ def _network(
     """Finds the dict of tensors with the largest network: its key, the dict, the network, and notes on the choice."""
     boxes = _boxes(saved)
     if key is not None:
+        key = "" if key == "." else key
         if key not in boxes:
-            raise WeightsError(f"{source} has no dict of tensors {key!r}: found {few(map(repr, boxes)) or 'none'}")
+            found_keys = few(repr(name or ".") for name in boxes) or "none"
+            raise WeightsError(f"{source} has no dict of tensors {key!r}: found {found_keys}")
         boxes = {key: boxes[key]}
     if not boxes:
         what = type(saved).__name__
@@ -296,7 +298,7 @@ def _network(
     rivals.sort(key=lambda name: (infer.preference(name), infer.preference(networks[name].prefix)))
     name, found, notes = rivals[0], networks[rivals[0]], []
     if rivals[1:]:
-        notes.append(f"read from {name!r}; also found: {few(map(repr, rivals[1:]))}")
+        notes.append(f"read from {name or '.'!r}; also found: {few(repr(rival or '.') for rival in rivals[1:])}")
     if found.rivals:
         notes.append(f"read from {found.prefix!r}; also found: {few(map(repr, found.rivals))}")
     tensors = boxes[name]
