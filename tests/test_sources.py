@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import zipfile
 from pathlib import Path
 
@@ -360,3 +361,18 @@ def test_pickles_of_other_things(tmp_path: Path, name: str, advice: str) -> None
     (tmp_path / "x.pkl").write_bytes(b"\x80\x02c" + f"{module}\n{function}\n.".encode())
     with pytest.raises(WeightsError, match=f"forbidden global {name}, .*{advice}"):
         sources.load(tmp_path / "x.pkl")
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_detectron2s_pickles(tmp_path: Path, protocol: int) -> None:
+    arrays = {
+        "stem.conv1.weight": np.ones((4, 3, 7, 7), np.float32),
+        "res2.0.conv1.weight": np.ones((4, 4), np.float32),
+    }
+    content = pickle.dumps({"model": arrays, "__author__": "x", "matching_heuristics": True}, protocol)
+    (tmp_path / "model.pkl").write_bytes(content)
+    with pytest.raises(WeightsError, match=r"as published by detectron2, with numpy\.savez"):
+        sources.load(tmp_path / "model.pkl")
+    np.savez(tmp_path / "model.npz", **arrays)
+    with pytest.raises(WeightsError, match="contains no ResNet but a ResNet with detectron2's or Caffe's names"):
+        sources.load(tmp_path / "model.npz")
