@@ -1,9 +1,9 @@
 """Lists, decodes, resizes, crops and batches image files with Pillow.
 
-Results equal those of torchvision's ``ImageFolder`` with ``Resize`` and ``CenterCrop`` on PIL images, bit by bit: pixels are
-read as stored (the EXIF orientation is ignored) and converted to RGB, the shorter side is resized with antialiasing, and the
-centre is cropped. Normalisation is done on the device (:func:`jresnet.weights.preprocessing.normalise`). :func:`photo` reads
-a file as viewers display it instead: upright, with transparency over white and 16 bits reduced to 8.
+Images are converted to RGB, the shorter side is resized with antialiasing, and the centre is cropped. Normalisation is done
+on the device (:func:`jresnet.weights.preprocessing.normalise`). :func:`photo` reads a file as viewers display it, upright
+and with transparency over white. :func:`read` reads pixels as stored; then the results equal those of torchvision's
+``ImageFolder`` with ``Resize`` and ``CenterCrop`` on PIL images, bit by bit.
 
 Files are untrusted. Only the formats below are decoded (Pillow would pass PostScript to a program), and images of more than
 Pillow's ``MAX_IMAGE_PIXELS`` are refused, as read and as resized.
