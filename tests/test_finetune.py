@@ -131,6 +131,7 @@ def test_it_says_what_it_chose_and_why(fitted: tuple[Path, str]) -> None:
     table = [line.split() for line in lines]
     first = table.index(["class", "images", "precision", "recall"])
     assert table[first + 3] == ["red", "3", "100.0", "%", "100.0", "%"]
+    assert "skipped  1 damaged image; summary.json lists them" in lines
 
 
 def test_the_weights_say_all_that_belongs_to_them(fitted: tuple[Path, str], photos: Path) -> None:
@@ -174,6 +175,8 @@ def test_resume_refuses_other_images(fitted: tuple[Path, str], photos: Path, tmp
         (["--out", "x", "--weights", "w", "--data", "d", "--arch", "resnet18"], "--arch is only for --weights none"),
         (["--out=x", "--weights=none", "--arch=resnet18", "--data=d", "--linear-probe"], "needs trained --weights"),
         (["--out=x", "--weights=w", "--data=d", "--linear-probe", "--freeze=stem"], "--freeze cannot be combined"),
+        (["--out=x", "--weights=w", "--data=d", "--linear-probe", "--freeze-bn=all", "--no-head-stage", "--mixup=0.2"],
+         "--freeze-bn, --head-stage, --mixup cannot be combined with --linear-probe"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_go_together(arguments: list[str], message: str, capsys: Any) -> None:
@@ -195,6 +198,8 @@ def test_what_is_wrong_is_told_before_anything_is_compiled(
     assert "--freeze backbone,head leaves nothing to train" in capsys.readouterr().err
     assert run("finetune", [*base, "--data", str(photos), "--lr", "-1"], "x") == 1
     assert "--lr must be above 0" in capsys.readouterr().err
+    assert run("finetune", [*base, "--data", str(photos), "--batch-size", "1000"], "x") == 1
+    assert "a batch of 1000 is larger than the 29 training images: change --batch-size" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -230,6 +235,17 @@ def test_the_recipe_follows_the_number_of_images(n: int, batch: int, epochs: int
     assert config.lr == pytest.approx(0.01 * batch / 64)
     assert config.warmup_epochs <= config.epochs
     assert len(reasons) == 3
+
+
+@pytest.mark.parametrize(("devices", "batch"), [(1, 4), (3, 6), (8, 8), (29, 29)])
+def test_the_chosen_batch_can_be_divided_among_the_devices(devices: int, batch: int, data: Any, tiny: Path) -> None:
+    begin = finetune.resolve(str(tiny))
+    for probe in (False, True):
+        config, reasons = finetune.choose(begin, data, probe=probe, devices=devices)
+        assert config.batch_size == batch
+        assert (f"rounded to a multiple of {devices} devices" in reasons[0]) == (batch not in (4, 29))
+    with pytest.raises(InputError, match="a batch of 4 cannot be divided into 3 equal parts"):
+        finetune.choose(begin, data, probe=False, devices=3, batch_size=4)
 
 
 # The stream and the trainer.

@@ -86,7 +86,7 @@ def test_train_and_val_are_taken_as_they_are(tmp_path: Path) -> None:
     assert "validation images" in where
     assert "1 classes have no validation image: a" in folder.load(folder.find(tmp_path), HOW).dataset.notes[0]
     photo(tmp_path / "val" / "z" / "v.png")
-    with pytest.raises(DataError, match=r"1 classes that .*train does not have \(z\)"):
+    with pytest.raises(DataError, match=r"1 class that .*train does not have \(z\)"):
         folder.find(tmp_path)
 
 
@@ -135,7 +135,7 @@ def test_a_class_of_damaged_images_is_told(tmp_path: Path) -> None:
             photo(tmp_path / name / f"{i}.png")
     for i in range(3):
         (tmp_path / "b" / f"{i}.png").write_bytes(b"")
-    with pytest.raises(DataError, match=r"has no usable training image \(3 damaged ones .*: b\. Add"):
+    with pytest.raises(DataError, match=r"has no usable training image \(damaged images: 3; .*\): b\. Add"):
         folder.load(folder.find(tmp_path), HOW)
 
 
