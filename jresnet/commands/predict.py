@@ -106,6 +106,8 @@ def _predict(args: argparse.Namespace) -> int:
         if not args.json and not args.csv:
             print(text, flush=True)
 
+    if resolved.preprocessing is None:
+        print(f"note: images {preprocessing}; {origin}", file=sys.stderr)
     writer = csv.writer(sys.stdout, lineterminator="\n") if args.csv else None
     if writer:
         writer.writerow(["file", "rank", "class", "index", "probability"])
