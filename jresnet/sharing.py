@@ -35,6 +35,7 @@ from jresnet.weights.preprocessing import Preprocessing
 
 CARD = "README.md"
 FILES = (hub.WEIGHTS, hub.CONFIG, CARD)
+NO_SCORES = ("step", "lr", "images_per_second", "seconds")  # metrics of the training that the card leaves out
 SHOWN = 50  # number of classes that the model card lists
 
 
@@ -226,7 +227,9 @@ def _scores(found: Weights) -> list[str]:
             said = {}
         if isinstance(said, dict) and said:
             rows += [
-                (key, value) for key, value in said.items() if isinstance(value, int | float | str) and key != "seconds"
+                (key, value)
+                for key, value in said.items()
+                if isinstance(value, int | float | str) and key not in NO_SCORES
             ]
     if not rows:
         return ["The weights state none."]
@@ -249,13 +252,13 @@ def _loading(arch: str, config: ResNetConfig, spec: str, timm: bool) -> list[str
         return [title, "", "```python", *text.strip().splitlines(), "```", ""]
 
     lines = code(
-        "JAX, with [jresnet](https://pypi.org/project/jresnet/):",
+        "JAX, with jresnet:",
         f"""
 import jresnet
 
 weights = jresnet.get_weights({spec!r})
 model = jresnet.create(weights=weights)
-logits = model(weights.preprocess(picture))  # a picture of Pillow's
+logits = model(weights.preprocess(image))  # a Pillow image
 """,
     )
     if not timm:
