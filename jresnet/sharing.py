@@ -302,13 +302,14 @@ def _check(folder: Path, text: str, force: bool) -> None:
     if not text:
         raise InputError("`target` is empty: expected hf:ORG/REPO or a folder")
     try:
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"`target` {folder} is not a folder: choose another one")
+        a_file = folder.exists() and not folder.is_dir()
         os.lstat(folder)
     except FileNotFoundError:
         return
     except (OSError, ValueError) as error:
         raise InputError(f"cannot use `target` {folder}: {getattr(error, 'strerror', None) or error}") from error
+    if a_file:
+        raise InputError(f"`target` {folder} is not a folder: choose another one")
     if (taken := [name for name in FILES if (folder / name).exists()]) and not force:
         raise InputError(
             f"{folder} already contains a model ({', '.join(taken)}): choose another folder, or replace it with `force`"

@@ -169,6 +169,19 @@ def test_the_picture_is_written_whatever_the_names_are(weights: Path, photos: Pa
         assert image.width > image.height / 2
 
 
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["p/a.png"], ["a.png"]),
+        (["p/q/cat/1.png", "p/q/dog/1.png"], ["cat/1.png", "dog/1.png"]),
+        (["p/a.png", "stdin"], ["p/a.png", "stdin"]),
+        (["/p/a.png", "b.png"], ["/p/a.png", "b.png"]),
+    ],
+)
+def test_images_of_the_same_name_are_told_apart(files: list[str], expected: list[str]) -> None:
+    assert predict.titles(files) == expected
+
+
 def test_a_heat_map_colours_what_is_hot() -> None:
     heat = np.zeros((2, 2))
     heat[0, 0] = 1

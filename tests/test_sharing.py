@@ -109,6 +109,8 @@ def test_nothing_is_overwritten_unasked(file: Path, tmp_path: Path, capsys: pyte
         "already contains a model (README.md): choose another folder, or replace it with --force"
         in capsys.readouterr().err
     )
+    assert run("push", [str(file), str(tmp_path / "model" / "README.md")], "x") == 1
+    assert capsys.readouterr().err.startswith("error: `target` ")  # once, not within another message
     assert run("push", [str(file), str(tmp_path / "model"), "--force"], "x") == 0
     assert run("pull", [str(tmp_path / "model"), str(file)], "x") == 1
     assert "already exists" in capsys.readouterr().err
