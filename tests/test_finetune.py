@@ -127,6 +127,7 @@ def test_it_says_what_it_chose_and_why(fitted: tuple[Path, str]) -> None:
     assert "chosen batch_size 4: a power of two up to 64 that gives about eight steps per epoch of 29 images" in words
     assert "chosen epochs 2: as given" in words
     assert "chosen lr 0.000625: sgd's 0.01 for a batch of 64, in proportion to the batch" in words
+    assert words.count("learning rate x0.65 from each stage to the one before it, BatchNorm's statistics frozen") == 1
     assert lines.index("stage    1 of 2: only the head, on embeddings") < lines.index("stage    2 of 2: all layers")
     table = [line.split() for line in lines]
     first = table.index(["class", "images", "precision", "recall"])
@@ -155,6 +156,14 @@ def test_a_finished_run_resumes_to_the_same(fitted: tuple[Path, str], photos: Pa
     assert run("finetune", ["--out", str(out), "--resume", "--data", str(moved), "--weights", str(start)], "x") == 0
     after = arrays(out / "last.safetensors")
     assert all((before[name] == after[name]).all() for name in before)
+
+
+def test_resume_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("finetune", ["--out", str(tmp_path), "--resume"], "x") == 1
+    assert "there is no run in" in capsys.readouterr().err
+    (tmp_path / "head").mkdir()
+    assert run("finetune", ["--out", str(tmp_path), "--resume"], "x") == 1
+    assert "ended in its first stage: to continue it, give all its options again" in capsys.readouterr().err
 
 
 def test_resume_refuses_other_images(fitted: tuple[Path, str], photos: Path, tmp_path: Path, capsys: Any) -> None:

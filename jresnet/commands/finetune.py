@@ -155,6 +155,10 @@ def _finetune(args: argparse.Namespace) -> int:
     if args.data:
         given["images"] = args.data
     if "weights" not in given or "images" not in given:
+        if (args.out / "head").is_dir():  # the options of the second stage are not stored yet
+            raise InputError(
+                f"the run in {args.out} ended in its first stage: to continue it, give all its options again, with --resume"
+            )
         raise InputError(f"there is no run in {args.out} to resume: give --weights and --data to start one")
     # As many errors as possible are reported before weights are downloaded and images are read.
     finetune.check_given({name: value for name, value in given.items() if value is not None})

@@ -92,6 +92,18 @@ class FinetuneConfig(FilesConfig):
         """The parts that are not trained."""
         return listed(self.freeze) + (("norms",) if self.freeze_bn == "all" else ())
 
+    @property
+    def details(self) -> tuple[str, ...]:
+        """Phrases that describe the layers' learning rates and what is frozen, to print."""
+        if self.recipe == "probe":
+            return ()
+        norms = {"statistics": "BatchNorm's statistics frozen", "all": "BatchNorm frozen", "none": ""}[self.freeze_bn]
+        rates = (
+            f"learning rate x{self.layer_decay:g} from each stage to the one before it" if self.layer_decay < 1 else ""
+        )
+        parts = f"frozen: {', '.join(listed(self.freeze))}" if self.freeze else ""
+        return tuple(phrase for phrase in (rates, norms, parts) if phrase)
+
     def pipeline(self) -> Pipeline:
         """The augmentation and normalisation of images."""
         return Pipeline(
