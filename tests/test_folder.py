@@ -192,6 +192,8 @@ def odd(kind: str) -> bytes:
     turned = rgb.transpose(Image.Transpose.ROTATE_90)  # a camera held upright, which says so
     exif = Image.Exif()
     exif[0x0112] = 6
+    if kind == "exif tiff":
+        return encoded(turned, "TIFF", exif=exif)
     return encoded(turned, "JPEG", quality=100, exif=exif, subsampling=0)
 
 
@@ -206,6 +208,7 @@ def odd(kind: str) -> bytes:
         ("palette alpha", 255, (200, 100, 0)),
         ("animated", 0, (200, 100, 0)),
         ("exif", 0, (200, 100, 0)),
+        ("exif tiff", 0, (200, 100, 0)),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*mode.*:DeprecationWarning")

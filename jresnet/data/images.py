@@ -225,7 +225,12 @@ def seen(image: Image.Image) -> Image.Image:
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation of an open image, 1 to 8; 1 (as stored) if EXIF is damaged or does not state it."""
+    """The EXIF orientation of an open image, 1 to 8; 1 (as stored) if EXIF is damaged or does not state it.
+
+    It is 1 for TIFF, because Pillow itself rotates such images when it decodes them.
+    """
+    if image.format == "TIFF":
+        return 1
     try:
         return int(image.getexif().get(0x0112, 1))
     except Exception:  # Pillow's parser raises many kinds of errors
