@@ -93,9 +93,11 @@ def _check_classes(listing: Listing, labels: np.ndarray, what: str) -> None:
     """Raises DataError if a class does not occur in ``labels``, or if there are fewer than two classes."""
     counts = np.bincount(labels, minlength=len(listing.classes))
     if empty := [listing.classes[i] for i in np.flatnonzero(counts == 0)]:
+        others = f". {'; '.join(listing.notes)}; images end in {', '.join(images.EXTENSIONS)}" if listing.notes else ""
         raise DataError(
             f"{len(empty):,} of the {len(listing.classes):,} classes of {listing.name} "
-            f"{what if len(empty) == 1 else what.replace('has', 'have')}: {few(empty)}. Add images, or remove the class"
+            f"{what if len(empty) == 1 else what.replace('has', 'have')}: {few(empty)}. Add images, or remove the "
+            f"class{others}"
         )
     if len(listing.classes) < 2:
         raise DataError(f"{listing.name} has only one class, {printable(listing.classes[0])}: at least two are needed")
