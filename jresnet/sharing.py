@@ -268,7 +268,7 @@ logits = model(weights.preprocess(image))  # a Pillow image
             f"timm and torchvision have no such network ({what}); `jresnet export-torch` writes PyTorch's weights.",
         ]
     lines += code(
-        "timm:",
+        "PyTorch, with timm:",
         f"""
 import timm
 
