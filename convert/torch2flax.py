@@ -31,7 +31,7 @@ from jresnet.commands.flags import Parser, check_output
 from jresnet.errors import InputError, JresnetError, WeightsError
 from jresnet.files import TORCH_SUFFIXES, sha256_of, shown
 from jresnet.models import params, zoo
-from jresnet.models.config import KINDS, ResNetConfig, Shortcut, Stem, StrideIn
+from jresnet.models.config import KINDS, Block, ResNetConfig, Shortcut, Stem, StrideIn
 from jresnet.models.resnet import ResNet
 from jresnet.pytorch import infer, statedict
 from jresnet.pytorch.keymap import DIALECTS
@@ -123,8 +123,8 @@ def parser(prog: str = PROG) -> argparse.ArgumentParser:
     place.add_argument(
         "--key",
         type=named,
-        help="key of the dict of tensors in a checkpoint, such as state_dict_ema or model.teacher (default: the key with "
-        "the largest network; averaged weights are preferred)",
+        help="key of the dict of tensors in a checkpoint, such as state_dict_ema or model.teacher; . is the file itself "
+        "(default: the key with the largest network; averaged weights are preferred)",
     )
     network.add_argument(
         "--num-classes",
@@ -219,7 +219,8 @@ def _run(args: argparse.Namespace, say: Say) -> dict[str, Any]:
     chosen = {name: getattr(args, name) for name in zoo.FREE if hasattr(args, name)}
     arch, spec = _arch_and_spec(args.what, args.weights)
     # Wrong values are reported before anything is downloaded.
-    zoo.replaced(zoo.find(arch).config if arch else ResNetConfig("bottleneck", (1, 1, 1, 1)), **chosen)
+    block: Block = "basic" if args.shortcut == "pad" else "bottleneck"
+    zoo.replaced(zoo.find(arch).config if arch else ResNetConfig(block, (1, 1, 1, 1)), **chosen)
     source = sources.find(spec, arch)
     if row := source.row:
         why = "torchvision's default" if spec == "DEFAULT" else "as requested"
@@ -323,7 +324,10 @@ def _arch_and_spec(what: str, weights: str | None) -> tuple[str | None, str]:
         return what, "DEFAULT"
     if os.path.exists(what) or Path(what).suffix or os.sep in what or ":" in what:
         return None, what
-    return zoo.find(what).name, "DEFAULT"  # raises an error that suggests similar names
+    try:
+        return zoo.find(what).name, "DEFAULT"  # raises an error that suggests similar names
+    except InputError as error:
+        raise InputError(f"there is no file {what!r}: {error}") from None
 
 
 if __name__ == "__main__":

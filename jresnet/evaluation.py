@@ -339,6 +339,7 @@ def score(
     data: Labelled,
     batch_size: int,
     progress: Callable[[int], None] = lambda done: None,
+    reader: images.Reader = images.photo,
 ) -> Scores:
     """Evaluates a model on every image exactly once, with a progress bar on stderr if that is a terminal.
 
@@ -351,6 +352,8 @@ def score(
         data: the images and their labels.
         batch_size: images per batch; the last batch is padded with black images that are not counted.
         progress: called after each batch with the number of images processed so far.
+        reader: reads image files: :func:`jresnet.data.images.photo`, as in training and prediction, or
+            :func:`jresnet.data.images.read`, as torchvision's ``ImageFolder`` does.
 
     Raises:
         DataError: no image could be decoded.
@@ -381,7 +384,7 @@ def score(
 
     done, began = 0, time.perf_counter()
     with tqdm(total=len(data.labels), unit="image", leave=False, dynamic_ncols=True, disable=None) as bar:
-        for batch in images.batches(data.sources, preprocessing, batch_size):
+        for batch in images.batches(data.sources, preprocessing, batch_size, reader):
             bad += [(str(data.sources[position]), reason) for position, reason in batch.bad]
             labels = np.zeros(batch_size, np.int32)
             labels[: len(batch.positions)] = data.labels[batch.positions]

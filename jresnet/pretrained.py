@@ -66,7 +66,8 @@ class PretrainedWeights(sources.Weights):
     def preprocess(self, images: Images) -> Float[Array, "n s s c"]:
         """Prepares images for the network, as torchvision's transforms for these weights do (equal to within a grey level).
 
-        The shorter side is resized with antialiasing, the centre is cropped, and pixels are normalised per channel.
+        The shorter side is resized with antialiasing, the centre is cropped, and pixels are normalised per channel. The EXIF
+        orientation of a Pillow image is ignored, as by torchvision; ``PIL.ImageOps.exif_transpose`` applies it.
 
         Args:
             images: uint8 pixels ``[H, W, C]`` or ``[N, H, W, C]`` with 3 (RGB) or 1 (grey) channels; a Pillow image (needs

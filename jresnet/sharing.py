@@ -35,6 +35,7 @@ from jresnet.weights.preprocessing import Preprocessing
 
 CARD = "README.md"
 FILES = (hub.WEIGHTS, hub.CONFIG, CARD)
+NO_SCORES = ("step", "lr", "images_per_second", "seconds")  # metrics of the training that the card leaves out
 SHOWN = 50  # number of classes that the model card lists
 
 
@@ -226,7 +227,9 @@ def _scores(found: Weights) -> list[str]:
             said = {}
         if isinstance(said, dict) and said:
             rows += [
-                (key, value) for key, value in said.items() if isinstance(value, int | float | str) and key != "seconds"
+                (key, value)
+                for key, value in said.items()
+                if isinstance(value, int | float | str) and key not in NO_SCORES
             ]
     if not rows:
         return ["The weights state none."]
@@ -249,13 +252,13 @@ def _loading(arch: str, config: ResNetConfig, spec: str, timm: bool) -> list[str
         return [title, "", "```python", *text.strip().splitlines(), "```", ""]
 
     lines = code(
-        "JAX, with [jresnet](https://pypi.org/project/jresnet/):",
+        "JAX, with jresnet:",
         f"""
 import jresnet
 
 weights = jresnet.get_weights({spec!r})
 model = jresnet.create(weights=weights)
-logits = model(weights.preprocess(picture))  # a picture of Pillow's
+logits = model(weights.preprocess(image))  # a Pillow image
 """,
     )
     if not timm:
@@ -265,7 +268,7 @@ logits = model(weights.preprocess(picture))  # a picture of Pillow's
             f"timm and torchvision have no such network ({what}); `jresnet export-torch` writes PyTorch's weights.",
         ]
     lines += code(
-        "timm:",
+        "PyTorch, with timm:",
         f"""
 import timm
 
@@ -299,13 +302,14 @@ def _check(folder: Path, text: str, force: bool) -> None:
     if not text:
         raise InputError("`target` is empty: expected hf:ORG/REPO or a folder")
     try:
-        if folder.exists() and not folder.is_dir():
-            raise InputError(f"`target` {folder} is not a folder: choose another one")
+        a_file = folder.exists() and not folder.is_dir()
         os.lstat(folder)
     except FileNotFoundError:
         return
     except (OSError, ValueError) as error:
         raise InputError(f"cannot use `target` {folder}: {getattr(error, 'strerror', None) or error}") from error
+    if a_file:
+        raise InputError(f"`target` {folder} is not a folder: choose another one")
     if (taken := [name for name in FILES if (folder / name).exists()]) and not force:
         raise InputError(
             f"{folder} already contains a model ({', '.join(taken)}): choose another folder, or replace it with `force`"

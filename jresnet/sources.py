@@ -12,7 +12,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,12 @@ class Weights:
     spec: str  # as in :class:`Source`; a revision on the Hub is given as its full commit hash
     arch: str | None  # a name in the zoo; None: the network is not in the zoo
     config: ResNetConfig  # configuration of the network in the file
-    values: Mapping[str, np.ndarray]  # parameters and statistics by dotted path; float32, or the native file's dtypes
+    # parameters and statistics by dotted path; float32, or the native file's dtypes
+    values: Mapping[str, np.ndarray] = field(repr=False)
     # entries of a native file: source, source_sha256, dialect, num_batches_tracked, scores, ...
-    metadata: Mapping[str, str]
+    metadata: Mapping[str, str] = field(repr=False)
     notes: tuple[str, ...] = ()  # one sentence for each thing in the file that was ignored
-    conversion: statedict.Conversion | None = None  # None: the file is a native one
+    conversion: statedict.Conversion | None = field(default=None, repr=False)  # None: the file is a native one
 
     @property
     def preprocessing(self) -> Preprocessing | None:
@@ -252,6 +253,11 @@ def open_file(path: Path) -> tuple[Any, dict[str, str]]:
         raise WeightsError(
             f"{path} is one part of a torch.distributed checkpoint: merge its folder into one file with "
             f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {path.parent} model.pth"
+        )
+    if path.suffix == ".index" or path.suffix.startswith(".data-"):
+        raise WeightsError(
+            f"{path} is part of a TensorFlow checkpoint, whose layers have other names and layouts; only PyTorch weights "
+            "can be converted: save them with torch.save(model.state_dict(), path)"
         )
     safetensors = path.suffix == ".safetensors"
     if not safetensors and path.suffix not in TORCH_SUFFIXES and path.is_file():

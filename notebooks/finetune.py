@@ -25,7 +25,7 @@ if importlib.util.find_spec("jresnet") is None:
 
 # %%
 import matplotlib.pyplot as plt
-from PIL import Image
+from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 
 import jresnet
@@ -56,7 +56,7 @@ print("exit code", dispatch(command.split()))
 weights = jresnet.get_weights("run/last.safetensors")
 model = jresnet.create(weights=weights)
 some = sorted(photos.rglob("*.png"))[::23][:6]
-pictures = [Image.open(path) for path in some]
+pictures = [ImageOps.exif_transpose(Image.open(path)) for path in some]  # upright, as in training
 found = model(weights.preprocess(pictures)).argmax(-1)
 figure, places = plt.subplots(1, len(some), figsize=(2 * len(some), 2.4))
 for axes, picture, i in zip(places, pictures, found, strict=True):

@@ -53,6 +53,11 @@ def parser() -> argparse.ArgumentParser:
         "--epochs", type=int, nargs="+", default=[10, 3], metavar="N", help="epochs, one number for each of --per-class"
     )
     parser.add_argument("--seeds", type=int, default=3, metavar="N")
+    parser.add_argument(
+        "--from-scratch-only",
+        action="store_true",
+        help="leave out the probe and fine-tuning, for more seeds of the other",
+    )
     return parser
 
 
@@ -72,13 +77,15 @@ def main() -> int:
             if any((row["images_per_class"], row["seed"]) == (count, seed) for row in rows):
                 continue
             loaded = folder.load(folder.find(args.data), trained.preprocessing, seed=seed, limit=count)
-            rows += compare(loaded.dataset, trained, random, count, seed, epochs)
+            rows += compare(loaded.dataset, trained, random, count, seed, epochs, args.from_scratch_only)
             write(args, trained, loaded.dataset, rows)
     print(table(rows))
     return 0
 
 
-def compare(data: Dataset, trained: Start, random: Start, count: int, seed: int, epochs: int) -> list[dict[str, Any]]:
+def compare(
+    data: Dataset, trained: Start, random: Start, count: int, seed: int, epochs: int, only_random: bool = False
+) -> list[dict[str, Any]]:
     """The accuracies of the three methods in both libraries, for one random choice of the images."""
     where = devices.find(1)
     rows = []
@@ -90,18 +97,18 @@ def compare(data: Dataset, trained: Start, random: Start, count: int, seed: int,
         print(json.dumps(rows[-1]), flush=True)
 
     with tempfile.TemporaryDirectory() as out:
-        began = time.perf_counter()
-        config, _ = finetune.choose(trained, data, probe=True, seed=seed)
-        vectors = finetune.embed(trained, data, where, "float32")
-        probe = Probe(config, data, trained, vectors, where)
-        ours = Trainer(config, data, Path(out, "probe"), None, probe).fit()["final"]["test_accuracy"]
-        head = finetune.head_of(Path(out, "probe", "last.safetensors"))
-        theirs, their_head = torch_probe(config, probe, data, trained, seed)
-        note("probe", config, ours, theirs, began)
-        for method, begin, first, second in (
-            ("finetune", trained, head, their_head),
-            ("scratch", random, None, None),
-        ):
+        starts: list[tuple[str, Start, Any, Any]] = [("scratch", random, None, None)]
+        if not only_random:
+            began = time.perf_counter()
+            config, _ = finetune.choose(trained, data, probe=True, seed=seed)
+            vectors = finetune.embed(trained, data, where, "float32")
+            probe = Probe(config, data, trained, vectors, where)
+            ours = Trainer(config, data, Path(out, "probe"), None, probe).fit()["final"]["test_accuracy"]
+            head = finetune.head_of(Path(out, "probe", "last.safetensors"))
+            theirs, their_head = torch_probe(config, probe, data, trained, seed)
+            note("probe", config, ours, theirs, began)
+            starts.insert(0, ("finetune", trained, head, their_head))
+        for method, begin, first, second in starts:
             began = time.perf_counter()
             config, _ = finetune.choose(
                 begin, data, probe=False, seed=seed, epochs=epochs, batch_size=8 if count < 50 else 32

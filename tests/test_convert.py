@@ -95,7 +95,8 @@ def test_akamasters_names() -> None:
 
 def test_a_dialect_can_be_forced(tensors: dict[str, np.ndarray]) -> None:
     with pytest.raises(
-        WeightsError, match=r"contains no ResNet in weiaicunzai naming: .*conv1\.weight, .* and \d+ more$"
+        WeightsError,
+        match=r"contains no ResNet in weiaicunzai naming: there is one without a prefix in torchvision naming$",
     ):
         torch2flax.convert(tensors, "resnet20_cifar", dialect="weiaicunzai")
     with pytest.raises(InputError, match="unknown dialect 'keras': there are torchvision, akamaster"):
@@ -188,7 +189,7 @@ def test_everything_that_is_wrong_is_listed(tensors: dict[str, np.ndarray]) -> N
     for part in (
         "2 missing: conv1.weight, layer1.0.bn1.running_mean", "1 unexpected: layer9.weight",
         "1 misshapen: layer2.0.conv1.weight is [100, 64], not [32, 16, 3, 3]",
-        "bn1.weight is int64, not a floating-point tensor",
+        "1 of type int64, not floating point: bn1.weight",
     ):  # fmt: skip
         assert part in str(caught.value)
 
@@ -245,6 +246,7 @@ def test_the_command_needs_no_architecture(
         assert ("read from 'a.'; also found: 'b.'" in printed) == (not more)
         values = native.read(tmp_path / "resnet20_cifar-mine.safetensors")[2]
         np.testing.assert_array_equal(values["fc.bias"], tensors["fc.bias"] + expected)
+    assert torch2flax.main(["mine.safetensors", "--shortcut", "pad", "--verify", "never", "--force"]) == 0
     with pytest.raises(SystemExit):
         torch2flax.main([])
 
@@ -286,6 +288,8 @@ def test_json(tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
     ("arguments", "code", "message"),
     [
         (["resnet51"], 1, "unknown architecture 'resnet51': did you mean resnet50"),
+        (["mine"], 1, "there is no file 'mine': unknown architecture 'mine': there are resnet18, resnet34, resnet50, "),
+        (["mine"], 1, "more (jresnet.list_models)"),
         ([], 2, "arguments are required: FILE|ARCH"),
         (["resnet50", "--verify", "sometimes"], 2, "invalid choice"),
         (["resnet50", "--weights", "IMAGENET1K_V3"], 1, "did you mean IMAGENET1K_V"),
@@ -298,8 +302,9 @@ def test_json(tensors: dict[str, np.ndarray], tmp_path: Path) -> None:
         (["resnet20_cifar", "--weights", "{good}", "--output", "none/out.safetensors"], 1, "there is no folder none"),
         (["resnet20_cifar", "--weights", "{good}", "--dialect", "keras"], 2, "invalid choice: 'keras'"),
         (["{good}", "--dialect", "weiaicunzai"], 1, "contains no ResNet in weiaicunzai naming"),
-        (["{good}", "--prefix", "backbone"], 1, "contains no ResNet under 'backbone': expected tensors such as conv1"),
-        (["{good}", "--key", "model"], 1, "has no dict of tensors 'model': found ''"),
+        (["{good}", "--prefix", "backbone"], 1, "contains no ResNet under 'backbone': there is one without a prefix"),
+        (["{good}", "--shortcut", "conv"], 1, "whose shortcut is 'pad', not 'conv': leave out shortcut"),
+        (["{good}", "--key", "model"], 1, "has no dict of tensors 'model': found '.'"),
         (["resnet20_cifar", "--weights", "hf:nothing"], 1, "hf:ORG/REPO[@REVISION]"),
     ],
 )
@@ -332,6 +337,37 @@ def test_without_torch_the_check_is_left_out_and_said_so(tensors: dict, monkeypa
     assert str(verify.check(model, "resnet20_cifar", {})) == "comparison with PyTorch: torch is not installed"
     with pytest.raises(InputError, match="--verify always: torch is not installed"):
         verify.check(model, "resnet20_cifar", {}, "always")
+
+
+@pytest.mark.parametrize(
+    ("jresnets", "torchs", "right"),
+    [
+        (9e-5, 1e-7, True),
+        (2e-4, 1e-7, False),
+        (2e-3, 1e-3, True),  # logits that nearly cancel
+        (0.1, 1e-3, False),
+        (float("nan"), 1e-7, False),
+        (float("nan"), float("nan"), True),
+        (float("inf"), 0.0, False),
+    ],
+)
+def test_what_is_refused(
+    tensors: dict, monkeypatch: pytest.MonkeyPatch, jresnets: float, torchs: float, right: bool
+) -> None:
+    monkeypatch.setattr(verify, "torch_model", lambda *_: None)
+    monkeypatch.setattr(verify, "compare", lambda *_: verify.Check(True, jresnet=jresnets, torch=torchs))
+    model = torch2flax.convert(tensors)
+    if right:
+        assert verify.check(model, None, {}).done
+    else:
+        with pytest.raises(WeightsError, match="is not the network PyTorch computes"):
+            verify.check(model, None, {})
+
+
+def test_the_distance_of_logits_that_are_zero() -> None:
+    """Those of a head that was initialised to zero."""
+    zero = np.zeros(3)
+    assert (verify.relative(zero, zero), verify.relative(zero + 1, zero)) == (0, float("inf"))
 
 
 def test_the_command_says_what_it_adapts(tensors: dict[str, np.ndarray], tmp_path: Path) -> None:

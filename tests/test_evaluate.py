@@ -123,6 +123,32 @@ def test_bad_images_are_named_and_change_nothing_else(model: jresnet.ResNet, fol
     assert [Path(name).name for name, _ in lacking.bad] == ["empty.png", "cut.jpg"]
 
 
+def test_photos_are_seen_as_in_prediction_and_on_demand_as_stored(
+    file: Path, model: jresnet.ResNet, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pixels, exif = np.random.default_rng(0).integers(0, 256, (60, 40, 3), np.uint8), Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter
+    photo = tmp_path / "photos" / "cat" / "phone.jpg"
+    photo.parent.mkdir(parents=True)
+    Image.fromarray(pixels).save(photo, exif=exif, quality=95)
+    losses = []
+    for more in ([], ["--as-stored"]):
+        arguments = ["--weights", str(file), "--data", str(photo.parents[1]), "--json", *more]
+        assert commands.run("evaluate", arguments, "x") == 0
+        report = json.loads(capsys.readouterr().out)
+        assert report["as_stored"] == bool(more)
+        losses.append(report["loss"])
+    assert commands.run("predict", ["--weights", str(file), str(photo), "--json", "--top", "7"], "x") == 0
+    classes = json.loads(capsys.readouterr().out)["images"][0]["classes"]
+    (predicted,) = (entry["probability"] for entry in classes if entry["class"] == "cat")
+    stored = ((images.load(photo, RECIPE) / 255 - RECIPE.mean) / RECIPE.std).astype(np.float32)
+    chances = np.exp(np.asarray(model(stored[None]), np.float64)[0])
+    assert losses == pytest.approx([-np.log(predicted), -np.log(chances[2] / chances.sum())], rel=1e-4)
+    assert abs(losses[0] - losses[1]) > 0.01
+    assert commands.run("evaluate", ["--weights", str(file), "--data", "cifar10", "--as-stored"], "x") == 2
+    assert "--as-stored is for image files" in capsys.readouterr().err
+
+
 def test_logits_that_are_not_finite(folder: Path) -> None:
     broken = jresnet.create("resnet20_cifar", num_classes=7)
     broken.fc.bias[...] = jnp.full(7, jnp.nan)

@@ -127,10 +127,12 @@ def test_it_says_what_it_chose_and_why(fitted: tuple[Path, str]) -> None:
     assert "chosen batch_size 4: a power of two up to 64 that gives about eight steps per epoch of 29 images" in words
     assert "chosen epochs 2: as given" in words
     assert "chosen lr 0.000625: sgd's 0.01 for a batch of 64, in proportion to the batch" in words
+    assert words.count("learning rate x0.65 from each stage to the one before it, BatchNorm's statistics frozen") == 1
     assert lines.index("stage    1 of 2: only the head, on embeddings") < lines.index("stage    2 of 2: all layers")
     table = [line.split() for line in lines]
     first = table.index(["class", "images", "precision", "recall"])
     assert table[first + 3] == ["red", "3", "100.0", "%", "100.0", "%"]
+    assert "skipped  1 damaged image; summary.json lists them" in lines
 
 
 def test_the_weights_say_all_that_belongs_to_them(fitted: tuple[Path, str], photos: Path) -> None:
@@ -156,6 +158,14 @@ def test_a_finished_run_resumes_to_the_same(fitted: tuple[Path, str], photos: Pa
     assert all((before[name] == after[name]).all() for name in before)
 
 
+def test_resume_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("finetune", ["--out", str(tmp_path), "--resume"], "x") == 1
+    assert "there is no run in" in capsys.readouterr().err
+    (tmp_path / "head").mkdir()
+    assert run("finetune", ["--out", str(tmp_path), "--resume"], "x") == 1
+    assert "ended in its first stage: to continue it, give all its options again" in capsys.readouterr().err
+
+
 def test_resume_refuses_other_images(fitted: tuple[Path, str], photos: Path, tmp_path: Path, capsys: Any) -> None:
     out = shutil.copytree(fitted[0], tmp_path / "run")
     other = shutil.copytree(photos, tmp_path / "photos")
@@ -174,6 +184,8 @@ def test_resume_refuses_other_images(fitted: tuple[Path, str], photos: Path, tmp
         (["--out", "x", "--weights", "w", "--data", "d", "--arch", "resnet18"], "--arch is only for --weights none"),
         (["--out=x", "--weights=none", "--arch=resnet18", "--data=d", "--linear-probe"], "needs trained --weights"),
         (["--out=x", "--weights=w", "--data=d", "--linear-probe", "--freeze=stem"], "--freeze cannot be combined"),
+        (["--out=x", "--weights=w", "--data=d", "--linear-probe", "--freeze-bn=all", "--no-head-stage", "--mixup=0.2"],
+         "--freeze-bn, --head-stage, --mixup cannot be combined with --linear-probe"),
     ],
 )  # fmt: skip
 def test_options_that_do_not_go_together(arguments: list[str], message: str, capsys: Any) -> None:
@@ -195,6 +207,8 @@ def test_what_is_wrong_is_told_before_anything_is_compiled(
     assert "--freeze backbone,head leaves nothing to train" in capsys.readouterr().err
     assert run("finetune", [*base, "--data", str(photos), "--lr", "-1"], "x") == 1
     assert "--lr must be above 0" in capsys.readouterr().err
+    assert run("finetune", [*base, "--data", str(photos), "--batch-size", "1000"], "x") == 1
+    assert "a batch of 1000 is larger than the 29 training images: change --batch-size" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -230,6 +244,17 @@ def test_the_recipe_follows_the_number_of_images(n: int, batch: int, epochs: int
     assert config.lr == pytest.approx(0.01 * batch / 64)
     assert config.warmup_epochs <= config.epochs
     assert len(reasons) == 3
+
+
+@pytest.mark.parametrize(("devices", "batch"), [(1, 4), (3, 6), (8, 8), (29, 29)])
+def test_the_chosen_batch_can_be_divided_among_the_devices(devices: int, batch: int, data: Any, tiny: Path) -> None:
+    begin = finetune.resolve(str(tiny))
+    for probe in (False, True):
+        config, reasons = finetune.choose(begin, data, probe=probe, devices=devices)
+        assert config.batch_size == batch
+        assert (f"rounded to a multiple of {devices} devices" in reasons[0]) == (batch not in (4, 29))
+    with pytest.raises(InputError, match="a batch of 4 cannot be divided into 3 equal parts"):
+        finetune.choose(begin, data, probe=False, devices=3, batch_size=4)
 
 
 # The stream and the trainer.

@@ -104,6 +104,8 @@ def test_what_shapes_do_not_tell_is_said() -> None:
     config = ResNetConfig("bottleneck", (1, 1), (4, 8), num_classes=3, stem="cifar")
     assumed = statedict.match(tensors_of(config)).assumed
     assert assumed[:2] == ("stem at stride 1 without max-pool", "stride on the 3x3 convolution")
+    config = ResNetConfig("basic", (1, 1), (8, 16), num_classes=3, attention="se")
+    assert "ReLU and sigmoid in the attention" in statedict.match(tensors_of(config)).assumed
 
 
 def test_no_circle() -> None:
@@ -118,6 +120,15 @@ def test_no_circle() -> None:
         statedict.match(tensors, "resnet50")
     model = torch2flax.convert(tensors, num_classes=3)
     assert (model.config.num_classes, model.config.shortcut) == (3, "projection_first")
+
+
+@pytest.mark.parametrize("asked", ["resnetaa50", "resnet50_gn", "resnet34_projection"])
+def test_the_architecture_in_a_message_is_the_files(asked: str) -> None:
+    """What tensors do not determine is not taken from an architecture that they contradict."""
+    shapes = params.shapes(zoo.configure("resnet18", num_classes=3))
+    tensors = {keymap.torch_key(path): np.zeros(keymap.torch_shape(shape), "e") for path, shape in shapes.items()}
+    with pytest.raises(WeightsError, match=f"contains a resnet18, not a {asked}: name that architecture$"):
+        statedict.match(tensors, asked)
 
 
 def test_one_name_of_two_is_enough() -> None:
@@ -143,6 +154,27 @@ def test_a_network_among_other_things(small: dict[str, np.ndarray]) -> None:
     assert found.notes == ("ignored, not part of the network: loss.weight, profiler.total_ops",)
 
 
+@pytest.mark.parametrize("prefix", ["net/", "net_", "a:", "what.net|", "module.net."])
+def test_a_prefix_may_end_in_any_character(small: dict[str, np.ndarray], prefix: str) -> None:
+    for chosen in ({}, {"prefix": prefix}):
+        assert same(statedict.match(prefixed(small, prefix), **chosen), small)
+    with pytest.raises(
+        WeightsError, match=r"contains no ResNet under 'x': there is one under .* in torchvision naming$"
+    ):
+        statedict.match(prefixed(small, prefix), prefix="x")
+    assert same(statedict.match(prefixed(small, "any"), prefix="any"), small)  # only if it is named
+
+
+def test_a_profilers_counters(small: dict[str, np.ndarray]) -> None:
+    """thop adds them to every module. Other tensors inside the network are errors."""
+    counters = {f"{name}total_ops": np.zeros(1) for name in ("", "layer1.", "layer1.0.", "layer1.0.conv1.", "fc.")}
+    found = statedict.match(small | counters)
+    assert same(found, small)
+    assert found.notes == (f"ignored, not part of the network: {', '.join(counters)}",)
+    with pytest.raises(WeightsError, match=r"1 unexpected: layer1\.0\.alpha$"):
+        statedict.match(small | counters | {"layer1.0.alpha": np.zeros(1)})
+
+
 def test_mmpretrain(small: dict[str, np.ndarray]) -> None:
     tensors = prefixed(body_of(small), "backbone.") | {f"head.{k}": small[k] for k in ("fc.weight", "fc.bias")}
     found = statedict.match({"meta": {}, "state_dict": tensors})
@@ -155,9 +187,10 @@ def test_moco_trains_its_query_encoder(small: dict[str, np.ndarray]) -> None:
     both = prefixed(other, "module.encoder_k.") | prefixed(small, "module.encoder_q.")
     found = statedict.match({"state_dict": both | {"module.queue": np.zeros((8, 64), np.float32)}})
     assert same(found, small)
-    assert found.notes[0] == "read from 'module.encoder_q.'; also found: 'module.encoder_k.'"
-    assert "module.queue" not in found.notes[1]  # one of more than five
-    assert found.notes[1].endswith("more")
+    assert found.notes == (
+        "read from 'module.encoder_q.'; also found: 'module.encoder_k.'",
+        "ignored, not part of the network: module.queue",
+    )
     forced = statedict.match({"state_dict": both}, prefix="module.encoder_k")
     assert same(forced, other)
 
@@ -181,6 +214,10 @@ def test_the_largest_dict_wins_whatever_its_name(small: dict[str, np.ndarray]) -
     optimizer = {"state": {i: {"exp_avg": value} for i, value in enumerate(small.values())}}
     found = statedict.match({"opt": optimizer, "a": {"b": {"my weights": small}}, "ema_decay": 0.9})
     assert same(found, small)
+    both = {**small, "ema": tensors_of(SMALL, seed=1)}
+    assert statedict.match(both).notes == ("read from 'ema'; also found: '.'",)
+    assert same(statedict.match(both, key="."), small)
+    assert same(statedict.match({3: {"x": small}}, key="3.x"), small)  # by epoch
     assert same(statedict.match({"a": {"b": small}, "c": tensors_of(SMALL, seed=1)}, key="a.b"), small)
 
 
@@ -267,6 +304,20 @@ def test_heads_of_other_names(small: dict[str, np.ndarray], name: str) -> None:
     assert (found.config, found.notes) == (SMALL, ())
 
 
+@pytest.mark.parametrize("name", ["my_head", "out", "1"])
+def test_the_only_layer_behind_the_body_is_the_head(small: dict[str, np.ndarray], name: str) -> None:
+    """``1`` is that of Sequential(body, Linear)."""
+    tensors = prefixed(body_of(small), "0." if name == "1" else "")
+    tensors |= {f"{name}.{leaf}": small[f"fc.{leaf}"] for leaf in ("weight", "bias")}
+    found = statedict.match(tensors)
+    assert same(found, small)
+    assert found.notes == (f"{name} is taken as the last layer: it is the only other layer",)
+    for other in ({"z.weight": np.zeros((3, 10))}, {"bn.running_mean": np.zeros(16)}, {f"{name}.gain": np.zeros(1)}):
+        assert statedict.match(tensors | other).headless
+    wrong = tensors | {f"{name}.weight": np.zeros((10, 15), np.float32)}
+    assert statedict.match(wrong).headless
+
+
 def test_a_head_without_bias(small: dict[str, np.ndarray]) -> None:
     found = statedict.match({key: value for key, value in small.items() if key != "fc.bias"})
     np.testing.assert_array_equal(found.values["fc.bias"], np.zeros(10, np.float32))
@@ -306,6 +357,12 @@ def test_a_message_names_at_most_five_keys_of_a_kind() -> None:
     assert "53 missing: bn1.running_mean, " in message
     assert "and 48 more; 50 unexpected: " in message
     assert len(message) < 700
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.complex64])
+def test_wrong_dtypes_are_one_kind(small: dict[str, np.ndarray], dtype: type) -> None:
+    with pytest.raises(WeightsError, match=r"\): 62 of type \w+, not floating point: (\S+, ){4}\S+ and 57 more$"):
+        statedict.match({key: value.astype(dtype) for key, value in small.items()})
 
 
 def test_no_resnet_at_all() -> None:

@@ -109,6 +109,18 @@ def test_of_a_folder_hidden_copies_are_left_out_and_other_files_counted(
     assert f"note: 1 other files in {tmp_path} are ignored; images end in .jpg" in err
 
 
+def test_a_guessed_preprocessing_is_said(
+    weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "predict", lambda *arguments: iter(()))
+    silent = tmp_path / "w.safetensors"
+    native.save(silent, ResNet(ResNetConfig("basic", (1,), (4,), num_classes=3), rngs=nnx.Rngs(0)))
+    for path, said in ((weights, False), (silent, True)):
+        assert run("predict", ["--weights", str(path), str(photos / "a.png"), "--csv"], "x") == 0
+        err = capsys.readouterr().err
+        assert ("note: images shorter side 256" in err and "; a guess: the weights do not say" in err) == said
+
+
 def test_what_there_is_not(weights: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, code, message in (
         ([str(photos / "x.jpg")], 1, "there is no image"),
@@ -155,6 +167,19 @@ def test_the_picture_is_written_whatever_the_names_are(weights: Path, photos: Pa
     gallery.draw(shown * 9, path, "_title $")
     with Image.open(path) as image:
         assert image.width > image.height / 2
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        (["p/a.png"], ["a.png"]),
+        (["p/q/cat/1.png", "p/q/dog/1.png"], ["cat/1.png", "dog/1.png"]),
+        (["p/a.png", "stdin"], ["p/a.png", "stdin"]),
+        (["/p/a.png", "b.png"], ["/p/a.png", "b.png"]),
+    ],
+)
+def test_images_of_the_same_name_are_told_apart(files: list[str], expected: list[str]) -> None:
+    assert predict.titles(files) == expected
 
 
 def test_a_heat_map_colours_what_is_hot() -> None:

@@ -85,3 +85,9 @@ def test_the_five_names_of_a_photo(
     chances = [float(line.split("%")[0]) for line in lines]
     assert chances == sorted(chances, reverse=True)
     assert {line.split()[1] for line in lines} < set(names)
+
+
+def test_the_converter_is_shown_first() -> None:
+    """A user's own file is what most people come with."""
+    section = (REPOSITORY / "README.md").read_text().partition("## Bring your own PyTorch file\n")[2]
+    assert section.lstrip().startswith("```\npython -m convert.torch2flax my_resnet.pth\n```")

@@ -563,7 +563,7 @@ def test_a_run_starts_from_weights(tmp_path: Path, capsys: pytest.CaptureFixture
     ended, metadata = weights.read(out / "last.safetensors")[2:]
     learned = [name for name in expected if not name.endswith(("mean", "var"))]
     assert all(np.allclose(ended[name], expected[name], rtol=0, atol=1e-20) for name in learned)
-    assert metadata["started_from"] == str(same)
+    assert metadata["started_from"] == same.name
     assert json.loads((out / "config.json").read_text())["run"]["arch"] == "resnet8_cifar"  # not the default
     same.unlink()  # a run that has checkpoints needs them no more
     assert commands.run("train", ["--out", str(out), "--resume"], "train") == 0, capsys.readouterr().err

@@ -29,7 +29,14 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "w.safetensors"
     model = jresnet.create("resnet20_cifar", seed=3)
     randomise(model)
-    scores = {"test_accuracy": 0.9135, "test_loss": 0.3, "epoch": 200, "seconds": 1.0}
+    scores = {
+        "test_accuracy": 0.9135,
+        "test_loss": 0.3,
+        "epoch": 200,
+        "seconds": 1.0,
+        "lr": 0.0,
+        "images_per_second": 9.0,
+    }
     native.save(
         path, model, source="trained by jresnet on folder", preprocessing=HOW, categories=NAMES,
         metrics=json.dumps(scores), judged_on="1,000 test images of cifar10",
@@ -64,7 +71,8 @@ def test_the_card_says_what_it_is_and_how_it_was_judged(file: Path) -> None:
     ]  # fmt: skip
     assert "| test\\_accuracy | 0.9135 |" in body
     assert "Measured on 1,000 test images of cifar10." in body
-    assert "seconds" not in body
+    assert "| epoch | 200 |" in body
+    assert not any(name in body for name in ("seconds", "per\\_second", "| lr |"))
     assert "jresnet.get_weights('hf:me/flowers')" in body
     assert "timm and torchvision have no such network" in body
     assert "<script>" not in body
@@ -101,6 +109,8 @@ def test_nothing_is_overwritten_unasked(file: Path, tmp_path: Path, capsys: pyte
         "already contains a model (README.md): choose another folder, or replace it with --force"
         in capsys.readouterr().err
     )
+    assert run("push", [str(file), str(tmp_path / "model" / "README.md")], "x") == 1
+    assert capsys.readouterr().err.startswith("error: `target` ")  # once, not within another message
     assert run("push", [str(file), str(tmp_path / "model"), "--force"], "x") == 0
     assert run("pull", [str(tmp_path / "model"), str(file)], "x") == 1
     assert "already exists" in capsys.readouterr().err

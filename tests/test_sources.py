@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import zipfile
 from pathlib import Path
 
@@ -210,6 +211,7 @@ def npz(path: Path, arrays: dict[str, np.ndarray], compressed: bool = False) -> 
 def test_numpys_files(model: jresnet.ResNet, tmp_path: Path, compressed: bool) -> None:
     path = npz(tmp_path / "mine.npz", statedict.state_dict(model, counters=7), compressed)
     found = sources.load(path)
+    assert len(repr(found)) < 1000  # no arrays
     assert (found.arch, found.config) == ("resnet20_cifar", model.config)
     assert native.digest(found.values) == native.digest(params.arrays(model))
     assert found.metadata["num_batches_tracked"] == "7"
@@ -244,7 +246,11 @@ def test_a_strangers_npz(tmp_path: Path, content: bytes, message: str) -> None:
     [
         (b"\x89HDF\r\n\x1a\n" + bytes(600), "is an HDF5 file .Keras."),
         (b"\x81\xa6params\x81\xa1a" + bytes(600), "is a msgpack file .Flax."),
+        (b"\xde\x00\x20\xa6params\x81\xa1a" + bytes(600), "is a msgpack file .Flax."),
         (b"\x08\x08\x12\x07pytorch\x1a\x052.1.0" + bytes(600), "is an ONNX file"),
+        (b"\x08\x0a\x3a\x83\x10\x0a\x05graph" + bytes(600), "is an ONNX file"),
+        (b"\x08\x01\x12\x83\x10" + bytes(600), "is a TensorFlow SavedModel"),
+        (b"\x1c\0\0\0TFL3" + bytes(600), "is a TensorFlow Lite file"),
         (b'{"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}', "is a JSON file"),
     ],
 )
@@ -253,6 +259,30 @@ def test_foreign_files(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "weights").write_bytes(content)
     with pytest.raises(WeightsError, match=f"{message}.*save.*with torch.save|{message}.*in one file"):
         sources.load(tmp_path / "weights")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.npy", b"\x93NUMPY\x01\x00", r"is a \.npy file of one array; save .* with numpy\.savez"),
+        ("a.pth.gz", b"\x1f\x8b\x08\x08", "is a compressed file; unpack it"),
+        ("model.ckpt.index", b"\0", "is part of a TensorFlow checkpoint"),
+        ("model.ckpt.data-00000-of-00001", b"\0", "is part of a TensorFlow checkpoint"),
+        ("a.keras", {"model.weights.h5": b"\x89HDF"}, "is a Keras file"),
+        ("a.zip", {"model.pth": b"PK"}, "is a zip archive with a file of weights inside; unpack it"),
+    ],
+)
+def test_files_that_are_nearly_right(
+    tmp_path: Path, name: str, content: bytes | dict[str, bytes], message: str
+) -> None:
+    if isinstance(content, dict):
+        with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as archive:
+            for entry_name, data in content.items():
+                archive.writestr(entry_name, data)
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(WeightsError, match=message):
+        sources.load(tmp_path / name)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
@@ -320,10 +350,29 @@ def test_folders_without_weights(tmp_path: Path, names: list[str], message: str)
 
 @pytest.mark.parametrize(
     ("name", "advice"),
-    [("torch.qint8", "loses the float weights"), ("numpy.core.multiarray._reconstruct", "numpy.savez")],
+    [
+        ("torch.qint8", "loses the float weights"),
+        ("numpy.core.multiarray._reconstruct", "numpy.savez"),
+        ("numpy._core.numeric._frombuffer", "numpy.savez"),
+    ],
 )
 def test_pickles_of_other_things(tmp_path: Path, name: str, advice: str) -> None:
     module, _, function = name.rpartition(".")
     (tmp_path / "x.pkl").write_bytes(b"\x80\x02c" + f"{module}\n{function}\n.".encode())
     with pytest.raises(WeightsError, match=f"forbidden global {name}, .*{advice}"):
         sources.load(tmp_path / "x.pkl")
+
+
+@pytest.mark.parametrize("protocol", [2, 4, 5])
+def test_detectron2s_pickles(tmp_path: Path, protocol: int) -> None:
+    arrays = {
+        "stem.conv1.weight": np.ones((4, 3, 7, 7), np.float32),
+        "res2.0.conv1.weight": np.ones((4, 4), np.float32),
+    }
+    content = pickle.dumps({"model": arrays, "__author__": "x", "matching_heuristics": True}, protocol)
+    (tmp_path / "model.pkl").write_bytes(content)
+    with pytest.raises(WeightsError, match=r"as published by detectron2, with numpy\.savez"):
+        sources.load(tmp_path / "model.pkl")
+    np.savez(tmp_path / "model.npz", **arrays)
+    with pytest.raises(WeightsError, match="contains no ResNet but a ResNet with detectron2's or Caffe's names"):
+        sources.load(tmp_path / "model.npz")

@@ -125,6 +125,8 @@ def test_a_name_that_the_tensors_contradict(deep: dict[str, np.ndarray]) -> None
     assert found.notes == (
         "the file calls its network 'resnet18', but its tensors are those of a ResNet that is not in the zoo",
     )
+    found = statedict.match({"state_dict": deep, "meta": {"cfg": CAFFE}})
+    assert found.notes == ("settings stated by the file: style='caffe'",)  # type='ResNet' is any of them
     config = zoo.configure("resnet18", num_classes=2)
     assert statedict.match({"state_dict": tensors_of(config), "args": {"arch": "resnet18"}}).notes == ()
 

@@ -72,6 +72,11 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "--std", type=numbers, metavar="R,G,B",
         help="standard deviation for normalisation (default: that of the weights)",
     )  # fmt: skip
+    parser.add_argument(
+        "--as-stored", action="store_true",
+        help="read images as torchvision's ImageFolder does: ignore the EXIF orientation and transparency (default: "
+        "upright, with transparency over white, as finetune and predict do)",
+    )  # fmt: skip
     parser.add_argument("--skip-bad", action="store_true", help="exit with code 0 even if bad images were skipped")
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else on stdout")
     return parser
@@ -101,6 +106,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "jresnet evaluate") -> i
     args = options.parse_args(argv)
     if args.data_dir and args.data not in DATASETS:
         options.error("--data-dir is the location of CIFAR, but --data is a folder: leave out --data-dir")
+    if args.as_stored and args.data in DATASETS:
+        options.error("--as-stored is for image files, but --data is a data set: leave out --as-stored")
     if args.std and 0 in args.std:
         options.error("--std must be above 0: pixels are divided by it")
     with naming_flags(options):
@@ -141,7 +148,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     say("data", data.description)
     for note in data.notes:
         say("note", note)
-    say("images", f"{preprocessing}; {origin}")
+    stored = "; read as stored" if args.as_stored else ""
+    say("images", f"{preprocessing}; {origin}{stored}")
     batch_size = min(args.batch_size or (256 if name else 32), len(data.labels))
     device = jax.devices()[0]
     device_name = f"{device.device_kind} ({device.platform})"
@@ -153,7 +161,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         if not sys.stderr.isatty():  # on a terminal there is a bar
             console.minute(lambda: f"images   {done:,} of {len(data.labels):,} evaluated")
 
-    scores = evaluation.score(resolved.model, preprocessing, data, batch_size, progress)
+    reader = images.read if args.as_stored else images.photo
+    scores = evaluation.score(resolved.model, preprocessing, data, batch_size, progress, reader)
     n, pace = scores.images, scores.images / scores.seconds
     say("top-1", f"{100 * scores.top1 / n:.2f} % ({scores.top1:,} of {n:,})")
     say(f"top-{scores.k}", f"{100 * scores.topk / n:.2f} % ({scores.topk:,} of {n:,})")
@@ -166,6 +175,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
         "notes": data.notes,
         "preprocessing": dataclasses.asdict(preprocessing),
         "preprocessing_origin": origin,
+        "as_stored": args.as_stored,
         "images": n,
         "top1": scores.top1 / n,
         "top1_correct": scores.top1,

@@ -29,6 +29,10 @@ from jresnet.training.trainer import Options, Trainer
 
 IN_MEMORY = ("cifar10", "digits")
 SHOWN = 40  # largest number of classes in the table at the end
+NOT_IN_PROBE = (  # options that concern other layers or the augmentation of images
+    "freeze", "freeze_bn", "layer_decay", "head_stage", "zero_init_residual", "flip", "random_erasing", "mixup", "cutmix",
+    "augment", "magnitude", "min_area", "bn", "remat",
+)  # fmt: skip
 CHOSEN = {  # descriptions of the defaults
     "epochs": "chosen from the number of images", "batch_size": "chosen from the number of images",
     "lr": "chosen from the batch size", "warmup_epochs": "a tenth of the run, at most 5", "weight_decay": "1e-4",
@@ -124,8 +128,9 @@ def mistakes(args: argparse.Namespace) -> list[str]:
         found += ["--linear-probe needs trained --weights"] if args.linear_probe else []
     elif args.arch is not None:
         found.append("--arch is only for --weights none: other weights determine the architecture")
-    if args.linear_probe and args.freeze:
-        found.append("--freeze cannot be combined with --linear-probe, which trains only the head")
+    if args.linear_probe and (given := [name for name in NOT_IN_PROBE if getattr(args, name) is not None]):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        found.append(f"{flags} cannot be combined with --linear-probe, which trains only the head, on fixed embeddings")
     if args.data_dir and args.data and args.data not in IN_MEMORY and not args.data.startswith("tfds:"):
         found.append("--data-dir is the location of CIFAR-10 or TFDS stores, but --data is a folder or a table")
     found += wandb_mistakes(args.wandb)
@@ -150,6 +155,10 @@ def _finetune(args: argparse.Namespace) -> int:
     if args.data:
         given["images"] = args.data
     if "weights" not in given or "images" not in given:
+        if (args.out / "head").is_dir():  # the options of the second stage are not stored yet
+            raise InputError(
+                f"the run in {args.out} ended in its first stage: to continue it, give all its options again, with --resume"
+            )
         raise InputError(f"there is no run in {args.out} to resume: give --weights and --data to start one")
     # As many errors as possible are reported before weights are downloaded and images are read.
     finetune.check_given({name: value for name, value in given.items() if value is not None})
@@ -163,7 +172,7 @@ def _finetune(args: argparse.Namespace) -> int:
     found = _images(listing, begin, given, args.data_dir)
     probe = before.recipe == "probe" if before else args.linear_probe
     own = {name: value for name, value in given.items() if name != "arch"}
-    config, reasons = finetune.choose(begin, found, probe=probe, **own)
+    config, reasons = finetune.choose(begin, found, probe=probe, devices=where.count, **own)
     if before:
         chosen = {name: getattr(config, name) for name in (*given, "data_digest", "weights_digest")}
         for name, digest in (("images", "data_digest"), ("weights", "weights_digest")):
@@ -184,6 +193,8 @@ def _finetune(args: argparse.Namespace) -> int:
         return 128 + stopped.args[0]
     for line in table(summary["test_by_class"]):
         Console().say(line)
+    if skipped := summary["skipped_images"]:
+        Console().say(f"skipped  {skipped:,} damaged image{'s' if skipped > 1 else ''}; summary.json lists them")
     Console().say(f"next     jresnet predict --weights {shlex.quote(str(args.out / 'last.safetensors'))} IMAGE")
     return 0
 
@@ -238,8 +249,8 @@ def _stages(
         path = out / "head"
         if not (args.resume and (path / "summary.json").exists()):
             first, why = finetune.choose(
-                begin, found, probe=True, seed=config.seed, precision=config.precision, weights=config.weights,
-                images=config.images,
+                begin, found, probe=True, devices=where.count, seed=config.seed, precision=config.precision,
+                weights=config.weights, images=config.images,
             )  # fmt: skip
             Console().say("stage    1 of 2: only the head, on embeddings")
             probed(first, path, why, args.resume)

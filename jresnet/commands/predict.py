@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -106,6 +107,8 @@ def _predict(args: argparse.Namespace) -> int:
         if not args.json and not args.csv:
             print(text, flush=True)
 
+    if resolved.preprocessing is None:
+        print(f"note: images {preprocessing}; {origin}", file=sys.stderr)
     writer = csv.writer(sys.stdout, lineterminator="\n") if args.csv else None
     if writer:
         writer.writerow(["file", "rank", "class", "index", "probability"])
@@ -133,7 +136,7 @@ def _predict(args: argparse.Namespace) -> int:
             f"{resolved.arch or 'ResNet'}, weights {Path(args.weights).name}",
             args.cam,
         )
-        say(f"gallery  {args.gallery}")
+        say(f"gallery  {args.gallery}" + (f", the first {len(kept)} images" if len(kept) == SHOWN < len(named) else ""))
     for file, reason in bad:
         print(f"bad image {printable(file)}: {printable(reason)}", file=sys.stderr)
     if bad:
@@ -231,6 +234,15 @@ def predict(
                 yield Prediction(named[position][0], named[position][1], classes)
 
 
+def titles(files: Sequence[str]) -> list[str]:
+    """Paths without the folders that all of them share: ``cat/1.png``, ``dog/1.png``."""
+    try:
+        common = os.path.commonpath([os.path.dirname(file) for file in files])
+    except ValueError:  # absolute and relative paths
+        return list(files)
+    return [os.path.relpath(file, common) if common else file for file in files]
+
+
 def draw(
     kept: Sequence[Prediction], model: ResNet, preprocessing: Preprocessing, path: Path, title: str, cam: bool
 ) -> None:
@@ -240,7 +252,7 @@ def draw(
     resize = preprocessing.resize * factor if preprocessing.resize else None
     larger = replace(preprocessing, crop=min(preprocessing.crop * factor, 4096), resize=resize)
     shown = []
-    for found in kept:
+    for found, label in zip(kept, titles([found.file for found in kept]), strict=True):
         picture = images.photo(found.source)
         pixels = images.preprocess(picture, larger)
         heat = None
@@ -251,6 +263,6 @@ def draw(
             maps = grad_cam(model, normalise(inputs, preprocessing.mean, preprocessing.std), found.classes[0][0])
             heat = np.asarray(maps[0])
         pixels = np.broadcast_to(pixels, (*pixels.shape[:2], 3))
-        shown.append(gallery.Shown(Path(found.file).name, pixels, [(name, p) for _, name, p in found.classes], heat))
+        shown.append(gallery.Shown(label, pixels, [(name, p) for _, name, p in found.classes], heat))
     note = "right: heat map of the most probable class (Grad-CAM)" if cam else ""
     gallery.draw(shown, path, title, note)

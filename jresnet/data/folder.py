@@ -93,9 +93,11 @@ def _check_classes(listing: Listing, labels: np.ndarray, what: str) -> None:
     """Raises DataError if a class does not occur in ``labels``, or if there are fewer than two classes."""
     counts = np.bincount(labels, minlength=len(listing.classes))
     if empty := [listing.classes[i] for i in np.flatnonzero(counts == 0)]:
+        others = f". {'; '.join(listing.notes)}; images end in {', '.join(images.EXTENSIONS)}" if listing.notes else ""
         raise DataError(
             f"{len(empty):,} of the {len(listing.classes):,} classes of {listing.name} "
-            f"{what if len(empty) == 1 else what.replace('has', 'have')}: {few(empty)}. Add images, or remove the class"
+            f"{what if len(empty) == 1 else what.replace('has', 'have')}: {few(empty)}. Add images, or remove the "
+            f"class{others}"
         )
     if len(listing.classes) < 2:
         raise DataError(f"{listing.name} has only one class, {printable(listing.classes[0])}: at least two are needed")
@@ -122,9 +124,10 @@ def _folder(root: Path) -> Listing:
     if parts["held"]:
         own, held, more = _listed(root / parts["held"])
         if unknown := [name for name in own if name not in classes]:
+            plural = "es" if len(unknown) > 1 else ""
             raise DataError(
-                f"{root / parts['held']} has {len(unknown):,} classes that {top} does not have ({few(unknown)}): validation "
-                "classes must be training classes"
+                f"{root / parts['held']} has {len(unknown):,} class{plural} that {top} does not have ({few(unknown)}): "
+                "validation classes must be training classes"
             )
         held = Part(held.sources, np.array([classes.index(own[label]) for label in held.labels], np.int32))
         notes += more
@@ -335,7 +338,8 @@ def load(
         contents.append(found)
         kept = part.take(good)
         splits.append(Split(pixels[good] if small else Files(kept.sources, preprocessing), kept.labels))  # type: ignore[arg-type]
-    lost = f"has no usable training image ({len(skipped):,} damaged ones were skipped)"
+    named = few(f"{file} ({reason})" for file, reason in skipped)
+    lost = f"has no usable training image (damaged images: {len(skipped):,}; {named})"
     _check_classes(listing, splits[0].labels, lost)
     if not len(splits[1].labels):
         raise DataError(
@@ -346,7 +350,6 @@ def load(
     if unjudged := [name for i, name in enumerate(listing.classes) if not counts[i]]:
         notes.append(f"{len(unjudged):,} classes have no validation image: {few(unjudged)}")
     if skipped:
-        named = few(f"{file} ({reason})" for file, reason in skipped)
         notes.append(f"{len(skipped):,} damaged image{'s are' if len(skipped) > 1 else ' is'} skipped: {named}")
     notes += _twice(*contents)
     digest = hashlib.sha256("".join(map(_digest, contents, (train.labels, held.labels))).encode()).hexdigest()

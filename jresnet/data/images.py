@@ -1,9 +1,9 @@
 """Lists, decodes, resizes, crops and batches image files with Pillow.
 
-Results equal those of torchvision's ``ImageFolder`` with ``Resize`` and ``CenterCrop`` on PIL images, bit by bit: pixels are
-read as stored (the EXIF orientation is ignored) and converted to RGB, the shorter side is resized with antialiasing, and the
-centre is cropped. Normalisation is done on the device (:func:`jresnet.weights.preprocessing.normalise`). :func:`photo` reads
-a file as viewers display it instead: upright, with transparency over white and 16 bits reduced to 8.
+Images are converted to RGB, the shorter side is resized with antialiasing, and the centre is cropped. Normalisation is done
+on the device (:func:`jresnet.weights.preprocessing.normalise`). :func:`photo` reads a file as viewers display it, upright
+and with transparency over white. :func:`read` reads pixels as stored; then the results equal those of torchvision's
+``ImageFolder`` with ``Resize`` and ``CenterCrop`` on PIL images, bit by bit.
 
 Files are untrusted. Only the formats below are decoded (Pillow would pass PostScript to a program), and images of more than
 Pillow's ``MAX_IMAGE_PIXELS`` are refused, as read and as resized.
@@ -225,7 +225,12 @@ def seen(image: Image.Image) -> Image.Image:
 
 
 def orientation(image: Image.Image) -> int:
-    """The EXIF orientation of an open image, 1 to 8; 1 (as stored) if EXIF is damaged or does not state it."""
+    """The EXIF orientation of an open image, 1 to 8; 1 (as stored) if EXIF is damaged or does not state it.
+
+    It is 1 for TIFF, because Pillow itself rotates such images when it decodes them.
+    """
+    if image.format == "TIFF":
+        return 1
     try:
         return int(image.getexif().get(0x0112, 1))
     except Exception:  # Pillow's parser raises many kinds of errors

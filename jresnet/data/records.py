@@ -67,7 +67,7 @@ def find(name: str, data_dir: str | Path | None = None) -> Store:
     if not versions:
         raise DataError(
             f"there is no prepared store {root / path}/VERSION: prepare it with "
-            f"tfds.builder({path!r}).download_and_prepare(), or give the folder of stores as data_dir"
+            f"tfds.builder({path!r}).download_and_prepare(), or give the folder of stores as `data_dir`"
         )
     store = max(versions, key=lambda folder: [int(part) for part in folder.name.split(".")])
     try:

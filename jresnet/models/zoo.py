@@ -16,6 +16,7 @@ from numbers import Integral
 from typing import Any
 
 from jresnet.errors import InputError
+from jresnet.files import few
 from jresnet.models.config import STEMS, Block, ResNetConfig
 from jresnet.models.pruned import PRUNED_50D, PRUNED_101D
 
@@ -229,7 +230,7 @@ def find(arch: str) -> Row:
     beginnings = [name for name in ZOO if arch and name.startswith(arch.lower())]
     # An untrusted file may state a name of megabytes; difflib needs 130 times as much memory.
     near = beginnings[:3] or difflib.get_close_matches(arch[:80].lower(), ZOO, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(ZOO)}"
+    hint = f"did you mean {' or '.join(near)}?" if near else f"there are {few(ZOO)} (jresnet.list_models)"
     raise InputError(f"unknown architecture {arch[:80]!r}: {hint}")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ class Found:
     keys: Mapping[str, str]  # keys of the body: jresnet's path -> the file's key
     head: str | None  # the module of the last layer in the file, such as "module.fc"
     rivals: tuple[str, ...] = ()  # prefixes of other networks of similar size
+    guessed: bool = False  # whether the head is the only layer beside the body, under none of the usual names
 
     @property
     def score(self) -> int:
@@ -67,14 +69,10 @@ def find(shapes: Mapping[str, Shape], dialect: str | None = None, prefix: str | 
     """
     if dialect is not None and dialect not in keymap.DIALECTS:
         raise InputError(f"unknown dialect {dialect!r}: there are {', '.join(keymap.DIALECTS)}")
-    if prefix:
-        prefix = prefix.rstrip(".") + "."
     # for each prefix the networks with the highest score, in the order of the dialects
     best: dict[str, list[Found]] = {}
     for name in [dialect] if dialect else keymap.DIALECTS:
-        for at in _prefixes(shapes, name):
-            if prefix is not None and at not in (prefix, prefix + keymap.DIALECTS[name].root):
-                continue
+        for at in _prefixes(shapes, name, prefix):
             found = _at(shapes, name, at)
             others = best.setdefault(at, [found])
             if found.score > others[0].score:
@@ -90,7 +88,9 @@ def find(shapes: Mapping[str, Shape], dialect: str | None = None, prefix: str | 
     )
     found = rivals[0]
     head = found.head or _other_head(shapes, found)
-    return dataclasses.replace(found, head=head, rivals=tuple(found.prefix for found in rivals[1:]))
+    only = None if head else _only_linear(shapes, found)
+    prefixes = tuple(found.prefix for found in rivals[1:])
+    return dataclasses.replace(found, head=head or only, rivals=prefixes, guessed=only is not None)
 
 
 def preference(name: str) -> int:
@@ -98,8 +98,13 @@ def preference(name: str) -> int:
     return 0 if keymap.FIRST.search(name) else 2 if keymap.LAST.search(name) else 1
 
 
-def _prefixes(shapes: Mapping[str, Shape], dialect: str) -> list[str]:
-    """The candidate prefixes of networks of ``dialect``, in the order of the file."""
+def _prefixes(shapes: Mapping[str, Shape], dialect: str, chosen: str | None = None) -> list[str]:
+    """The candidate prefixes of networks of ``dialect``, in the order of the file; only ``chosen`` if it is given."""
+    wanted = None
+    if chosen is not None:
+        wanted = {chosen, chosen and chosen.rstrip(".") + "."}
+        wanted |= {keymap.BETWEEN.sub("", prefix) for prefix in wanted}  # keys are searched without these
+        wanted |= {prefix + keymap.DIALECTS[dialect].root for prefix in wanted}
     root = len(keymap.DIALECTS[dialect].root)
     keys = [keymap.torch_key(path, dialect) for path in _ANCHORS]
     blocks = {second for key in keys if (second := keymap.alias(key, dialect))} | {key[root:] for key in keys[2:]}
@@ -107,8 +112,12 @@ def _prefixes(shapes: Mapping[str, Shape], dialect: str) -> list[str]:
     seen: dict[str, set[str]] = {}
     for key in shapes:
         for name in names:
-            if key == name or key.endswith("." + name):
-                seen.setdefault(key[: len(key) - len(name)], set()).add(name)
+            if not key.endswith(name):
+                continue
+            prefix = key[: len(key) - len(name)]
+            # A name begins after a dot; some scripts join names by another character.
+            if prefix in wanted if wanted is not None else not prefix[-1:].isalnum():
+                seen.setdefault(prefix, set()).add(name)
     return [prefix for prefix, there in seen.items() if len(there) > 1 and there & blocks][:MANY]
 
 
@@ -180,6 +189,25 @@ def _other_head(shapes: Mapping[str, Shape], found: Found) -> str | None:
             break
         base = base[: base.rstrip(".").rfind(".") + 1]
     return None
+
+
+def _only_linear(shapes: Mapping[str, Shape], found: Found) -> str | None:
+    """The only layer beside the body, if it is linear, fits the body, and is not named like a projection head."""
+    modules = {key.rpartition(".")[0] for key in found.keys.values()}
+    beside = {
+        key for key in shapes if key.rpartition(".")[0] not in modules and key.rpartition(".")[2] not in keymap.PROFILED
+    }
+    (weight, *more) = sorted((key for key in beside if key.endswith(".weight")), reverse=True) or [""]
+    name = weight.removesuffix(".weight")
+    last = max(
+        (path for path in found.keys if re.fullmatch(r"layer\d+\.\d+\.bn\d\.scale", path)),
+        key=lambda path: [int(number) for number in re.findall(r"\d+", path)],
+        default="",
+    )
+    outputs = shapes.get(found.keys.get(last, ""), ())
+    if more or len(shapes.get(weight, ())) != 2 or shapes[weight][1:] != outputs or keymap.PROJECTIONS.search(name):
+        return None
+    return name if beside <= {weight, f"{name}.bias"} else None
 
 
 def _told_apart(networks: list[Found], shapes: Mapping[str, Shape]) -> Found:
@@ -430,6 +458,8 @@ def assumed(config: ResNetConfig, known: Collection[str] = ()) -> tuple[str, ...
         found.append(f"stride on the {config.stride_in} convolution")
     if "output_stride" not in known:
         found.append("no dilation")
+    if config.attention == "se":
+        found.append("ReLU and sigmoid in the attention")
     return (*found, "ReLU after each block's sum")
 
 

@@ -24,6 +24,9 @@ COUNTER = "num_batches_tracked"
 # Entries that wrappers add: torch.optim.swa_utils.AveragedModel counts its updates.
 IGNORED = ("n_averaged",)
 
+# Buffers that profilers add to every module: thop counts operations and parameters.
+PROFILED = ("total_ops", "total_params")
+
 # Module names that wrappers insert into keys: FSDP, activation checkpointing, torch.compile of single blocks.
 BETWEEN = re.compile(r"(?<![^.])(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
 
@@ -52,6 +55,7 @@ OTHER_PARTS = (
 # Networks that are not ResNets, by patterns of their keys.
 OTHER_NETWORKS = (
     (r"stages\.\d+\.blocks\.\d+\.norm1\.", "a pre-activation ResNet of timm (resnetv2)"),
+    (r"(^|\.)res\d\.\d+\.conv1\.|(^|\.)res\d_\d+_branch", "a ResNet with detectron2's or Caffe's names"),
     (r"stages\.\d+\.(blocks\.)?\d+\.(dwconv|conv_dw)\.", "a ConvNeXt"),
     (r"blocks\.\d+\.attn\.|encoder\.layer\.\d+\.attention\.|encoder_layer_\d+\.", "a Vision Transformer"),
     (r"features\.denseblock\d", "a DenseNet"),
@@ -63,6 +67,9 @@ OTHER_NETWORKS = (
 
 # Names of modules that may contain the last layer, if it does not have the dialect's name.
 HEADS = ("fc", "linear", "classifier", "last_linear", "head", "cls_head", "logits", "output")
+
+# Names of layers behind the body that are no last layer: the projection heads of self-supervised training.
+PROJECTIONS = re.compile(r"proj|predict|prototype|queue|embed|contrast|mlp", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

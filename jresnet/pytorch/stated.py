@@ -139,7 +139,8 @@ def _read_name(name: str, found: Statement) -> None:
                 found.choose(part, value, f"{part} {value!r}, as it is a {name}")
     if "caffe" in name.lower():
         found.choose("stride_in", "1x1", f"stride on the 1x1 convolution, as it is a {name}")
-    found.name = found.name or name
+    if name.lower() not in ("resnet", "resnext"):  # the names of mmpretrain's and others' classes
+        found.name = found.name or name
 
 
 def _read_setting(name: str, value: Any, arguments: Mapping[Any, Any], found: Statement) -> None:

@@ -77,8 +77,8 @@ def match(
         arch: the expected architecture, a name from :func:`jresnet.list_models`; ``None``: any ResNet.
         dialect: a name in :data:`jresnet.pytorch.keymap.DIALECTS`; ``None``: the one that fits the keys best.
         prefix: prefix of the network's keys, such as ``backbone``; ``None``: that of the largest network.
-        key: key of the dict of tensors in a checkpoint, such as ``state_dict_ema`` or ``model.teacher``; ``None``: the one
-            with the largest network.
+        key: key of the dict of tensors in a checkpoint, such as ``state_dict_ema`` or ``model.teacher``; ``"."`` is the
+            checkpoint itself; ``None``: the one with the largest network.
         source: name of the weights in error messages.
         chosen: any of num_classes, in_channels, stem, shortcut, stride_in and output_stride. If the tensors determine a
             property, the chosen value must agree. If they do not (a stem's max-pool, stride_in, output_stride), the chosen
@@ -111,6 +111,11 @@ def match(
         other = next(
             (what for pattern, what in keymap.OTHER_NETWORKS if any(re.search(pattern, k) for k in shapes)), None
         )
+        if (prefix is not None or dialect) and (elsewhere := infer.find(shapes)):
+            raise WeightsError(
+                f"{source} contains no ResNet{naming}{where}: there is one "
+                f"{f'under {elsewhere.prefix!r}' if elsewhere.prefix else 'without a prefix'} in {elsewhere.dialect} naming"
+            )
         raise WeightsError(
             f"{source} contains no ResNet{naming}{where}{f' but {other}' if other else ''}: expected tensors such as "
             f"conv1.weight, bn1.weight and layer1.0.conv1.weight, found {few(shapes)}"
@@ -121,10 +126,15 @@ def match(
             "jresnet does not have such networks: use weights of a plain ResNet"
         )
     asked = dict(chosen)
-    if arch is not None:  # properties of the architecture that the tensors do not determine
-        chosen |= {name: getattr(zoo.find(arch).config, name) for name in ("antialias", "norm")}
     try:
         config = infer.configure(found, shapes, **chosen)
+        if arch is not None:  # properties of the architecture that the tensors do not determine
+            untold = {name: getattr(zoo.find(arch).config, name) for name in ("antialias", "norm")}
+            if any(path.endswith(".var") for path in found.keys):
+                untold["norm"] = None
+            if infer.is_like(dataclasses.replace(config, **untold), arch):
+                chosen |= untold
+                config = infer.configure(found, shapes, **chosen)
         layers = stated.layers(tensors.settings, found.keys, found.prefix) if isinstance(tensors, Module) else {}
         own = stated.of_layers(layers, config)
         if not layers and "bottleneck" in config.blocks and _is_segmentation(found, shapes):
@@ -158,12 +168,17 @@ def match(
     elif f"{found.head}.bias" not in got:
         del expected[f"{found.head}.bias"]
         notes.append(f"{found.head} has no bias: zeros are used")
+    if found.guessed:
+        notes.append(f"{found.head} is taken as the last layer: it is the only other layer")
     beside = _beside(got.keys() - expected.keys(), found, expected)
     problems += params.differences(expected, {name: shape for name, shape in got.items() if name not in beside})
-    if beside:
-        notes.append(f"ignored, not part of the network: {few([name for name in got if name in beside])}")
+    # Other networks of the same size are named already.
+    others = tuple(other for other in found.rivals if not found.prefix.startswith(other))
+    if named := [name for name in got if name in beside and not name.startswith(others)]:
+        notes.append(f"ignored, not part of the network: {few(named)}")
 
     values, counts, odd = {}, {}, []
+    unread: dict[str, list[str]] = {}  # names by the reason why they are not read
     for name, value in tensors.items():
         try:
             if name in expected:
@@ -175,7 +190,8 @@ def match(
                 else:
                     counts[counters[name]] = count
         except TypeError as error:
-            problems.append(f"{name} {error}")
+            unread.setdefault(str(error), []).append(name)
+    problems += [f"{len(names)} {reason}: {few(names)}" for reason, names in unread.items()]
     if odd:
         notes.append(f"ignored, not a number of batches: {few(odd)}")
     row = infer.row(config)
@@ -187,7 +203,7 @@ def match(
         if parts:
             problems.insert(0, f"it has {' and '.join(parts)}, which jresnet does not support")
         norms = [name for name, path in paths.items() if path.endswith(".var")]
-        if not any(name in got for name in norms):
+        if norms and not any(name in got for name in norms):
             folded = not any(path.endswith(".scale") and name in got for name, path in paths.items())
             problems.insert(
                 0,
@@ -258,8 +274,10 @@ def _network(
     """Finds the dict of tensors with the largest network: its key, the dict, the network, and notes on the choice."""
     boxes = _boxes(saved)
     if key is not None:
+        key = "" if key == "." else key
         if key not in boxes:
-            raise WeightsError(f"{source} has no dict of tensors {key!r}: found {few(map(repr, boxes)) or 'none'}")
+            found_keys = few(repr(name or ".") for name in boxes) or "none"
+            raise WeightsError(f"{source} has no dict of tensors {key!r}: found {found_keys}")
         boxes = {key: boxes[key]}
     if not boxes:
         what = type(saved).__name__
@@ -280,7 +298,7 @@ def _network(
     rivals.sort(key=lambda name: (infer.preference(name), infer.preference(networks[name].prefix)))
     name, found, notes = rivals[0], networks[rivals[0]], []
     if rivals[1:]:
-        notes.append(f"read from {name!r}; also found: {few(map(repr, rivals[1:]))}")
+        notes.append(f"read from {name or '.'!r}; also found: {few(repr(rival or '.') for rival in rivals[1:])}")
     if found.rivals:
         notes.append(f"read from {found.prefix!r}; also found: {few(map(repr, found.rivals))}")
     tensors = boxes[name]
@@ -310,7 +328,8 @@ def _boxes(saved: Any) -> dict[str, dict[str, Any]]:
                 boxes[name] = module = Module(boxes[name])
                 module.settings = node.settings
         holders = (Mapping, list, tuple)
-        inside = [(k, v) for k, v in node.items() if isinstance(k, str) and len(k) <= 200 and isinstance(v, holders)]
+        named = [(str(k), v) for k, v in node.items() if isinstance(k, str | int) and isinstance(v, holders)]
+        inside = [(k, v) for k, v in named if len(k) <= 200]
         waiting += [(f"{name}.{k}" if name else k, v) for k, v in inside]
     return boxes
 
@@ -321,6 +340,8 @@ def _beside(names: Collection[str], found: infer.Found, expected: Collection[str
     own = {key[len(found.prefix) :].partition(".")[0] for key in body}
 
     def is_part(name: str) -> bool:
+        if name.rpartition(".")[2] in keymap.PROFILED:
+            return False
         module = name[len(found.prefix) :].partition(".")[0]
         return name.startswith(found.prefix) and (module in own or re.fullmatch(r"layer\d+", module) is not None)
 
@@ -349,16 +370,23 @@ def _numpy(value: Any) -> np.ndarray:
     return value.detach().float().cpu().numpy() if hasattr(value, "detach") else np.asarray(value)
 
 
+def _is_empty(value: Any) -> bool:
+    """Whether it is a torch tensor that has a shape but no data."""
+    return str(getattr(value, "device", "")) == "meta"
+
+
 def _float32(value: Any) -> np.ndarray:
     dtype = getattr(value, "dtype", type(value).__name__)
     if not (str(dtype).removeprefix("torch.").startswith(("float", "bfloat"))):
-        raise TypeError(f"is {dtype}, not a floating-point tensor")
+        raise TypeError(f"of type {dtype}, not floating point")
+    if _is_empty(value):
+        raise TypeError("without data, on torch's device meta")
     return np.ascontiguousarray(_numpy(value), dtype=np.float32)
 
 
 def _count(value: Any) -> int | None:
     """A counter as an int, None if invalid. Averaging weights makes counters fractional; float16 makes them infinite."""
-    if int(np.prod(tuple(value.shape))) != 1:
+    if int(np.prod(tuple(value.shape))) != 1 or _is_empty(value) or "complex" in str(value.dtype):
         return None
     if "int" in str(value.dtype):
         return int(value.reshape(()))

@@ -36,7 +36,7 @@ import ml_dtypes
 import numpy as np
 
 from jresnet.errors import WeightsError
-from jresnet.files import printable
+from jresnet.files import TORCH_SUFFIXES, printable
 from jresnet.pytorch import unpickle
 from jresnet.pytorch.unpickle import Refused, expect
 
@@ -50,7 +50,9 @@ LEGACY_MAGIC, LEGACY_VERSION = 0x1950A86A20F9469CFC6C, 1001  # torch/serializati
 ADVICE = "only tensors, numbers and strings in dicts and lists are read; save with torch.save(model.state_dict(), path)"
 
 # Globals of torch that may become inert records: modules and related objects. Others may be functions that make tensors.
-_MODULES = re.compile(r"torch\.(nn|optim|utils|distributed|fx|amp|cuda\.amp|ao\.nn|jit\._pickle|_dynamo)\.")
+_MODULES = re.compile(
+    r"torch\.((nn|optim|utils|distributed|fx|amp|cuda\.amp|ao\.nn|jit\._pickle|_dynamo)\.|_TorchCompile\w+$)"
+)
 
 _NUMPY = "float64 float32 float16 complex128 complex64 bool int64 int32 int16 int8 uint64 uint32 uint16 uint8"
 _ML = "bfloat16 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz float8_e8m0fnu"
@@ -117,15 +119,24 @@ def _foreign(head: bytes) -> str:
         return "is a tar archive, as torch before 0.1.10 wrote; load it with torch, and save it again with torch.save"
     if head.startswith(b"\x89HDF"):
         return f"is an HDF5 file (Keras), whose layers have other names and layouts; {_ONLY}"
-    if head[0] == 8 and (b"pytorch" in head or b"onnx" in head.lower()):
+    if head.startswith(b"\x08\x01\x12"):
+        return f"is a TensorFlow SavedModel, whose layers have other names and layouts; {_ONLY}"
+    # The version of ONNX, and the next field: the producer's name or version, a domain, a number, the graph, or an opset.
+    if re.match(rb"\x08[\x03-\x3f][\x12\x1a\x22\x28\x3a\x42]", head):
         return f"is an ONNX file, which contains a program; {_ONLY}"
     if head.lstrip().startswith((b'{"', b"{\n", b"[")):
         return (
             "is a JSON file without tensors; if it is the index of a sharded checkpoint, name it *.index.json; otherwise "
             "load it with the library that wrote it, and save it with torch.save(model.state_dict(), path)"
         )
-    if 0x80 < head[0] < 0x90 and 0xA0 < head[1] < 0xC0:
+    if re.match(rb"([\x81-\x8f]|\xde..)[\xa1-\xbf]", head, re.DOTALL):
         return f"is a msgpack file (Flax), whose layers have other names and layouts; {_ONLY}"
+    if head.startswith(b"\x93NUMPY"):
+        return "is a .npy file of one array; save the state_dict's arrays with numpy.savez(path, **arrays)"
+    if head[4:8] == b"TFL3":
+        return f"is a TensorFlow Lite file, whose layers have other names and layouts; {_ONLY}"
+    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"7z\xbc\xaf", b"Rar!")):
+        return "is a compressed file; unpack it, and name the file inside"
     if head[4:9] == b"\0\0\0\0{":
         return "is a safetensors file; rename it to *.safetensors"
     return f"is not a file of torch.save: it begins with {head[:8]!r}, not like a zip archive or a pickle"
@@ -170,7 +181,12 @@ class _Interpreter(unpickle.Interpreter):
             "the network was quantised, which loses the float weights: convert weights from before the quantisation",
         ),
         **dict.fromkeys(
-            ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct"),
+            (
+                "numpy.core.multiarray._reconstruct",
+                "numpy._core.multiarray._reconstruct",
+                "numpy.core.numeric._frombuffer",
+                "numpy._core.numeric._frombuffer",
+            ),
             "convert a pickle of numpy arrays, as published by detectron2, with numpy.savez(path, **arrays)",
         ),
     }
@@ -337,15 +353,22 @@ def _assemble(saved: object, run: _Interpreter, keys: Iterable[str], load: Calla
             raise Refused(f"has modules nested deeper than {MAX_DEPTH} levels, or contains itself; {ADVICE}")
         run.charge(len(prefix) // unpickle.BYTES_PER_STEP)
         own, attributes = _parts(node) or ({}, {})
-        run.charge(1 + len(own) + len(attributes))
+        items = _set_items(attributes.get("_non_persistent_buffers_set"))  # a state_dict does not have these, either
+        run.charge(1 + len(own) + len(attributes) + len(items))
+        hidden = {name for name in items if isinstance(name, str)}
         plain = {name: value for name, value in attributes.items() if _is_plain(value)}
         into.settings[prefix.removesuffix(".")] = {"class": node.name} | plain
         for name, child in own.items():
-            if type(child) is _Tensor:
+            if type(child) is _Tensor and name not in hidden:
                 into[f"{prefix}{name}"] = arrays[child]
             elif type(child) is unpickle.Record:
                 collect(child, f"{prefix}{name}.", into, depth + 1)
 
+    if type(saved) is unpickle.Record and saved.name.startswith("__torch__.") and not run.tensors:
+        raise Refused(
+            "is a TorchScript program without parameters: torch.jit.freeze and torch.jit.optimize_for_inference make "
+            "constants of them; save the model before that with torch.save(model.state_dict(), path)"
+        )
     if type(saved) is unpickle.Record and not run.tensors:
         raise Refused(f"uses the forbidden global {printable(saved.name)}, which this reader never runs; {ADVICE}")
     return finish(saved)
@@ -357,6 +380,8 @@ def _parts(node: unpickle.Record) -> tuple[dict[str, Any], dict[str, Any]] | Non
     They are in torch.nn.Module's ``__dict__``, which a graph module passes as an argument, or in TorchScript's attributes.
     """
     state = node.state
+    if node.name == "torch._dynamo.eval_frame.OptimizedModule" and node.args and type(node.args[0]) is unpickle.Record:
+        return {"_orig_mod": node.args[0]}, {}  # torch.compile's
     if state is None and node.args and isinstance(node.args[0], dict):
         state = node.args[0]
     if not isinstance(state, dict):
@@ -369,6 +394,12 @@ def _parts(node: unpickle.Record) -> tuple[dict[str, Any], dict[str, Any]] | Non
         return None
     own = {name: value for group in groups for name, value in group.items() if isinstance(name, str)}  # type: ignore[union-attr]
     return own, named
+
+
+def _set_items(node: Any) -> list[Any]:
+    """The items in the record of a set."""
+    inside = node.args[0] if type(node) is unpickle.Record and node.args else None
+    return inside if isinstance(inside, list) else []
 
 
 def _is_plain(value: Any) -> bool:
@@ -422,6 +453,10 @@ def _read_zip(file: io.BufferedReader, size: int) -> object:
             raise Refused("is a zip archive with two entries of one name; get the file again")
         if any(name.endswith(("/archive_format", "/serialized_exported_program.json")) for name in entries):
             raise Refused("is a program of torch.export; load it with torch.export.load and torch.save its state_dict")
+        if "model.weights.h5" in entries:
+            raise Refused(f"is a Keras file, whose layers have other names and layouts; {_ONLY}")
+        if any(PurePosixPath(name).suffix in TORCH_SUFFIXES for name in entries):
+            raise Refused("is a zip archive with a file of weights inside; unpack it, and name that file")
         script = any(name.endswith("/constants.pkl") for name in entries)
         npz = all(name.endswith(".npy") for name in entries)
         end = 0
@@ -477,7 +512,8 @@ def _read_npz(archive: zipfile.ZipFile, size: int) -> dict[str, np.ndarray]:
             # A header may state any size: memory is allocated only if the entry has that size.
             if dtype.hasobject or math.prod(shape) * dtype.itemsize != info.file_size - stream.tell():
                 raise Refused(
-                    f"has the entry {info.filename[:80]!r} of objects, or of another size than its header says"
+                    f"has the entry {info.filename[:80]!r} of objects, or of another size than its header says; save one "
+                    "array per tensor: numpy.savez(path, **arrays)"
                 )
             flat = _bytes(stream, math.prod(shape) * dtype.itemsize).view(dtype)
             arrays[info.filename.removesuffix(".npy")] = flat.reshape(shape, order="F" if by_columns else "C")

@@ -71,6 +71,7 @@ class Record:
 HARMLESS = re.compile(
     r"(builtins|__builtin__)\.(set|frozenset|slice|range|xrange|bytearray|complex|object|dict|list|tuple|int|long|float|bool|str|unicode"
     r"|bytes|type)|copy_?reg\._reconstructor|functools\.partial|collections\.(defaultdict|deque|UserDict)|types\.SimpleNamespace"
+    r"|contextlib\.nullcontext"
     r"|(pathlib|datetime|decimal|fractions|uuid|enum|typing|dataclasses|inspect)\.[\w.]+|pathlib\._local\.\w+|logging\.Logger"
 )
 

@@ -110,6 +110,11 @@ class RunConfig(Hyperparameters):
         return ()
 
     @property
+    def details(self) -> tuple[str, ...]:
+        """Phrases that describe settings of this kind of run, to print."""
+        return ()
+
+    @property
     def repeats(self) -> int:
         """The number of views of an image in a batch."""
         return 1

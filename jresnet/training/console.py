@@ -138,6 +138,7 @@ def _recipe(config: RunConfig, steps_per_epoch: int) -> list[str]:
         f"targets above {config.target_threshold:g} as 1" if config.target_threshold else "",
         "rematerialized" if config.remat else "",
         "BatchNorm on each device's part of the batch" if config.bn == "per-device" else "",
+        *config.details,
     ]
     more = ", ".join(extra for extra in extras if extra)
     return [

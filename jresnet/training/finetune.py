@@ -35,7 +35,7 @@ from jresnet.training.augment import Pipeline
 from jresnet.training.config import FilesConfig
 from jresnet.training.devices import Devices
 from jresnet.training.fields import option, problems
-from jresnet.training.program import Program
+from jresnet.training.program import Program, check_batch
 from jresnet.training.recipes import MAX_EPOCHS
 from jresnet.weights import native
 from jresnet.weights.preprocessing import STATISTICS, Preprocessing
@@ -91,6 +91,18 @@ class FinetuneConfig(FilesConfig):
     def frozen(self) -> tuple[str, ...]:
         """The parts that are not trained."""
         return listed(self.freeze) + (("norms",) if self.freeze_bn == "all" else ())
+
+    @property
+    def details(self) -> tuple[str, ...]:
+        """Phrases that describe the layers' learning rates and what is frozen, to print."""
+        if self.recipe == "probe":
+            return ()
+        norms = {"statistics": "BatchNorm's statistics frozen", "all": "BatchNorm frozen", "none": ""}[self.freeze_bn]
+        rates = (
+            f"learning rate x{self.layer_decay:g} from each stage to the one before it" if self.layer_decay < 1 else ""
+        )
+        parts = f"frozen: {', '.join(listed(self.freeze))}" if self.freeze else ""
+        return tuple(phrase for phrase in (rates, norms, parts) if phrase)
 
     def pipeline(self) -> Pipeline:
         """The augmentation and normalisation of images."""
@@ -199,20 +211,23 @@ def check_given(given: Mapping[str, Any]) -> None:
         raise InputError("; ".join(found))
 
 
-def choose(start: Start, data: Dataset, *, probe: bool, **given: Any) -> tuple[FinetuneConfig, list[str]]:
+def choose(
+    start: Start, data: Dataset, *, probe: bool, devices: int = 1, **given: Any
+) -> tuple[FinetuneConfig, list[str]]:
     """Chooses the configuration of a run for these images.
 
     Args:
         start: the result of :func:`resolve`.
         data: the images.
         probe: train only the head, on embeddings.
+        devices: number of devices, among which a batch is divided.
         given: fields of :class:`FinetuneConfig` that the user chose; None: not chosen.
 
     Returns:
         The configuration, and one line per main number that gives the reason for it.
 
     Raises:
-        InputError: values are out of range.
+        InputError: values are out of range, or a batch is larger than the data set or cannot be divided.
     """
     given = {name: value for name, value in given.items() if value is not None}
     n, how = len(data.train.labels), start.preprocessing
@@ -223,7 +238,11 @@ def choose(start: Start, data: Dataset, *, probe: bool, **given: Any) -> tuple[F
     # A power of two that gives at least eight steps per epoch, if there are enough images.
     largest = 256 if probe else 128 if scratch else 64
     batch = given.get("batch_size", min(largest, max(4, 2 ** int(math.log2(max(n / 8, 1))))))
-    batch = min(batch, n) if "batch_size" not in given else batch
+    power, note = batch, ""
+    if "batch_size" not in given:
+        batch = max(min(-(-batch // devices), n // devices), 1) * devices
+        note = f", rounded to a multiple of {devices} devices" if batch not in (power, n) else ""
+    check_batch(batch, n, devices)
     epochs = given.get("epochs", min(most, max(least, round(seen / n))))
     optimizer = given.get("optimizer", "adamw" if probe else "sgd")
     rates = {"sgd": (0.01, 64) if not scratch else (0.1, 128), "adamw": (1e-4, 64) if not scratch else (1e-3, 128),
@@ -263,7 +282,9 @@ def choose(start: Start, data: Dataset, *, probe: bool, **given: Any) -> tuple[F
 
     steps = n // config.batch_size
     reasons = [
-        why("batch_size", f"a power of two up to {largest} that gives about eight steps per epoch of {n:,} images"),
+        why(
+            "batch_size", f"a power of two up to {largest} that gives about eight steps per epoch of {n:,} images{note}"
+        ),
         why("epochs", f"about {seen:,} images in total, {least} to {most} epochs; {steps * config.epochs:,} steps"),
         why(
             "lr",

@@ -149,16 +149,19 @@ class Outputs:
         """Writes the model of a state to a native file, with its preprocessing and the figures of ``row``."""
         if not devices.is_first():
             return
+        data, start = self.program.data.name, self.config.weights
+        if start is not None and not start.startswith("hf:"):
+            start = Path(start).name  # without the folders of this machine, since weights are shared
         weights.save(
             self.out / name,
             self.program.network(train.model_of(self.program.graph, state)),
             self.config.arch if self.config.arch in zoo.ZOO else None,
-            source=f"trained by jresnet on {self.program.data.name}",
+            source=f"trained by jresnet on {'a folder of images' if data == 'folder' else data}",
             step=str(int(state.step)),
             preprocessing=self.config.preprocessing().to_json(),
             categories=json.dumps(self.program.data.classes),
             metrics=json.dumps(finite(row)),
-            started_from=self.config.weights,
+            started_from=start,
             **self.program.provenance(),
         )
 

@@ -62,13 +62,7 @@ class Program:
         self.devices = where or devices.find()
         self.splits = split_dataset(config, data)
         images = len(self.splits["train"].labels)
-        problems = []
-        if images < config.batch_size:
-            problems.append(f"a batch of {config.batch_size} is larger than the {images} training images")
-        if config.batch_size % self.devices.count:
-            problems.append(f"a batch of {config.batch_size} cannot be divided into {self.devices.count} equal parts")
-        if problems:
-            raise InputError("; ".join(problems) + ": change `batch_size`" + (" or `devices`" if problems[1:] else ""))
+        check_batch(config.batch_size, images, self.devices.count)
         devices.meet("data")
         digests = devices.together(np.frombuffer(bytes.fromhex(data.digest)[:8], np.uint8))
         if any((digest != digests[0]).any() for digest in digests):
@@ -281,6 +275,17 @@ class Program:
 def load_data(config: RunConfig, data_dir: Path | None) -> Dataset:
     """Loads the configured data set; errors as in :func:`jresnet.data.load`."""
     return jresnet.data.load(config.dataset, data_dir)
+
+
+def check_batch(batch_size: int, images: int, devices: int) -> None:
+    """Raises :class:`InputError` if a batch is larger than the data set or cannot be divided among the devices."""
+    problems = []
+    if images < batch_size:
+        problems.append(f"a batch of {batch_size} is larger than the {images} training images")
+    if batch_size % devices:
+        problems.append(f"a batch of {batch_size} cannot be divided into {devices} equal parts")
+    if problems:
+        raise InputError("; ".join(problems) + ": change `batch_size`" + (" or `devices`" if problems[1:] else ""))
 
 
 def split_dataset(config: RunConfig, data: Dataset) -> dict[str, Split]:

@@ -11,8 +11,12 @@ import pytest
 import torch
 from conftest import command
 
-from convert import torch2flax, verify
-from jresnet import files
+from convert import reference, torch2flax, verify
+from jresnet import files, sources
+from jresnet.errors import WeightsError
+from jresnet.models import params
+from jresnet.models.resnet import ResNetConfig
+from jresnet.pytorch import keymap, statedict
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -82,7 +86,7 @@ def small(classes: int = 7) -> torch.nn.Module:
 
 FORMS = (
     "compile of DataParallel", "Lightning", "timm's train.py", "DINO", "mmpretrain", "a head behind a Dropout", "halved",
-    "a module of modules", "a list", "an object beside it", "a whole module", "a whole DataParallel",
+    "a module of modules", "a list", "an object beside it", "a whole module", "a whole DataParallel", "a whole compile",
 )  # fmt: skip
 
 
@@ -126,6 +130,7 @@ def forms(model: torch.nn.Module) -> dict[str, object]:
         "an object beside it": {"model": state, "args": Beside(), "where": Path("x"), "best": np.float32(3) * np.ones(2)},
         "a whole module": model,
         "a whole DataParallel": {"model": DataParallel(model), "epoch": 3},
+        "a whole compile": torch.compile(DataParallel(model), backend="eager"),
         "a module of modules": nn.ModuleDict({"any": nn.ModuleList([nn.Linear(2, 2), model])}).state_dict(),
     }  # fmt: skip
 
@@ -140,6 +145,208 @@ def test_what_people_have(tmp_path: Path, form: str) -> None:
     if form == "halved":
         model = model.half().float()
     found = verify.compare(jresnet.load(tmp_path / "model.pth"), model, 64)
+    assert found.is_rounding, found
+
+
+def tiny(**options: object) -> torch.nn.Module:
+    """A network of a few kilobytes with torchvision's names, for forms in which only names and places differ."""
+    config = ResNetConfig("basic", (1, 1, 1, 1), (4, 8, 12, 16), **{"num_classes": 7} | options)
+    torch.manual_seed(0)
+    model = reference.network(None, config)
+    networks.randomise(model)
+    return model.eval()
+
+
+def check(path: Path, model: torch.nn.Module, **chosen: object) -> statedict.Conversion:
+    """Asserts that the file's logits, or its features if it has no head, are those of ``model``."""
+    weights = sources.load(path, **chosen)
+    found = verify.compare(params.fill(weights.config, weights.values), model, 64)
+    assert found.is_rounding, found
+    return weights.conversion
+
+
+PREFIXES = (
+    "module.", "_orig_mod.", "model.", "net.", "network.", "backbone.", "encoder.", "base_encoder.", "encoder_q.", "resnet.",
+    "student.", "teacher.", "module._orig_mod.", "_orig_mod.module.model.", "model.backbone.encoder.resnet.net.",
+    "online.never_seen.", "layer1.0.", "net/",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_prefixes(tmp_path: Path, prefix: str) -> None:
+    model = tiny()
+    torch.save({"epoch": 3, "weights": {prefix + k: v for k, v in model.state_dict().items()}}, tmp_path / "model.pth")
+    assert check(tmp_path / "model.pth", model).notes == ()
+    check(tmp_path / "model.pth", model, prefix=prefix, key="weights")
+
+
+HEADS = ("fc.1", "fc.0", "last_linear", "classifier", "classifier.1", "head", "head.fc", "my_head")
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_heads(tmp_path: Path, name: str, bias: bool) -> None:
+    model = tiny()
+    if not bias:
+        model.fc.bias = None
+    state = {k.replace("fc.", f"{name}."): v for k, v in model.state_dict().items()}
+    if name != "my_head":  # which is found only if nothing else is there
+        state["loss.weight"] = torch.ones(7)
+    torch.save(state, tmp_path / "model.pth")
+    found = check(tmp_path / "model.pth", model)
+    assert (f"{name} has no bias: zeros are used" in found.notes) == (not bias)
+
+
+def linear(name: str, inputs: int, outputs: int) -> dict[str, torch.Tensor]:
+    return {f"{name}.weight": torch.randn(outputs, inputs), f"{name}.bias": torch.randn(outputs)}
+
+
+MLP = linear("fc.0", 16, 16) | linear("fc.2", 16, 8)
+# Forms without a last layer: what is beside the body, what its keys begin with, and a note
+HEADLESS = {
+    "no fc": ({}, "", "the last layer is missing"),
+    "projection head in fc": (MLP, "", "fc.0.weight, fc.0.bias, fc.2.weight, fc.2.bias"),
+    "projector": (linear("projector", 16, 8), "backbone.", "projector.weight, projector.bias"),
+    "SwAV": (
+        linear("module.projection_head.0", 16, 8) | {"module.prototypes.weight": torch.randn(30, 8)},
+        "module.",
+        "projection_head.0.weight, module.projection_head.0.bias, module.prototypes.weight",
+    ),
+    "SimSiam": (
+        {f"module.encoder.{k}": v for k, v in MLP.items()} | linear("module.predictor.0", 8, 8),
+        "module.encoder.",
+        "module.predictor.0.weight",
+    ),
+    "MoCo": (
+        {"module.queue": torch.randn(8, 64), "module.queue_ptr": torch.zeros(1, dtype=torch.long)},
+        "module.encoder_q.",
+        "ignored, not part of the network: module.queue, module.queue_ptr",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", HEADLESS)
+def test_files_without_a_head(tmp_path: Path, form: str) -> None:
+    """The body's features, or a fresh head if a number of classes is asked for."""
+    import jresnet
+
+    beside, prefix, note = HEADLESS[form]
+    model = tiny()
+    model.fc = torch.nn.Identity()
+    body = model.state_dict()
+    state = {prefix + k: v for k, v in body.items()} | beside
+    if form == "MoCo":
+        state = {f"module.encoder_k.{k}": torch.zeros_like(v) for k, v in body.items()} | state
+    torch.save({"arch": "x", "state_dict": state}, tmp_path / "model.pth")
+    found = check(tmp_path / "model.pth", model)
+    assert found.headless
+    assert any(note in said for said in found.notes)
+    assert any("also found: 'module.encoder_k.'" in said for said in found.notes) == (form == "MoCo")
+    with pytest.warns(UserWarning, match="new head for 3 classes, to be trained"):
+        fresh = jresnet.create(weights=tmp_path / "model.pth", num_classes=3)
+    assert fresh.fc.kernel[...].shape == (16, 3)
+
+
+def beside(model: torch.nn.Module) -> dict[str, tuple[object, str]]:
+    """Networks with other entries, and what the notes say of these."""
+    state = model.state_dict()
+    counters = {
+        f"{name}.total_ops".lstrip("."): torch.zeros(1, dtype=torch.float64) for name, _ in model.named_modules()
+    }
+    wrapped = torch.nn.ModuleDict({"model": model, "loss": torch.nn.CrossEntropyLoss(torch.ones(7))})
+    wrapped.register_buffer("mean", torch.zeros(3, 1, 1))
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    other = {k: torch.zeros_like(v) for k, v in state.items()}
+    return {
+        "a profiler's counters": (state | counters, "total_ops, conv1.total_ops, bn1.total_ops"),
+        "a loss and a buffer": (wrapped.state_dict(), "ignored, not part of the network: mean, loss.weight"),
+        "flat DINO": (
+            {f"student.{k}": v for k, v in other.items()} | {f"teacher.{k}": v for k, v in state.items()},
+            "read from 'teacher.'; also found: 'student.'",
+        ),
+        "timm's EMA": (
+            {"state_dict": other, "state_dict_ema": {f"module.{k}": v for k, v in state.items()}},
+            "read from 'state_dict_ema'; also found: 'state_dict'",
+        ),
+        "an averaged model": ({"model": other, "model_ema": averaged.state_dict()}, "read from 'model_ema'"),
+        "halved counters": (
+            {k: torch.tensor(7e4).half() if k.endswith("tracked") else v for k, v in state.items()},
+            "ignored, not a number of batches: bn1.num_batches_tracked",
+        ),
+        "counters of an average": ({k: (v + 2 * v) / 3 for k, v in state.items()}, ""),
+        "counters in bfloat16": ({k: v.bfloat16() if "tracked" in k else v for k, v in state.items()}, ""),
+        "no counters": ({k: v for k, v in state.items() if "tracked" not in k}, ""),
+        "Sequential(body, head)": (
+            {("1." if k.startswith("fc.") else "0.") + k.removeprefix("fc."): v for k, v in state.items()},
+            "1 is taken as the last layer",
+        ),
+    }  # fmt: skip
+
+
+BESIDE = tuple(beside(tiny()))
+
+
+@pytest.mark.parametrize("form", BESIDE)
+def test_what_is_beside_the_network(tmp_path: Path, form: str) -> None:
+    model = tiny()
+    saved, note = beside(model)[form]
+    torch.save(saved, tmp_path / "model.pth")
+    found = check(tmp_path / "model.pth", model)
+    assert any(note in said for said in found.notes) if note else found.notes == ()
+
+
+@pytest.mark.parametrize("kept", ["first", "second", "both", "one of each"])
+def test_two_names_of_one_tensor(tmp_path: Path, kept: str) -> None:
+    """The tutorial's network registers its stages twice; files without copies have kept either name."""
+    model = tiny(shortcut="projection_first")
+    tensors = statedict.match(model.state_dict()).values
+    state = {}
+    for i, (path, value) in enumerate(tensors.items()):
+        first = keymap.torch_key(path, "resnet34_projection")
+        second = keymap.alias(first, "resnet34_projection") or first
+        names = {"first": [first], "second": [second], "both": [first, second], "one of each": [(first, second)[i % 2]]}
+        state |= dict.fromkeys(names[kept], torch.from_numpy(keymap.to_torch(value)))
+    torch.save(state, tmp_path / "model.pth")
+    assert check(tmp_path / "model.pth", model).dialect == "resnet34_projection"
+
+
+def test_fastai(tmp_path: Path) -> None:
+    """``Sequential(body, head)``: the body goes in, its own head, of pools and two linear layers, does not."""
+    from torch import nn
+
+    model = small()
+    body = nn.Sequential(*list(model.children())[:-2])
+    layers = (nn.BatchNorm1d(1024), nn.Dropout(), nn.Linear(1024, 8), nn.ReLU(), nn.BatchNorm1d(8), nn.Linear(8, 3))
+    learner = nn.Sequential(body, nn.Sequential(nn.Identity(), nn.Flatten(), *layers))
+    torch.save({"model": learner.state_dict(), "opt": {}}, tmp_path / "model.pth")
+    model.fc = nn.Identity()
+    found = check(tmp_path / "model.pth", model)
+    assert (found.dialect, found.headless) == ("children", True)
+    assert any(note.startswith("ignored, not part of the network: 1.2.weight, 1.2.bias") for note in found.notes)
+
+
+def test_tensors_without_data() -> None:
+    state = {key: value.to("meta") for key, value in tiny().state_dict().items()}
+    with pytest.raises(WeightsError, match=r"62 without data, on torch's device meta: conv1\.weight, "):
+        statedict.match(state)
+
+
+def test_numpys_file_of_a_state_dict(tmp_path: Path) -> None:
+    model = tiny()
+    np.savez(tmp_path / "model.npz", **{f"module.{k}": v.numpy() for k, v in model.state_dict().items()})
+    check(tmp_path / "model.npz", model)
+
+
+def test_a_network_without_a_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command finds its sizes, says them in one line, and writes them into the file."""
+    import jresnet
+
+    model = tiny(num_classes=37, in_channels=5)
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    assert torch2flax.main([str(tmp_path / "model.pth"), "--output", str(tmp_path / "x.safetensors")]) == 0
+    line = "basic blocks 1-1-1-1, widths 4-8-12-16, 7x7 stem for 5 channels, projection shortcuts, 37 classes"
+    assert f"found    an unnamed ResNet: {line}\n" in capsys.readouterr().out
+    found = verify.compare(jresnet.load(tmp_path / "x.safetensors"), model, 64)
     assert found.is_rounding, found
 
 
@@ -161,6 +368,27 @@ def test_backbones_of_torchvision(tmp_path: Path) -> None:
     np.testing.assert_allclose(given, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
 
 
+def test_the_backbone_of_a_segmentation_network(tmp_path: Path) -> None:
+    """Its last layer, ``classifier.4``, is a convolution; the backbone is dilated, as torchvision's are."""
+    from torchvision.models._utils import IntermediateLayerGetter
+
+    class Features(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.backbone = IntermediateLayerGetter(
+                bottlenecks(replace_stride_with_dilation=[False, True, True]), {"layer4": "out"}
+            )
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.backbone(x)["out"].mean((2, 3))
+
+    model = Features().eval()
+    head = {"classifier.4.weight": torch.ones(9, 256, 1, 1), "classifier.4.bias": torch.ones(9)}
+    torch.save({"model": model.state_dict() | head}, tmp_path / "model.pth")
+    found = check(tmp_path / "model.pth", model)
+    assert (found.config.output_stride, found.headless) == (8, True)
+
+
 def test_the_command_needs_a_file_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -178,10 +406,6 @@ def test_the_command_needs_a_file_alone(
 @pytest.mark.parametrize("draws", [30, pytest.param(200, marks=pytest.mark.long)])
 def test_no_draw_decides_whether_a_conversion_is_right(draws: int) -> None:
     """All correct conversions pass, and each of a tenth with one wrong tensor is refused."""
-
-    from jresnet.errors import WeightsError
-    from jresnet.models import params
-    from jresnet.pytorch import statedict
 
     refused = 0
     for seed in range(draws):
@@ -206,8 +430,6 @@ def test_no_draw_decides_whether_a_conversion_is_right(draws: int) -> None:
 
 @pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_resnet50"])
 def test_segmentation_networks_are_dilated(name: str) -> None:
-    from jresnet.pytorch import statedict
-
     model = getattr(networks.models.segmentation, name)(weights=None, weights_backbone=None, num_classes=2)
     found = statedict.match(model.state_dict())
     assert (found.arch, found.config.output_stride, found.config.num_classes) == ("resnet50", 8, 0)
@@ -259,8 +481,6 @@ FUNCTIONS = {
 def test_what_shapes_do_not_tell(tmp_path: Path, kind: str) -> None:
     """By an option, by what the checkpoint says, and by the whole module: the logits of the network that wrote the file."""
     import jresnet
-    from jresnet.models import params
-    from jresnet.pytorch import statedict
 
     build, option, said = FUNCTIONS[kind]
     model = build()
@@ -308,7 +528,6 @@ def test_torchscript(tmp_path: Path, how: str) -> None:
 def test_pre_activation_is_refused(tmp_path: Path) -> None:
     """The blocks of He et al. 2016b: normalisation, ReLU, convolution."""
     import jresnet
-    from jresnet.errors import WeightsError
 
     class Block(torch.nn.Module):
         def __init__(self, inputs: int, outputs: int):

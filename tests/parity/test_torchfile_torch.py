@@ -250,6 +250,8 @@ def test_refused(tmp_path, value, match, zipped):
 def test_whole_modules(tmp_path, form):
     """The tensors that its state_dict has, by the same names, of a module whose class is not imported."""
     model, path = network().eval(), tmp_path / "model.pt"
+    if form in ("zip", "legacy"):
+        model[1].register_buffer("filt", torch.ones(3), persistent=False)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # TorchScript is deprecated
         if form == "script":
@@ -264,6 +266,14 @@ def test_whole_modules(tmp_path, form):
         np.testing.assert_array_equal(found[name], value.numpy(), strict=True)
     if form in ("zip", "legacy"):
         assert found.settings["0"]["stride"] == (1, 1)
+
+
+@pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
+@pytest.mark.parametrize("prepare", [torch.jit.freeze, torch.jit.optimize_for_inference])
+def test_a_program_without_parameters(tmp_path, prepare):
+    torch.jit.save(prepare(torch.jit.script(network().eval())), tmp_path / "model.pt")
+    with pytest.raises(WeightsError, match=r"is a TorchScript program without parameters.*model\.state_dict\(\)"):
+        read(tmp_path / "model.pt")
 
 
 def test_archives_of_other_kinds(tmp_path):
