@@ -51,10 +51,23 @@ def networks_of(dialect: str) -> list[str]:
     return [row.name for row in ZOO.values() if all(getattr(row.config, name) == v for name, v in shared.items())]
 
 
+def kinds() -> set[str]:
+    """The shallowest row of each kind of network, so that all kinds of names occur."""
+    first: dict[str, str] = {}
+    for row in sorted(ZOO.values(), key=lambda row: sum(row.config.depths)):
+        counted = {"depths": None, "widths": None, "num_classes": None, "pruned": row.config.pruned is not None}
+        first.setdefault(str(sorted((vars(row.config) | counted).items())), row.name)
+    return {*first.values()}
+
+
 # A network's dialects follow each other: params.shapes keeps the newest 64 networks.
 @pytest.mark.parametrize(
-    ("arch", "dialect"), [(arch, d) for arch in ZOO for d in keymap.DIALECTS if arch in networks_of(d)]
-)
+    ("arch", "dialect"),
+    [
+        pytest.param(arch, d, marks=[] if arch in kinds() else [pytest.mark.long])
+        for arch in ZOO for d in keymap.DIALECTS if arch in networks_of(d)
+    ],
+)  # fmt: skip
 def test_names_are_a_bijection(arch: str, dialect: str) -> None:
     if arch == "resnet1202_cifar":
         arch = "resnet110_cifar"  # the same names, a tenth of the time

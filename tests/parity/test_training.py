@@ -47,7 +47,8 @@ FEW = ("resnet32_cifar", "resnet34")  # the others have more blocks, or more cha
 def cases() -> list[Any]:
     """Architecture, whether shallow, whether with Nesterov's momentum."""
     short = [pytest.param("resnet8_cifar", False, nesterov) for nesterov in (True, False)]
-    shallow = [pytest.param(arch, True, True) for arch in SHALLOW]
+    few = ("resnet50", "resnet18_d2l")  # both blocks; the other shortcuts are timm's and resnet8_cifar's
+    shallow = [pytest.param(arch, True, True, marks=[] if arch in few else [pytest.mark.long]) for arch in SHALLOW]
     long = [pytest.param(arch, False, True, marks=[pytest.mark.long]) for arch in WHOLE]
     return [*short, *shallow, *long, pytest.param("resnet20_cifar", False, False, marks=[pytest.mark.long])]
 
