@@ -27,6 +27,11 @@ from jresnet.models.resnet import ResNet  # noqa: E402
 from jresnet.weights import native  # noqa: E402
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests first, so that at the end no process waits for one of them."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """One compilation cache per session, since many tests, and the commands they run, compile the same step."""

@@ -160,6 +160,7 @@ def test_what_a_worker_inherits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert driver.answer([sys.executable, "-c", code], GIVEN="too") == [None, "kept", "too"]
 
 
+@pytest.mark.long
 def test_data_and_import(capsys: pytest.CaptureFixture[str]) -> None:
     assert driver.main(["--suite", "data", "--rounds", "1", "--peer", "none"]) == 0
     (shown,) = cells(capsys.readouterr().out.split("\n\n")[0])

@@ -70,6 +70,6 @@ def test_unknown_names_suggest_the_nearest(wrong: str, near: str) -> None:
         zoo.find(wrong)
 
 
-def test_an_absurd_name_lists_them_all() -> None:
-    with pytest.raises(InputError, match=r"there are resnet18, .*resnet18_d2l"):
+def test_an_absurd_name_lists_a_few() -> None:
+    with pytest.raises(InputError, match=r"there are resnet18, .* and \d+ more \(jresnet\.list_models\)"):
         zoo.find("vgg")
