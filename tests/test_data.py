@@ -8,6 +8,7 @@ import contextlib
 import copyreg
 import gzip
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -1062,7 +1063,17 @@ def test_digits():
     assert len(used) == 1797
 
 
+def test_digits_do_not_import_sklearn(monkeypatch):
+    expected = load_digits()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert load_digits().digest == expected.digest  # by scikit-learn's own function
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    assert load_digits().digest == expected.digest
+
+
 def test_digits_without_sklearn(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
     with pytest.raises(DataError, match=r'pip install "jresnet\[train\]"'):
         load_digits()

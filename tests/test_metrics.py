@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import command
 from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
@@ -296,3 +297,9 @@ def test_wandb_refuses(server: dict[str, list], tmp_path: Path) -> None:
         (tmp_path / "wandb-id").write_bytes(damaged)
         with pytest.raises(InputError, match="wandb-id is not the id of a run"):
             WandB("project", "name", {}, tmp_path)
+
+
+def test_tensorboard_does_not_import_torch() -> None:
+    code = "import sys; from jresnet.training import metrics; print(metrics._summary_writer(), 'torch' in sys.modules)"
+    done = command("-c", code)
+    assert done.stdout == "<class 'tensorboardX.writer.SummaryWriter'> False\n", done.stderr

@@ -80,6 +80,22 @@ def tag(name: str) -> str:
     return {"images_per_second": "speed/images_per_second", "seconds": "speed/seconds"}.get(name, name)
 
 
+def _summary_writer() -> Any:
+    """tensorboardX's ``SummaryWriter``, imported as if torch were not installed.
+
+    tensorboardX imports torch for an annotation alone, in one or two seconds.
+    """
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # Python raises ModuleNotFoundError for it
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter
+
+
 class Metrics:
     """Writes ``metrics.jsonl``, one line per epoch, and the same numbers to TensorBoard (as float32) and W&B.
 
@@ -118,11 +134,11 @@ class Metrics:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="tensorboard")
         self._told: Future[None] | None = None  # the last task of the thread
         try:
-            from tensorboardX import SummaryWriter  # takes one or two seconds, because it imports torch if installed
+            writer = _summary_writer()
         except ImportError as error:
             self.note = f"no TensorBoard files are written ({error}): pip install tensorboardX"
             return
-        self.writer = SummaryWriter(
+        self.writer = writer(
             str(self.folder / "tensorboard"),
             purge_step=step + 1,
             filename_suffix=f".{time.time_ns()}",  # otherwise two sessions within a second would share a file
