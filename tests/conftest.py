@@ -59,10 +59,7 @@ def draw_quickly() -> None:
 
 # These compare float32 results of kernels and networks, or look at the compiled program, so they compile as users' programs.
 # The others' float32 comparisons find wrong tensors, not rounding. In the others, the marker as_users_do is for one test.
-AS_USERS_DO = {
-    "test_benchmark_torch", "test_compiler", "test_elsewhere", "test_fuse", "test_golden", "test_jax_fit",
-    "test_models", "test_training", "test_winograd",
-}  # fmt: skip
+AS_USERS_DO = {"test_compiler", "test_elsewhere", "test_golden", "test_jax_fit", "test_models", "test_training"}
 
 
 @pytest.fixture(scope="module", autouse=True)

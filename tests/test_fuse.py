@@ -65,6 +65,7 @@ def test_the_model_that_was_given_stays_as_it_is() -> None:
         np.testing.assert_array_equal(value, after[path])
 
 
+@pytest.mark.as_users_do
 def test_a_fused_network_under_jit_and_in_bfloat16() -> None:
     model = randomised("resnet20_cifar")
     x = np.random.default_rng(1).standard_normal((4, 32, 32, 3)).astype(np.float32)

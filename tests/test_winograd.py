@@ -54,6 +54,7 @@ def test_it_is_the_convolution_with_its_gradients(shape, piece: int) -> None:
             np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.as_users_do
 @pytest.mark.parametrize("shape", [(8, 14, 14, 64), (4, 15, 13, 128), (16, 8, 8, 96)])
 def test_it_rounds_as_the_convolution_does(shape) -> None:
     x, k, dy = drawn(shape)
