@@ -91,3 +91,7 @@ def test_the_converter_is_shown_first() -> None:
     """A user's own file is what most people come with."""
     section = (REPOSITORY / "README.md").read_text().partition("## Bring your own PyTorch file\n")[2]
     assert section.lstrip().startswith("```\npython -m convert.torch2flax my_resnet.pth\n```")
+
+
+def test_readme_has_at_most_150_lines() -> None:
+    assert len((REPOSITORY / "README.md").read_text().splitlines()) <= 150
